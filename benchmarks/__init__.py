@@ -1,0 +1,1 @@
+"""Latency, throughput and memory of a bundle as it ships."""

@@ -1,0 +1,117 @@
+"""cxrgaze-export: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cxrgaze import command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `cxrgaze-export`."""
+    parser = command.parser(
+        "cxrgaze-export",
+        "Turn a checkpoint into a bundle: ONNX with the precision in the graph, compared with the "
+        "network film by film, and a manifest that binds every file. Without a checkpoint, the "
+        "demo network, which was trained on drawings.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="NAME.safetensors with NAME.json beside it (default: the demo network)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16"), default="fp32", help="default fp32"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder to put NAME.cxrgaze into, or the bundle's own path if it ends in .cxrgaze "
+        "(default: here); an older bundle of that name is replaced once the new one is complete",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("tensorrt", "cpu"),
+        default="tensorrt",
+        help="what the graph is shaped for; recorded, makes no difference yet (default tensorrt)",
+    )
+    parser.add_argument(
+        "--films",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="films, folders or globs for the parity check (default: phantoms)",
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="an untrained network of --variant, for latency work; marked so in every reading",
+    )
+    parser.add_argument("--variant", choices=("paper", "tiny"), help="with --random-weights")
+    parser.add_argument("--seed", type=int, default=0, help="of --random-weights (default 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    return command.execute(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from cxrgaze.errors import UsageError
+
+    if args.random_weights != (args.variant is not None):
+        raise UsageError("--variant and --random-weights go together")
+    if args.random_weights and args.checkpoint:
+        raise UsageError("give a CHECKPOINT or --random-weights, not both")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, found {args.threads}")
+    from cxrgaze.runtime.film import find_films
+
+    films = [path for path, _ in find_films(args.films)]
+    step = command.Steps(8)
+    with step("load torch"):
+        import torch
+
+        from cxrgaze.export import pipeline
+        from cxrgaze.runtime.host import cpu_count
+        from cxrgaze.train.checkpoint import demo_path
+    torch.set_num_threads(args.threads or cpu_count())
+    with step("make random weights" if args.random_weights else "load the checkpoint"):
+        source = (
+            pipeline.source_from_random(args.variant, args.seed)
+            if args.random_weights
+            else pipeline.source_from_checkpoint(args.checkpoint or demo_path())
+        )
+    options = pipeline.Options(args.precision, args.target, args.output, films)
+    _summarise(pipeline.export(source, options, step))
+    return 0
+
+
+def _summarise(made: object) -> None:
+    from cxrgaze.bundle import GRAPH, Bundle
+
+    assert isinstance(made, Bundle)
+    manifest = made.manifest
+    size = next(record.size for record in manifest.files if record.path == GRAPH)
+    total = sum(record.size for record in manifest.files)
+    found = manifest.parity
+    print(f"bundle   {made.path}")
+    print(f"size     {size / 1e6:.2f} MB graph ({manifest.precision}), {total / 1e6:.2f} MB in all")
+    print(
+        f"parity   {found.verdict} on {found.domain}: logits off by {found.logits.max:.2g}, "
+        f"log-density by {found.log_density.max:.2g}, agreement CC {found.agreement_cc_min:.6f}, "
+        f"{found.label_flips} label flips"
+    )
+    print(f"gate     {manifest.gate.verdict}: {manifest.gate.reason}")
+    print(f"next     cxrgaze-predict {made.path} FILM... --output readings")
+    for line in filter(None, (manifest.spec.caution, manifest.notice)):
+        command.say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Parity: the graph that ships, in ONNX Runtime, against the network in torch float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cxrgaze import metrics
+from cxrgaze.bundle import OutputParity, Parity, Precision, Tolerance
+from cxrgaze.errors import ParityError
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+from cxrgaze.train.model import Network
+
+LIMITS: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(logits=1e-3, log_density=1e-3),
+    "fp16": Tolerance(logits=0.05, log_density=0.05),
+}
+"""Largest differences that pass; also the self-test's tolerances."""
+
+AGREEMENT: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999}
+"""Smallest agreement CC of any film that passes."""
+
+LOOKED_AT = 0.01
+"""Log-densities are compared where the reference density is at least this share of its peak."""
+
+_HALF_MAX = 65504.0
+_WITNESS: dict[Precision, str] = {
+    "fp32": "ONNX Runtime on the CPU computes this graph in float32.",
+    "fp16": "ONNX Runtime on the CPU computes float16 graphs in float32 with casts: this shows the "
+    "rounding of weights and tensors, not a GPU's float16 arithmetic. Overflow is judged by the "
+    "largest float32 activation.",
+}
+
+
+def compare(
+    network: Network,
+    graph: bytes,
+    images: NDArray[np.float32],
+    precision: Precision,
+    domain: str,
+) -> Parity:
+    """Differences of both outputs over `images` `(n, 1, H, W)`, film by film, and a verdict.
+
+    Args:
+        domain: what the films are, for the record.
+    """
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    logit_diffs, density_diffs, logit_cosines, density_cosines, agreements = [], [], [], [], []
+    flips, finite = 0, True
+    with _peak_of(network) as peak, torch.inference_mode():
+        for image in images:
+            reference = network(torch.from_numpy(image[None]))
+            want_logits = reference.logits[0].numpy()
+            want_density = reference.log_density[0, 0].numpy()
+            logits, density = session.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]})
+            logits, density = logits[0], density[0, 0]
+            if not (np.isfinite(logits).all() and np.isfinite(density).all()):
+                finite = False
+                continue
+            looked_at = want_density >= want_density.max() + np.log(LOOKED_AT)
+            logit_diffs.append(np.abs(logits - want_logits))
+            density_diffs.append(np.abs(density - want_density)[looked_at])
+            logit_cosines.append(_cosine(logits, want_logits))
+            density_cosines.append(_cosine(density, want_density))
+            agreements.append(metrics.cc(np.exp(density), np.exp(want_density)))
+            flips += int(logits.argmax() != want_logits.argmax())
+    limits = LIMITS[precision]
+    of_logits = _summary(logit_diffs, logit_cosines)
+    of_density = _summary(density_diffs, density_cosines)
+    # The network itself may be broken: a peak of NaN or infinity is no number to compare with.
+    finite = finite and bool(np.isfinite(peak[0]))
+    within = (
+        of_logits.max <= limits.logits
+        and of_density.max <= limits.log_density
+        and min(agreements, default=0.0) >= AGREEMENT[precision]
+        and (precision == "fp32" or peak[0] <= _HALF_MAX)
+    )
+    return Parity(
+        verdict="not_finite" if not finite else "pass" if within else "fail",
+        films=len(images),
+        domain=domain,
+        limits=limits,
+        logits=of_logits,
+        log_density=of_density,
+        agreement_cc_min=min(agreements, default=0.0),
+        agreement_cc_mean=float(np.mean(agreements)) if agreements else 0.0,
+        label_flips=flips,
+        peak_activation=peak[0] if np.isfinite(peak[0]) else -1.0,
+        witness=_WITNESS[precision],
+    )
+
+
+def require_pass(parity: Parity, precision: Precision) -> None:
+    """Stop an export whose parity did not pass.
+
+    Raises:
+        ParityError: saying what was found and what was expected.
+    """
+    if parity.verdict == "pass":
+        return
+    if parity.verdict == "not_finite":
+        raise ParityError(
+            "NaN or infinity in the outputs or inside the network; nothing was written"
+        )
+    raise ParityError(
+        f"{precision} graph and network disagree over {parity.films} films: logits off by "
+        f"{parity.logits.max:.3g} (limit {parity.limits.logits:g}), log-density by "
+        f"{parity.log_density.max:.3g} (limit {parity.limits.log_density:g}), agreement CC "
+        f"{parity.agreement_cc_min:.6f} (limit {AGREEMENT[precision]}), largest activation "
+        f"{parity.peak_activation:.4g} (float16 ends at {_HALF_MAX:.0f}); nothing was written"
+    )
+
+
+@contextmanager
+def _peak_of(network: nn.Module) -> Iterator[list[float]]:
+    """The largest absolute value that any layer takes or gives, in a list of one number."""
+    peak = [0.0]
+
+    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        for tensor in (*inputs, output):
+            largest = float(tensor.abs().max())
+            peak[0] = largest if largest > peak[0] or largest != largest else peak[0]
+
+    leaves = [module for module in network.modules() if not any(module.children())]
+    handles = [leaf.register_forward_hook(watch) for leaf in leaves]
+    try:
+        yield peak
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _summary(diffs: list[NDArray[np.floating]], cosines: list[float]) -> OutputParity:
+    if not diffs:
+        return OutputParity(max=0.0, p99=0.0, cosine=0.0)
+    every = np.concatenate(diffs)
+    return OutputParity(
+        max=float(every.max()), p99=float(np.quantile(every, 0.99)), cosine=min(cosines)
+    )
+
+
+def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), np.finfo(np.float64).tiny))

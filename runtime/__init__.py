@@ -1,0 +1,1 @@
+"""Reads a film with a bundle on the device. Imports no torch, no onnx and no polygraphy."""

@@ -1,0 +1,72 @@
+"""cxrgaze-predict: read films with a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cxrgaze import command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `cxrgaze-predict`."""
+    parser = command.parser(
+        "cxrgaze-predict",
+        "Read chest X-rays with a bundle: diagnosis, gaze map, overlay. Films are PNG, JPEG, TIFF "
+        "or DICOM files, folders of them (searched recursively) or globs. A film that the network "
+        "must not be applied to is reported as not applicable, with the reason; one that cannot be "
+        "read does not stop the others (exit code 1 at the end).",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="made by cxrgaze-export")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="film, folder or glob")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write a JSON and an overlay PNG per film, and readings.csv; without it, nothing is "
+        "written",
+    )
+    parser.add_argument(
+        "--heatmap",
+        choices=("npy", "png16"),
+        help="also write the gaze density in pixels of the film: float32 with sum 1 (npy), or "
+        "scaled to its peak (png16); needs --output",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line on stdout")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    return command.execute(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from cxrgaze.errors import ExitCode, UsageError
+    from cxrgaze.files import make_output_folder
+    from cxrgaze.runtime import predict
+    from cxrgaze.runtime.film import find_films
+    from cxrgaze.runtime.reader import load
+
+    if args.heatmap and not args.output:
+        raise UsageError("--heatmap needs --output DIR")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, found {args.threads}")
+    films = list(find_films(args.paths))
+    with load(args.bundle, args.device, threads=args.threads) as reader:
+        output = make_output_folder(args.output) if args.output else None
+        outcomes = predict.predict(reader, films, output, args.heatmap, as_json=args.json)
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    skipped = sum(outcome.status == "not_applicable" for outcome in outcomes)
+    command.say(
+        f"{len(outcomes) - failed - skipped} read, {skipped} not applicable, {failed} failed"
+        + (f"; in {args.output}" if args.output else "")
+    )
+    for line in dict.fromkeys((*reader.standing_warnings, reader.bundle.manifest.notice)):
+        command.say(line)
+    return ExitCode.FAILURE if failed else ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

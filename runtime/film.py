@@ -1,0 +1,230 @@
+"""Any file to a Film: decoded, windowed, in [0, 1], dense tissue white.
+
+PNG, JPEG and TIFF of 8 and 16 bit here; DICOM in `cxrgaze.runtime.dicom`. Nothing is guessed about
+orientation. Why the network must not be applied to a film is data (`Film.reasons`).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from cxrgaze.errors import FilmError, UsageError
+from cxrgaze.files import sha256
+from cxrgaze.spec import PixelSource
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+BYTE_LIMIT = 1 << 30
+PIXEL_LIMIT = 100_000_000
+MIN_SIDE = 32
+PERCENTILES = (0.5, 99.5)
+"""The window of a film that brings none of its own: these percentiles of its pixels."""
+_FORMATS = ("PNG", "JPEG", "TIFF")
+_COLOUR_SPREAD = 0.02  # mean difference between channels above which an RGB image is in colour
+_CONTRAST = 2 / 255  # a film whose central 99 % spans less than this shows nothing
+
+
+@dataclass(frozen=True)
+class Film:
+    """A decoded radiograph."""
+
+    pixels: NDArray[np.float32]
+    """`(H, W)`, in [0, 1], dense tissue white."""
+    name: str
+    """What the caller called it: a path, or "array"."""
+    sha256: str
+    """Of the file's bytes; of shape, type and values for an array."""
+    pixel_source: PixelSource
+    spacing_mm: tuple[float, float] | None = None
+    """Millimetres per pixel `(row, column)` as recorded, None where missing or absurd."""
+    reasons: tuple[str, ...] = ()
+    """Why the network must not be applied to this film; empty when it may."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the result should know about the pixels."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(H, W)` in pixels."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+def load_film(path: Path | str) -> Film:
+    """The film in a file.
+
+    Raises:
+        FilmError: missing, unreadable, damaged or of no known format.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(BYTE_LIMIT + 1)
+    except OSError as error:
+        raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
+    return film_from_bytes(data, str(path))
+
+
+def film_from_bytes(data: bytes, name: str) -> Film:
+    """The film in the bytes of a file; `name` stands in messages and results.
+
+    Raises:
+        FilmError: empty, too large, damaged or of no known format.
+    """
+    if not data:
+        raise FilmError(f"{name}: the file is empty (0 bytes)")
+    if len(data) > BYTE_LIMIT:
+        raise FilmError(f"{name}: larger than {BYTE_LIMIT >> 20} MiB")
+    if data[128:132] == b"DICM" or Path(name).suffix.lower() in (".dcm", ".dicom"):
+        from cxrgaze.runtime.dicom import film_from_dicom
+
+        film = film_from_dicom(data, name)
+    else:
+        film = _film_from_image(data, name)
+    return _with_content_checked(film)
+
+
+def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
+    """The film in an array `(H, W)`: uint8, uint16 (windowed by percentiles) or float in [0, 1].
+
+    Raises:
+        UsageError: another shape, type or range.
+    """
+    if pixels.ndim != 2:
+        raise UsageError(f"expected a film (H, W), found shape {pixels.shape}")
+    digest = sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
+    if np.issubdtype(pixels.dtype, np.floating):
+        values = pixels.astype(np.float32)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise UsageError("a float film must be finite and in [0, 1]; divide by its white level")
+        return _with_content_checked(Film(values, name, digest, "array"))
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise UsageError(f"expected uint8, uint16 or float, found {pixels.dtype}")
+    values, source = _grey_levels(pixels)
+    return _with_content_checked(Film(values, name, digest, source))
+
+
+def find_films(paths: Sequence[Path | str]) -> Iterator[tuple[Path, Path]]:
+    """Films among files, folders (searched recursively by suffix) and globs, in sorted order.
+
+    Yields:
+        The path, and the path relative to the folder that was given (the name for a file).
+
+    Raises:
+        UsageError: a path that does not exist, a folder or glob without films.
+    """
+    for given in map(Path, paths):
+        if given.is_dir():
+            found = sorted(p for p in given.rglob("*") if _looks_like_film(p))
+            if not found:
+                raise UsageError(f"{given} holds no films (looked for {', '.join(SUFFIXES)})")
+            yield from ((path, path.relative_to(given)) for path in found)
+        elif given.exists():
+            yield given, Path(given.name)
+        elif any(c in str(given) for c in "*?["):
+            anchor = Path(given.anchor or ".")
+            pattern = str(given.relative_to(given.anchor)) if given.anchor else str(given)
+            found = sorted(p for p in anchor.glob(pattern) if p.is_file())
+            if not found:
+                raise UsageError(f"no file matches {given}")
+            yield from ((path, Path(path.name)) for path in found)
+        else:
+            raise UsageError(f"{given} does not exist")
+
+
+def percentile_window(values: NDArray[np.integer]) -> tuple[float, float]:
+    """Lower and upper end of the stated percentile window (`PERCENTILES`) of integer pixels."""
+    low = int(values.min())
+    counts = np.bincount((values.ravel() - low).astype(np.int64))
+    share = np.cumsum(counts) / values.size
+    ends = (int(np.searchsorted(share, p / 100)) + low for p in PERCENTILES)
+    lower, upper = ends
+    return float(lower), float(upper)
+
+
+def apply_window(values: NDArray[np.generic], lower: float, upper: float) -> NDArray[np.float32]:
+    """Linear ramp from 0 at `lower` to 1 at `upper`, clipped; a step where they are equal."""
+    out = values.astype(np.float32)
+    out -= np.float32(lower)
+    out /= np.float32(max(upper - lower, np.finfo(np.float32).tiny))
+    return np.clip(out, 0, 1, out=out)
+
+
+def _grey_levels(values: NDArray[np.generic]) -> tuple[NDArray[np.float32], PixelSource]:
+    if values.dtype == np.uint8:
+        return values.astype(np.float32) / np.float32(255), "image-8bit"
+    return apply_window(values, *percentile_window(values.astype(np.int64))), "image-16bit"
+
+
+def _film_from_image(data: bytes, name: str) -> Film:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; size is checked below
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > PIXEL_LIMIT:
+                    raise FilmError(f"{name}: {width} x {height} pixels, limit {PIXEL_LIMIT}")
+                frames = getattr(image, "n_frames", 1)
+                image.load()
+                pixels, reasons = _grey(image)
+    except UnidentifiedImageError as error:
+        raise FilmError(
+            f"{name}: not a PNG, JPEG, TIFF or DICOM file; found {_magic(data)}"
+        ) from error
+    except FilmError:
+        raise
+    # Pillow's decoders raise these for damaged files (SyntaxError is its "broken PNG").
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise FilmError(f"{name}: damaged or cut short: {error}") from error
+    if frames > 1:
+        reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
+    values, source = _grey_levels(pixels)
+    return Film(values, name, sha256(data), source, reasons=reasons)
+
+
+def _grey(image: Image.Image) -> tuple[NDArray[np.generic], tuple[str, ...]]:
+    """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 65535):
+            raise ValueError(f"pixel values in mode {image.mode} are outside 0..65535")
+        return values.astype(np.uint16), ()
+    if image.mode in ("L", "1", "LA"):
+        return np.asarray(image.convert("L")), ()
+    colour = np.asarray(image.convert("RGB"))
+    spread = (colour.max(axis=2).astype(np.int16) - colour.min(axis=2)).mean() / 255
+    grey = np.asarray(image.convert("RGB").convert("L"))
+    if spread > _COLOUR_SPREAD:
+        return grey, ("colour image (RGB), expected a grey radiograph",)
+    return grey, ()
+
+
+def _with_content_checked(film: Film) -> Film:
+    reasons = list(film.reasons)
+    if min(film.shape) < MIN_SIDE:
+        reasons.append(f"{film.shape[1]} x {film.shape[0]} pixels, expected {MIN_SIDE} a side")
+    low, high = np.quantile(film.pixels[:: max(film.shape[0] // 512, 1)], (0.005, 0.995))
+    if high - low < _CONTRAST:
+        reasons.append("no content: all pixels have (nearly) the same value")
+    return replace(film, reasons=tuple(reasons))
+
+
+def _looks_like_film(path: Path) -> bool:
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    if path.suffix:
+        return False
+    with path.open("rb") as file:  # scanners write DICOM files without a suffix
+        return file.read(132)[128:] == b"DICM"
+
+
+def _magic(data: bytes) -> str:
+    return f"{len(data)} bytes starting with {data[:8].hex(' ')}"

@@ -1,0 +1,151 @@
+"""Many films, one reader: files per film, a table, and errors that stop nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from cxrgaze.command import counted, say
+from cxrgaze.errors import FilmError, NotApplicableError
+from cxrgaze.files import render_json, write_atomic
+from cxrgaze.runtime import overlay
+from cxrgaze.runtime.film import load_film
+from cxrgaze.runtime.reader import Reader
+from cxrgaze.runtime.reading import Reading
+from cxrgaze.spec import NOTICE
+
+Heatmap = Literal["npy", "png16"]
+TABLE = "readings.csv"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one film."""
+
+    status: Literal["read", "not_applicable", "failed"]
+    record: dict[str, Any]
+    """The JSON of the film."""
+
+
+def predict(
+    reader: Reader,
+    films: Sequence[tuple[Path, Path]],
+    output: Path | None,
+    heatmap: Heatmap | None,
+    *,
+    as_json: bool,
+) -> list[Outcome]:
+    """Read every film and write its files below `output` and a line to standard output.
+
+    Args:
+        films: path and the relative path that its output is named by (`find_films`).
+        output: folder, or None to write nothing.
+        as_json: the line is the film's JSON instead of a summary.
+
+    An interrupt leaves the finished films and a table of them.
+    """
+    outcomes: list[Outcome] = []
+    names = _output_names([relative for _, relative in films])
+    try:
+        for (path, _), name in zip(counted(films, len(films), "film"), names, strict=True):
+            outcome = _one(reader, path, output / name if output else None, heatmap)
+            outcomes.append(outcome)
+            print(json.dumps(outcome.record) if as_json else _summary(outcome), flush=True)
+            if outcome.status == "failed":
+                say(f"failed: {outcome.record['reason']}")
+    finally:
+        if output and outcomes:
+            write_atomic(output / TABLE, _table(outcomes, reader).encode())
+    return outcomes
+
+
+def _one(reader: Reader, path: Path, stem: Path | None, heatmap: Heatmap | None) -> Outcome:
+    try:
+        film = load_film(path)
+        reading = reader.read(film)
+    except NotApplicableError as error:
+        outcome = _unread(path, "not_applicable", "; ".join(error.reasons))
+    except FilmError as error:
+        outcome = _unread(path, "failed", str(error))
+    else:
+        outcome = Outcome("read", reading.to_json())
+        if stem:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
+            write_atomic(_with(stem, ".overlay.png"), picture.tobytes())
+            if heatmap:
+                _write_heatmap(stem, reading, heatmap)
+    if stem:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(_with(stem, ".json"), render_json(outcome.record))
+    return outcome
+
+
+def _unread(path: Path, status: Literal["not_applicable", "failed"], reason: str) -> Outcome:
+    record = {"film": str(path), "status": status, "reason": reason, "notice": NOTICE}
+    return Outcome(status, record)
+
+
+def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
+    density = reading.heatmap()
+    if kind == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, density)
+        write_atomic(_with(stem, ".heatmap.npy"), buffer.getvalue())
+    else:
+        levels = np.rint(density / density.max() * 65535).astype(np.uint16)
+        write_atomic(_with(stem, ".heatmap.png"), cv2.imencode(".png", levels)[1].tobytes())
+
+
+def _output_names(relatives: Sequence[Path]) -> list[Path]:
+    """One name a film, without suffix; the suffix stays, then a number is added, where two clash."""
+    plain = [relative.with_suffix("") for relative in relatives]
+    names: list[Path] = []
+    for relative, short in zip(relatives, plain, strict=True):
+        wanted = short if plain.count(short) == 1 else relative
+        name, number = wanted, 2
+        while name in names:
+            name, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+        names.append(name)
+    return names
+
+
+def _with(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
+
+
+def _summary(outcome: Outcome) -> str:
+    record = outcome.record
+    if outcome.status != "read":
+        return f"{record['film']}\t{outcome.status}\t{record['reason']}"
+    peak = record["peak_px"]
+    return (
+        f"{record['film']}\t{record['label']}\t{record['probabilities'][record['label']]:.3f}\t"
+        f"peak ({peak['x']:.0f}, {peak['y']:.0f})"
+    )
+
+
+def _table(outcomes: Sequence[Outcome], reader: Reader) -> str:
+    classes = reader.bundle.manifest.spec.class_names
+    probabilities = [f"p_{name}" for name in classes]
+    text = io.StringIO()
+    columns = ["film", "status", "label", *probabilities, "peak_x_px", "peak_y_px", "reason"]
+    table = csv.DictWriter(text, [*columns, "warnings", "notice"], lineterminator="\n")
+    table.writeheader()
+    for outcome in outcomes:
+        record = outcome.record
+        row = {key: record.get(key) for key in ("film", "status", "label", "reason", "notice")}
+        if outcome.status == "read":
+            row |= {f"p_{name}": record["probabilities"][name] for name in classes}
+            row |= {"peak_x_px": record["peak_px"]["x"], "peak_y_px": record["peak_px"]["y"]}
+            row["warnings"] = " | ".join(record["warnings"])
+        table.writerow(row)
+    return text.getvalue()

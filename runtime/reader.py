@@ -1,0 +1,241 @@
+"""`load` a bundle, get a Reader, read films."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.bundle import GOLDEN, Bundle
+from cxrgaze.errors import IncompatibleError, IntegrityError, NotApplicableError
+from cxrgaze.runtime import backends
+from cxrgaze.runtime.canvas import to_canvas
+from cxrgaze.runtime.film import Film, film_from_array, load_film
+from cxrgaze.runtime.reading import Reading
+from cxrgaze.spec import PREPROCESSING
+
+MAX_BATCH = 16
+
+Readable = Film | Path | str | NDArray[np.generic]
+
+
+def load(bundle: Path | str, device: str = "auto", *, threads: int | None = None) -> Reader:
+    """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
+
+    Args:
+        bundle: the folder that `cxrgaze-export` made.
+        device: "auto" or the name of a backend (`cxrgaze.runtime.backends.NAMES`).
+        threads: CPU threads of the backend; None leaves the choice to it.
+
+    Raises:
+        UsageError: no bundle there, no such backend.
+        IntegrityError: any file of the bundle is malformed or altered; its gate verdict is "fail".
+        IncompatibleError: backend or preprocessing does not fit, or the self-test failed.
+
+    Example:
+        >>> with load("demo-fp16.cxrgaze") as reader:    # doctest: +SKIP
+        ...     reading = reader.read("film.png")
+        >>> reading.label, reading.heatmap().shape       # doctest: +SKIP
+        ('pneumonia', (1024, 1024))
+    """
+    opened = Bundle.open(bundle)
+    return Reader(opened, backends.choose(opened, device, threads))
+
+
+class Reader:
+    """Reads films with one bundle on one backend; a context manager; one thread at a time."""
+
+    def __init__(self, bundle: Bundle, backend: backends.Backend) -> None:
+        manifest = bundle.manifest
+        if manifest.spec.preprocessing != PREPROCESSING:
+            raise IncompatibleError(
+                f"the bundle needs preprocessing {manifest.spec.preprocessing}, this cxrgaze has "
+                f"{PREPROCESSING}; export again"
+            )
+        if manifest.gate.verdict == "fail":
+            raise IntegrityError(f"{bundle.path}: its gate verdict is fail; it must not be loaded")
+        bundle.verify()
+        self.bundle = bundle
+        self.backend = backend
+        backend.activate(bundle)
+        try:
+            self._self_test()
+        except BaseException:
+            backend.deactivate()
+            raise
+        self.standing_warnings = self._standing_warnings()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the backend."""
+        self.backend.deactivate()
+
+    def read(self, film: Readable) -> Reading:
+        """The reading of one film: a path, an array (see `film_from_array`) or a `Film`.
+
+        Raises:
+            FilmError: it cannot be read.
+            NotApplicableError: it can be read, but the network must not be applied to it.
+        """
+        return self.read_batch([film])[0]
+
+    def read_batch(self, films: Sequence[Readable]) -> list[Reading]:
+        """Readings in the order of `films`, inferred in batches of at most `MAX_BATCH`.
+
+        Raises:
+            FilmError, NotApplicableError: as `read`, for the first film concerned.
+        """
+        readings = []
+        for start in range(0, len(films), MAX_BATCH):
+            readings += self._read_some(films[start : start + MAX_BATCH])
+        return readings
+
+    def _read_some(self, films: Sequence[Readable]) -> list[Reading]:
+        spec = self.bundle.manifest.spec
+        image = np.empty((len(films), 1, spec.height, spec.width), dtype=np.float32)
+        prepared = []
+        for index, given in enumerate(films):
+            start = time.perf_counter()
+            film = _as_film(given)
+            if film.reasons:
+                raise NotApplicableError(film.reasons)
+            decoded = time.perf_counter()
+            image[index, 0], geometry = to_canvas(film.pixels, spec)
+            done = time.perf_counter()
+            times = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
+            prepared.append((film, geometry, times))
+        start = time.perf_counter()
+        outputs = self.backend.infer(image)
+        infer_ms = (time.perf_counter() - start) * 1e3 / len(films)
+        readings = []
+        for index, (film, geometry, times) in enumerate(prepared):
+            start = time.perf_counter()
+            probabilities = self._probabilities(outputs.logits[index])
+            points = self.bundle.manifest.decision.operating_points
+            readings.append(
+                Reading(
+                    film=film.name,
+                    film_sha256=film.sha256,
+                    pixel_source=film.pixel_source,
+                    probabilities=probabilities,
+                    flags={name: probabilities[name] >= at for name, at in points.items()},
+                    log_density=outputs.log_density[index, 0],
+                    geometry=geometry,
+                    timings_ms={
+                        **times,
+                        "infer": infer_ms,
+                        "postprocess": (time.perf_counter() - start) * 1e3,
+                    },
+                    model=self._identity(),
+                    warnings=(*self.standing_warnings, *self._film_warnings(film)),
+                )
+            )
+        return readings
+
+    def _probabilities(self, logits: NDArray[np.float32]) -> dict[str, float]:
+        scaled = logits.astype(np.float64) / self.bundle.manifest.decision.temperature
+        odds = np.exp(scaled - scaled.max())
+        names = self.bundle.manifest.spec.class_names
+        return dict(zip(names, (odds / odds.sum()).tolist(), strict=True))
+
+    def _identity(self) -> dict[str, str]:
+        manifest = self.bundle.manifest
+        return {
+            "bundle_sha256": self.bundle.sha256,
+            "name": manifest.name,
+            "variant": manifest.spec.variant,
+            "model_version": manifest.spec.model_version,
+            "precision": manifest.precision,
+            "target": manifest.target,
+            "backend": self.backend.name,
+            "device": self.backend.device,
+            "gate": manifest.gate.verdict,
+        }
+
+    def _standing_warnings(self) -> tuple[str, ...]:
+        """What every reading of this bundle must say."""
+        manifest = self.bundle.manifest
+        warnings = [manifest.spec.caution] if manifest.spec.caution else []
+        if manifest.gate.verdict != "pass":
+            warnings.append(f"gate: {manifest.gate.verdict} ({manifest.gate.reason})")
+        return tuple(warnings)
+
+    def _film_warnings(self, film: Film) -> tuple[str, ...]:
+        trained = self.bundle.manifest.spec.pixel_source
+        if film.pixel_source != trained:
+            return (
+                *film.notes,
+                f"pixel source is {film.pixel_source}, the network was trained on {trained}",
+            )
+        return film.notes
+
+    def _self_test(self) -> None:
+        manifest = self.bundle.manifest
+        golden = read_golden(self.bundle)
+        tolerance = manifest.self_test.get(self.backend.name)
+        if tolerance is None:
+            raise IncompatibleError(
+                f"the bundle has no self-test tolerance for {self.backend.name}; export again"
+            )
+        found = self.backend.infer(golden["image"])
+        off_logits = float(np.abs(found.logits - golden["logits"]).max())
+        reference = golden["log_density"]
+        looked_at = reference > reference.max() + np.log(0.01)
+        off_density = float(np.abs(found.log_density - reference)[looked_at].max())
+        # Written so that NaN fails.
+        if not (off_logits <= tolerance.logits and off_density <= tolerance.log_density):
+            raise IncompatibleError(
+                f"self-test failed on {self.backend.name}: golden logits off by {off_logits:.3g} "
+                f"(limit {tolerance.logits:g}), log-density by {off_density:.3g} (limit "
+                f"{tolerance.log_density:g}); this backend does not compute this bundle's network"
+            )
+
+
+def read_golden(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
+    """The golden input (a phantom) and its fp32 outputs: image, logits, log_density.
+
+    Raises:
+        IntegrityError: not the arrays that the ModelSpec asks for.
+    """
+    spec = bundle.manifest.spec
+    shapes = {
+        "image": (1, 1, spec.height, spec.width),
+        "logits": (1, len(spec.classes)),
+        "log_density": (1, 1, spec.height, spec.width),
+    }
+    try:
+        with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in shapes}
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{bundle.path / GOLDEN} is malformed: {error}") from error
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.dtype != np.float32:
+            raise IntegrityError(
+                f"{bundle.path / GOLDEN}: {name} is {array.dtype} {array.shape}, expected float32 "
+                f"{shapes[name]}"
+            )
+    return arrays
+
+
+def _as_film(given: Readable) -> Film:
+    if isinstance(given, Film):
+        return given
+    if isinstance(given, np.ndarray):
+        return film_from_array(given)
+    return load_film(given)

@@ -1,0 +1,41 @@
+"""cxrgaze: chest X-ray diagnosis and gaze in a proven edge engine.
+
+Research software, not a medical device. Importing this package reads no file and touches no device.
+
+Example:
+    >>> import cxrgaze
+    >>> with cxrgaze.load("demo-fp16.cxrgaze") as reader:    # doctest: +SKIP
+    ...     print(reader.read("film.dcm").label)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cxrgaze.errors import CxrgazeError
+
+if TYPE_CHECKING:
+    from cxrgaze.runtime.film import Film
+    from cxrgaze.runtime.reader import Reader, load
+    from cxrgaze.runtime.reading import Reading
+
+__version__ = "0.1.0"
+__all__ = ["CxrgazeError", "Film", "Reader", "Reading", "__version__", "load"]
+
+_HOME = {
+    "Film": "cxrgaze.runtime.film",
+    "Reader": "cxrgaze.runtime.reader",
+    "Reading": "cxrgaze.runtime.reading",
+    "load": "cxrgaze.runtime.reader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

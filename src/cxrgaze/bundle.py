@@ -1,0 +1,244 @@
+"""The bundle: a folder `NAME.cxrgaze/` with a typed graph and a manifest that binds every file.
+
+The manifest is canonical: its bytes are the one rendering of its content, and its `digest` is the
+SHA-256 of that rendering with an empty digest. With the SHA-256 of every other file inside it, any
+changed byte of a bundle is seen. A bundle is written whole or not at all and never changed after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.files import (
+    checked_relative,
+    new_folder,
+    parse_json,
+    read_regular,
+    render_json,
+    sha256,
+)
+from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
+
+SCHEMA_VERSION = 1
+SUFFIX = ".cxrgaze"
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+GOLDEN = "reference/golden.npz"
+_MANIFEST_LIMIT = 16 << 20
+_FILE_LIMIT = 4 << 30
+
+Precision = Literal["fp32", "fp16"]
+Target = Literal["tensorrt", "cpu"]
+Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
+
+
+class FileRecord(Frozen):
+    """One file of the bundle."""
+
+    path: str
+    size: int = Field(ge=0, le=_FILE_LIMIT)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _path_stays_inside(cls, value: str) -> str:
+        return str(checked_relative(value))
+
+
+class Decision(Frozen):
+    """Parameters fitted on validation films; outside the engine key."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it before the softmax."""
+    operating_points: dict[str, float] = {}
+    """Probability threshold of a class's flag, by class name; classes without one get no flag."""
+
+
+class Tolerance(Frozen):
+    """Largest absolute difference to the fp32 reference that is still the same network."""
+
+    logits: float = Field(gt=0)
+    log_density: float = Field(gt=0)
+    """In nats, over pixels whose reference density is at least 1 % of the map's peak."""
+
+
+class OutputParity(Frozen):
+    """Absolute differences of one output over all parity films."""
+
+    max: float
+    p99: float
+    cosine: float
+    """Smallest cosine similarity over films."""
+
+
+class Parity(Frozen):
+    """The bundle's graph in ONNX Runtime against the network in torch float32."""
+
+    verdict: Literal["pass", "fail", "not_finite"]
+    films: int
+    domain: str
+    """What films they were."""
+    limits: Tolerance
+    logits: OutputParity
+    log_density: OutputParity
+    agreement_cc_min: float
+    """Smallest CC between the two networks' maps over films; the human map is not involved."""
+    agreement_cc_mean: float
+    label_flips: int
+    peak_activation: float
+    """Largest absolute value that any layer takes or gives in float32 (float16 ends at 65504)."""
+    witness: str
+    """What this comparison can and cannot show."""
+
+
+class Gate(Frozen):
+    """Accuracy against the fp32 reference on a labelled set."""
+
+    level: Literal["graph"] = "graph"
+    verdict: Verdict
+    reason: str
+
+
+class Provenance(Frozen):
+    """Where the bundle came from."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    trained_on: str
+    created_utc: str
+    versions: dict[str, str]
+
+
+class Manifest(Frozen):
+    """Content of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    digest: str = ""
+    notice: str = NOTICE
+    name: str
+    spec: ModelSpec
+    precision: Precision
+    target: Target
+    opset: int
+    ir_version: int = Field(le=10)
+    """At most 10: onnxruntime 1.23 of JetPack 6 reads no later one (toolchain.md section 9)."""
+    float32_nodes: int
+    """Nodes of a low-precision graph that stay float32 on purpose."""
+    decision: Decision = Decision()
+    self_test: dict[str, Tolerance]
+    """Tolerances of the golden input by backend, for this bundle's precision."""
+    parity: Parity
+    gate: Gate
+    provenance: Provenance
+    files: tuple[FileRecord, ...] = ()
+
+    def rendered(self) -> bytes:
+        """The canonical bytes, digest filled in."""
+        content = self.model_dump(mode="json")
+        content["digest"] = ""
+        content["digest"] = sha256(render_json(content))
+        return render_json(content)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: a checked manifest, and files that are verified as they are read."""
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+    """SHA-256 of the manifest's bytes: the identity of the bundle."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Read and check the manifest.
+
+        Raises:
+            UsageError: `path` is no bundle.
+            IntegrityError: malformed, altered, or of another schema version.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).exists():
+            raise UsageError(_no_bundle(path))
+        data = read_regular(path / MANIFEST, _MANIFEST_LIMIT)
+        content = parse_json(data, str(path / MANIFEST))
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise IntegrityError(
+                f"{path}: bundle schema version {content.get('schema_version')!r}, this cxrgaze "
+                f"reads {SCHEMA_VERSION}; export again, or use the version that wrote it"
+            )
+        try:
+            manifest = Manifest.model_validate(content)
+        except ValidationError as error:
+            raise IntegrityError(f"{path / MANIFEST}: {complaint(error)}") from error
+        if manifest.rendered() != data:
+            raise IntegrityError(
+                f"{path / MANIFEST} was altered: it does not match its own digest; export again"
+            )
+        return cls(path, manifest, sha256(data))
+
+    def read(self, name: str) -> bytes:
+        """Bytes of one listed file, verified; load from these, never from the path.
+
+        Raises:
+            IntegrityError: missing, of another size, or altered.
+        """
+        record = next((r for r in self.manifest.files if r.path == name), None)
+        if record is None:
+            raise IntegrityError(f"{self.path}: {name} is not listed in {MANIFEST}")
+        file = self.path / name
+        if file.resolve() != self.path.resolve() / name:
+            raise IntegrityError(f"{file} is reached through a link; expected a plain folder")
+        try:
+            data = read_regular(file, record.size)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{file} is missing; export or copy the bundle again") from error
+        if len(data) != record.size or sha256(data) != record.sha256:
+            raise IntegrityError(
+                f"{file} was altered: {len(data)} bytes, SHA-256 {sha256(data)[:12]}..., the "
+                f"manifest says {record.size} bytes, {record.sha256[:12]}...; copy or export again"
+            )
+        return data
+
+    def verify(self) -> None:
+        """Read every listed file once.
+
+        Raises:
+            IntegrityError: as `read`.
+        """
+        for record in self.manifest.files:
+            self.read(record.path)
+
+
+def fill_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write manifest and files into the empty `folder` of `new_folder`, and verify them."""
+    records = tuple(
+        FileRecord(path=name, size=len(data), sha256=sha256(data)) for name, data in files.items()
+    )
+    manifest = manifest.model_copy(update={"files": records})
+    for name, data in files.items():
+        (folder / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / MANIFEST).write_bytes(manifest.rendered())
+    bundle = Bundle.open(folder)
+    bundle.verify()
+    return bundle
+
+
+def bundle_path(output: Path, name: str) -> Path:
+    """`output` itself if it is named as a bundle, else the bundle `name` inside it."""
+    return output if output.suffix == SUFFIX else output / f"{name}{SUFFIX}"
+
+
+def _no_bundle(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist; expected a bundle made by cxrgaze-export"
+    inside = sorted(p.name for p in path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    hint = f"; did you mean {path / inside[0]}?" if inside else "; make one with cxrgaze-export"
+    return f"{path} is not a bundle: it has no {MANIFEST}{hint}"

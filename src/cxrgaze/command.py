@@ -1,0 +1,120 @@
+"""What every command shares: parsing, exit codes, interrupts, progress on standard error.
+
+Results go to standard output, everything else to standard error. Imports nothing heavy: `--help`
+must be instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
+from typing import TypeVar
+
+from cxrgaze.errors import CxrgazeError, ExitCode
+
+T = TypeVar("T")
+
+_EXIT_HELP = (
+    "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 4 parity, "
+    "6 incompatible, 7 integrity, 10 out of memory, 11 data, 130 interrupted. "
+    "Research software, not a medical device."
+)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser in the house's form."""
+    from cxrgaze import __version__
+
+    made = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=_EXIT_HELP, allow_abbrev=False
+    )
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return made
+
+
+def execute(
+    arguments: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse, run, and turn errors into one line and the right exit code.
+
+    SIGTERM unwinds like Ctrl-C, so that nothing half-written stays behind.
+    """
+    args = arguments.parse_args(argv)
+    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except CxrgazeError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written was left behind", ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no noise at exit
+        return ExitCode.FAILURE
+    except MemoryError:
+        return _fail("out of memory", ExitCode.OUT_OF_MEMORY)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cxrgaze"):
+            raise
+        return _fail(
+            f"the package {error.name!r} is not installed, which this command needs; "
+            f"run: pip install 'cxrgaze[{_EXTRA.get(arguments.prog.split()[0], 'export')}]'",
+            ExitCode.INCOMPATIBLE,
+        )
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror}", ExitCode.FAILURE)
+
+
+_EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export"}
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def counted(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+    """The items, with a progress bar on standard error where that is a terminal."""
+    from tqdm import tqdm
+
+    bar: Iterator[T] = iter(tqdm(items, total=total, unit=unit, disable=None, leave=False))
+    return bar
+
+
+class Steps:
+    """Named steps of a long command on standard error: number, name, seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._done += 1
+        started = time.perf_counter()
+        print(f"[{self._done}/{self._total}] {name} ...", end="", file=sys.stderr, flush=True)
+        try:
+            yield
+        except BaseException:
+            say(" failed")
+            raise
+        say(f" {time.perf_counter() - started:.1f} s")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: ExitCode) -> int:
+    say(f"error: {message}")
+    return code

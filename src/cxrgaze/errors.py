@@ -1,0 +1,86 @@
+"""The error tree and the exit codes that go with it.
+
+    CxrgazeError                    1  failure
+    ├── UsageError(ValueError)      2  a request that cannot be carried out as given
+    ├── ParityError                 4  converted graph and network disagree, NaN, overflow
+    ├── IncompatibleError           6  device, library, backend or target does not fit
+    ├── IntegrityError              7  malformed, altered or foreign file (bundle, checkpoint)
+    ├── DataError                  11  a labelled set that breaks a rule
+    └── FilmError                   1  a film that cannot be read
+        └── NotApplicableError      0  a film that must not be read: a result, not a failure
+
+Messages say what was found, what was expected and what to do. They never quote header values of a
+film: those may identify a patient.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command (design.md section 4)."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    BUILD = 3
+    PARITY = 4
+    GATE = 5
+    INCOMPATIBLE = 6
+    INTEGRITY = 7
+    OBJECTIVE_MISSED = 8
+    INCONCLUSIVE = 9
+    OUT_OF_MEMORY = 10
+    DATA = 11
+    INTERRUPTED = 130
+
+
+class CxrgazeError(Exception):
+    """Base of every error that cxrgaze raises on purpose."""
+
+    exit_code = ExitCode.FAILURE
+
+
+class UsageError(CxrgazeError, ValueError):
+    """The request cannot be carried out as given; nothing was started."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ParityError(CxrgazeError):
+    """The converted graph does not compute what the network computes."""
+
+    exit_code = ExitCode.PARITY
+
+
+class IncompatibleError(CxrgazeError):
+    """A device, library, backend or target that does not fit."""
+
+    exit_code = ExitCode.INCOMPATIBLE
+
+
+class IntegrityError(CxrgazeError):
+    """A file that is malformed, altered or of another schema version."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
+class DataError(CxrgazeError):
+    """A labelled set that breaks one of its rules."""
+
+    exit_code = ExitCode.DATA
+
+
+class FilmError(CxrgazeError):
+    """A film that cannot be read."""
+
+
+class NotApplicableError(FilmError):
+    """A readable film that the network must not be applied to; `reasons` says why."""
+
+    exit_code = ExitCode.OK
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("not applicable: " + "; ".join(reasons))
+        self.reasons = reasons

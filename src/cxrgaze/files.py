@@ -1,0 +1,176 @@
+"""Files read once and verified, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cxrgaze.errors import IntegrityError, UsageError
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of bytes, 64 lower-case hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Bytes of a regular file of at most `limit` bytes; links, pipes and devices are refused.
+
+    Raises:
+        IntegrityError: not a regular file, or larger than `limit`.
+        OSError: missing or unreadable.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if path.is_symlink():
+            raise IntegrityError(f"{path} is a link; expected a regular file") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"{path} is not a regular file")
+        if status.st_size > limit:
+            raise IntegrityError(f"{path} has {status.st_size} bytes, expected at most {limit}")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise IntegrityError(f"{path} grew beyond {limit} bytes while it was read")
+    return data
+
+
+def checked_relative(name: str) -> PurePosixPath:
+    """The relative POSIX path `name`, refused if it could leave its folder.
+
+    Raises:
+        ValueError: absolute, empty, with `..`, a backslash or a NUL byte.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a relative path inside the folder")
+    if str(path) != name:
+        raise ValueError(f"{name!r} is not in its shortest form {str(path)!r}")
+    return path
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in `data`; duplicate keys, NaN and other top-level types are refused.
+
+    Raises:
+        IntegrityError: not such an object; `name` is used in the message.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("duplicate keys")
+        return value
+
+    def no_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError among them
+        raise IntegrityError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{name} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def render_json(value: Any) -> bytes:
+    """The one rendering of a JSON value: UTF-8, two spaces, keys in their order, final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all: a sibling file, fsync, rename.
+
+    Raises:
+        OSError: the folder cannot be written; `path` is as it was.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def make_output_folder(path: Path) -> Path:
+    """Make the folder `path` with its parents and check that it can be written.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write to {path}: {reason}; choose another --output") from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, marker: str) -> Iterator[Path]:
+    """A sibling folder to fill, renamed to `target` when the block ends without an error.
+
+    On an error (an interrupt too) nothing stays behind and an existing `target` is untouched. An
+    existing `target` is replaced only if it holds the file `marker`, that is, if it is of our kind.
+
+    Raises:
+        UsageError: `target` exists and is not of our kind, or its parent cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not (target / marker).is_file()):
+        raise UsageError(f"{target} exists and has no {marker}; remove it or choose another name")
+    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    make_output_folder(target.parent)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        folder = part / "new"
+        folder.mkdir()
+        yield folder
+        _fsync_tree(folder)
+        if target.exists():
+            target.rename(part / "old")
+        try:
+            folder.rename(target)
+        except BaseException:
+            if (part / "old").exists() and not target.exists():
+                (part / "old").rename(target)
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for folder in made:  # parents that we made and that stayed empty go again
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

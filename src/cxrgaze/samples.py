@@ -1,0 +1,378 @@
+"""The labelled set: one folder format for training, calibration, gate, evaluation and bench.
+
+    SET/set.json        schema version, name, origin, domain, classes, SHA-256 of the split
+    SET/films.csv       one row a film; the split column is the only home of the split
+    SET/fixations.csv   one row a gaze sample or fixation, in pixels of the source film
+    SET/...             the films, where films.csv says
+
+Films without a label or without gaze are legal. Converters write this format; nothing else is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, field_validator
+
+from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.files import (
+    checked_relative,
+    new_folder,
+    parse_json,
+    read_regular,
+    render_json,
+    sha256,
+)
+from cxrgaze.heatmaps import HeatmapPreset
+from cxrgaze.spec import Domain, Frozen, PixelSource, complaint
+
+SCHEMA_VERSION = 1
+MARKER = "set.json"
+FILM_LIMIT = 1 << 30  # bytes of one film file
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class SetInfo(Frozen):
+    """What `set.json` holds."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    origin: str
+    """Where films and gaze came from, in a sentence."""
+    domain: Domain
+    classes: tuple[str, ...]
+    split_sha256: str = ""
+    """SHA-256 over film, patient and split of every row, see `split_hash`."""
+
+
+class FilmRow(Frozen):
+    """One row of `films.csv`."""
+
+    film: str
+    """Path relative to the set's folder, with forward slashes."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    patient: str = Field(min_length=1)
+    """Pseudonym; rows of one patient never cross splits."""
+    label: str | None = None
+    view: str | None = None
+    """DICOM ViewPosition: PA, AP, LL, ..."""
+    age: float | None = Field(default=None, ge=0, le=130)
+    sex: Literal["F", "M", "O"] | None = None
+    spacing: float | None = Field(default=None, gt=0)
+    """Millimetres per pixel where both axes agree."""
+    pixel_source: PixelSource
+    redistributable: bool = False
+    split: Split | None = None
+
+    @field_validator("film")
+    @classmethod
+    def _film_stays_inside(cls, value: str) -> str:
+        return str(checked_relative(value))
+
+
+FILM_COLUMNS = tuple(FilmRow.model_fields)
+GAZE_COLUMNS = ("film", "reader", "kind", "x_px", "y_px", "duration_ms")
+GAZE_OPTIONAL = (
+    "sigma_x_px",
+    "sigma_y_px",
+    "shown_xmin_px",
+    "shown_ymin_px",
+    "shown_xmax_px",
+    "shown_ymax_px",
+)
+_KINDS = ("sample", "fixation")
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """Gaze on one film, rows in their recorded order.
+
+    `values` is float64 `(n, 9)`: x_px, y_px, duration_ms and the six optional columns, NaN where
+    empty. Points may lie outside the film.
+    """
+
+    readers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    values: NDArray[np.float64]
+
+    def select(self, *, kind: str | None = None, reader: str | None = None) -> Gaze:
+        """The rows of one kind and one reader; None takes all."""
+        keep = [
+            i
+            for i, (k, r) in enumerate(zip(self.kinds, self.readers, strict=True))
+            if kind in (None, k) and reader in (None, r)
+        ]
+        return Gaze(
+            tuple(self.readers[i] for i in keep),
+            tuple(self.kinds[i] for i in keep),
+            self.values[keep],
+        )
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """`(n, 2)`, `(x, y)` in pixels of the source film."""
+        return self.values[:, :2]
+
+    def weighted(
+        self, preset: HeatmapPreset, width: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Points `(n, 2)`, weights `(n,)` and sigmas `(n, 2)` in pixels of a film `width` wide.
+
+        Raises:
+            DataError: the preset wants a sigma of each row and one is missing.
+        """
+        rows = self.select(kind=preset.kind)
+        weights = rows.values[:, 2] if preset.weight == "duration" else np.ones(len(rows.values))
+        sigma = preset.sigma_px or (preset.sigma_share and preset.sigma_share * width)
+        sigmas = np.full((len(weights), 2), sigma) if sigma else rows.values[:, 3:5]
+        if np.isnan(sigmas).any():
+            raise DataError("this preset needs sigma_x_px and sigma_y_px in every fixation row")
+        return rows.points, weights, sigmas
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A labelled set; `open` checks it, `write` makes one."""
+
+    folder: Path
+    info: SetInfo
+    rows: tuple[FilmRow, ...]
+    gaze: Mapping[str, Gaze] = field(default_factory=dict)
+    """Gaze by film; films without gaze have no entry."""
+
+    @classmethod
+    def open(cls, folder: Path | str) -> LabelledSet:
+        """Read and check the tables; films are checked when they are read (`film_bytes`).
+
+        Raises:
+            DataError: naming the file and the row that breaks a rule.
+        """
+        folder = Path(folder)
+        if not (folder / MARKER).is_file():
+            raise DataError(f"{folder} is not a labelled set: it has no {MARKER}")
+        try:
+            info = SetInfo(**parse_json((folder / MARKER).read_bytes(), MARKER))
+        except IntegrityError as error:
+            raise DataError(f"{folder / MARKER}: {error}") from error
+        except ValidationError as error:
+            raise DataError(f"{folder / MARKER}: {complaint(error)}") from error
+        if info.schema_version != SCHEMA_VERSION:
+            raise DataError(
+                f"{folder / MARKER}: schema version {info.schema_version}, this cxrgaze reads "
+                f"{SCHEMA_VERSION}; make the set again with this version"
+            )
+        rows = _read_films(folder / "films.csv", info.classes)
+        missing = [row.film for row in rows if not (folder / row.film).is_file()]
+        if missing:
+            raise DataError(
+                f"{folder / 'films.csv'}: {len(missing)} films are missing, first {missing[0]}"
+            )
+        check_split(rows)
+        if info.split_sha256 != split_hash(rows):
+            raise DataError(
+                f"{folder}: the split column does not match split_sha256 in {MARKER}: the split was "
+                "changed after the set was made; make the set again"
+            )
+        gaze = _read_gaze(folder / "fixations.csv", {row.film for row in rows})
+        return cls(folder, info, rows, gaze)
+
+    def split(self, name: Split) -> LabelledSet:
+        """The rows of one split."""
+        rows = tuple(row for row in self.rows if row.split == name)
+        return LabelledSet(self.folder, self.info, rows, self.gaze)
+
+    def film_bytes(self, row: FilmRow) -> bytes:
+        """Bytes of a film, verified against its SHA-256.
+
+        Raises:
+            DataError: the film is not the one that was entered.
+        """
+        data = read_regular(self.folder / row.film, FILM_LIMIT)
+        if sha256(data) != row.sha256:
+            raise DataError(f"{self.folder / row.film}: SHA-256 differs from films.csv")
+        return data
+
+
+def write_set(
+    folder: Path,
+    info: SetInfo,
+    rows: Sequence[FilmRow],
+    gaze: Mapping[str, Gaze],
+    films: Mapping[str, bytes],
+) -> LabelledSet:
+    """Write a labelled set whole or not at all, and open it.
+
+    Raises:
+        DataError: a rule is broken. UsageError: `folder` is something else.
+    """
+    check_split(rows)
+    info = info.model_copy(update={"split_sha256": split_hash(rows)})
+    with new_folder(folder, MARKER) as new:
+        for name, data in films.items():
+            (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(data)
+        (new / "films.csv").write_text(_films_csv(rows), encoding="utf-8")
+        (new / "fixations.csv").write_text(_gaze_csv(gaze), encoding="utf-8")
+        (new / MARKER).write_bytes(render_json(info.model_dump(mode="json")))
+        written = LabelledSet.open(new)
+    return replace(written, folder=folder)
+
+
+def split_hash(rows: Sequence[FilmRow]) -> str:
+    """SHA-256 over the sorted lines film, patient, split (tab-separated)."""
+    lines = sorted(f"{row.film}\t{row.patient}\t{row.split or ''}\n" for row in rows)
+    return sha256("".join(lines).encode())
+
+
+def check_split(rows: Sequence[FilmRow]) -> None:
+    """Refuse a patient on two sides.
+
+    Raises:
+        DataError: with the list of patients.
+    """
+    sides = defaultdict(set)
+    for row in rows:
+        if row.split:
+            sides[row.patient].add(row.split)
+    crossing = sorted(patient for patient, splits in sides.items() if len(splits) > 1)
+    if crossing:
+        listed = ", ".join(crossing[:20]) + (" ..." if len(crossing) > 20 else "")
+        raise DataError(f"{len(crossing)} patients are in more than one split: {listed}")
+
+
+def assign_splits(
+    rows: Sequence[FilmRow], shares: Mapping[Split, float], seed: int
+) -> tuple[FilmRow, ...]:
+    """Deal patients to splits: grouped by patient, stratified by label and view.
+
+    A patient's stratum is that of the patient's first film. Within a stratum, patients are shuffled
+    by `seed` and each goes to the split that is furthest below its share of films so far.
+
+    Raises:
+        DataError: shares that are not positive.
+    """
+    if not shares or min(shares.values()) <= 0:
+        raise DataError(f"split shares must be positive, found {dict(shares)}")
+    films: dict[str, list[FilmRow]] = defaultdict(list)
+    for row in rows:
+        films[row.patient].append(row)
+    strata: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for patient in sorted(films):
+        first = films[patient][0]
+        strata[first.label or "", first.view or ""].append(patient)
+    rng = np.random.default_rng(seed)
+    total = sum(shares.values())
+    count = dict.fromkeys(shares, 0.0)
+    assigned: dict[str, Split] = {}
+    for stratum in sorted(strata):
+        for index in rng.permutation(len(strata[stratum])):
+            patient = strata[stratum][index]
+            dealt = sum(count.values()) + len(films[patient])
+            split = max(shares, key=lambda s: shares[s] / total * dealt - count[s])
+            assigned[patient] = split
+            count[split] += len(films[patient])
+    return tuple(row.model_copy(update={"split": assigned[row.patient]}) for row in rows)
+
+
+def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
+    rows: dict[str, FilmRow] = {}
+    for number, cells in _csv_rows(path, FILM_COLUMNS, ()):
+        try:
+            row = FilmRow(**{key: value for key, value in cells.items() if value != ""})
+        except ValidationError as error:
+            raise DataError(f"{path}, row {number}: {complaint(error)}") from error
+        if row.label is not None and row.label not in classes:
+            raise DataError(f"{path}, row {number}: label {row.label!r} is not one of {classes}")
+        if row.film in rows:
+            raise DataError(f"{path}, row {number}: {row.film} is listed twice")
+        rows[row.film] = row
+    if not rows:
+        raise DataError(f"{path}: no films")
+    return tuple(rows.values())
+
+
+def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
+    if not path.is_file():
+        return {}
+    readers: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    values: dict[str, list[list[float]]] = defaultdict(list)
+    for number, cells in _csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
+        film = cells["film"]
+        try:
+            needed = [float(cells[name]) for name in GAZE_COLUMNS[3:]]
+            optional = [float(cells.get(name) or "nan") for name in GAZE_OPTIONAL]
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        if film not in films:
+            raise DataError(f"{path}, row {number}: {film} is not in films.csv")
+        if cells["kind"] not in _KINDS:
+            raise DataError(f"{path}, row {number}: kind {cells['kind']!r} is not one of {_KINDS}")
+        if not np.isfinite(needed).all() or needed[2] < 0:
+            raise DataError(f"{path}, row {number}: coordinates and duration must be finite")
+        readers[film].append(cells["reader"])
+        kinds[film].append(cells["kind"])
+        values[film].append(needed + optional)
+    return {
+        film: Gaze(tuple(readers[film]), tuple(kinds[film]), np.array(values[film]))
+        for film in readers
+    }
+
+
+def _csv_rows(
+    path: Path, needed: Sequence[str], optional: Sequence[str]
+) -> list[tuple[int, dict[str, str]]]:
+    """Rows with their line number; the header must have all needed columns and no foreign one."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or ())
+            missing = [name for name in needed if name not in header]
+            foreign = [name for name in header if name not in (*needed, *optional)]
+            if missing or foreign or len(set(header)) != len(header):
+                raise DataError(
+                    f"{path}: columns missing {missing}, not expected {foreign}; "
+                    f"expected {[*needed]}, optional {[*optional]}"
+                )
+            rows = []
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    raise DataError(f"{path}, row {reader.line_num}: {len(header)} cells expected")
+                rows.append((reader.line_num, cells))
+            return rows
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
+def _films_csv(rows: Sequence[FilmRow]) -> str:
+    return _csv_text(FILM_COLUMNS, [row.model_dump() for row in rows])
+
+
+def _gaze_csv(gaze: Mapping[str, Gaze]) -> str:
+    columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
+    records: list[dict[str, Any]] = []
+    for film, rows in gaze.items():
+        for reader, kind, values in zip(rows.readers, rows.kinds, rows.values, strict=True):
+            cells = [None if np.isnan(v) else round(float(v), 3) for v in values]
+            records.append(dict(zip(columns, (film, reader, kind, *cells), strict=True)))
+    return _csv_text(columns, records)
+
+
+def _csv_text(columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

@@ -1,0 +1,140 @@
+"""A checkpoint: weights as safetensors, and beside them a JSON card that says what they are.
+
+`NAME.safetensors` holds the state dict of `Network`; `NAME.json` the card with the ModelSpec, the
+SHA-256 of the weights, how they were trained and what was measured. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from cxrgaze import __version__
+from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
+from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
+from cxrgaze.train.model import VARIANTS, Network
+
+SCHEMA_VERSION = 1
+_WEIGHTS_LIMIT = 4 << 30
+_CARD_LIMIT = 16 << 20
+
+
+class Card(Frozen):
+    """What the weights are, how they were made and what was measured."""
+
+    schema_version: int = SCHEMA_VERSION
+    notice: str = NOTICE
+    name: str
+    spec: ModelSpec
+    weights_sha256: str
+    parameters: int
+    trained_on: str
+    """Origin of the training films, in a sentence."""
+    command: str
+    """The one command that makes this checkpoint again."""
+    config: dict[str, Any]
+    results: dict[str, Any]
+    """Figures on held-out films, each with its centre-prior CC; says synthetic where it is."""
+    environment: dict[str, str]
+
+
+def save(path: Path, network: Network, **card: Any) -> Card:
+    """Write weights to `path` and the card beside it.
+
+    Args:
+        card: fields of `Card`; schema version, hash, parameters and environment are filled in.
+    """
+    weights = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    )
+    made = Card(
+        weights_sha256=sha256(weights),
+        parameters=sum(p.numel() for p in network.parameters()),
+        environment={
+            "cxrgaze": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "threads": str(torch.get_num_threads()),
+        },
+        **card,
+    )
+    write_atomic(path, weights)
+    write_atomic(path.with_suffix(".json"), render_json(made.model_dump(mode="json")))
+    return made
+
+
+def load(path: Path) -> tuple[Network, Card]:
+    """The network of a checkpoint, in evaluation mode, and its card.
+
+    Raises:
+        UsageError: no such file.
+        IntegrityError: weights or card malformed, altered, of another schema or another variant.
+    """
+    card_path = path.with_suffix(".json")
+    for needed in (path, card_path):
+        if not needed.is_file():
+            raise UsageError(
+                f"{needed} does not exist; a checkpoint is NAME.safetensors + NAME.json"
+            )
+    card = _read_card(card_path)
+    data = read_regular(path, _WEIGHTS_LIMIT)
+    if sha256(data) != card.weights_sha256:
+        raise IntegrityError(f"{path}: SHA-256 differs from {card_path.name}: altered or cut short")
+    try:
+        weights = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is not a safetensors file: {error}") from error
+    if card.spec.variant not in VARIANTS:
+        raise IntegrityError(
+            f"{card_path}: variant {card.spec.variant!r}, this cxrgaze has {sorted(VARIANTS)}"
+        )
+    network = Network(VARIANTS[card.spec.variant], len(card.spec.classes))
+    load_weights(network, weights, str(path))
+    return network.eval(), card
+
+
+def load_weights(network: Network, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Load every tensor or none.
+
+    Raises:
+        IntegrityError: naming every tensor that is missing, foreign or of another shape.
+    """
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    wrong = [f"{k} is missing" for k in wanted if k not in found]
+    wrong += [f"{k} is not expected" for k in found if k not in wanted]
+    wrong += [
+        f"{k} has shape {found[k]}, expected {wanted[k]}"
+        for k in wanted
+        if k in found and found[k] != wanted[k]
+    ]
+    if wrong:
+        raise IntegrityError(f"{name} does not fit the network: " + "; ".join(wrong))
+    network.load_state_dict(weights)
+
+
+def demo_path() -> Path:
+    """The demo checkpoint that ships with the package: `tiny`, trained on phantoms."""
+    return Path(str(resource_files("cxrgaze.train") / "demo" / "demo.safetensors"))
+
+
+def _read_card(path: Path) -> Card:
+    content = parse_json(read_regular(path, _CARD_LIMIT), str(path))
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{path}: schema version {content.get('schema_version')!r}, this cxrgaze reads "
+            f"{SCHEMA_VERSION}; train again or use the version that wrote it"
+        )
+    try:
+        return Card.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not a checkpoint card: {complaint(error)}") from error

@@ -1,0 +1,297 @@
+"""The dual-encoder multi-task UNet of Qiu, Rivaz & Xiao (arXiv 2403.16970), variants as data.
+
+One class. A DenseNet encoder gives the bottleneck and the diagnosis features, a residual
+squeeze-and-excitation encoder gives the skips, a UNet decoder gives the saliency map, and a
+classifier fuses features of two scales (reference.md section 1).
+
+Differs from the authors' code at 6873ddf: taps are returned by the forward pass instead of being
+left behind by hooks (reference.md 1.9-17), ReLU on norm5 is explicit (1.2), and parts that the
+authors' object carries but never uses are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets.densenet import DenseNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cxrgaze.spec import CLASSES, Frozen, ModelSpec, PixelSource
+
+
+class Variant(Frozen):
+    """Sizes of one network; `VARIANTS` holds those that exist."""
+
+    height: int
+    width: int
+    init_features: int
+    """Channels of the DenseNet stem."""
+    growth_rate: int
+    block_config: tuple[int, int, int, int]
+    """Dense layers per block."""
+    skip_channels: tuple[int, int, int, int, int]
+    """Channels of the residual encoder at strides 1, 2, 4, 8, 16."""
+    hidden: int = 64
+    """Units of the classifier's hidden layer."""
+    se_reduction: int = 16
+
+
+VARIANTS = {
+    # reference.md sections 1.2 to 1.6: DenseNet201, 66,637,380 parameters.
+    "paper": Variant(
+        height=640,
+        width=512,
+        init_features=64,
+        growth_rate=32,
+        block_config=(6, 12, 48, 32),
+        skip_channels=(64, 128, 256, 512, 1024),
+    ),
+    # The demo and the tests.
+    "tiny": Variant(
+        height=64,
+        width=64,
+        init_features=16,
+        growth_rate=12,
+        block_config=(2, 2, 2, 2),
+        skip_channels=(8, 16, 24, 40, 64),
+        hidden=32,
+        se_reduction=4,
+    ),
+}
+
+
+class Outputs(NamedTuple):
+    """What the network returns; the tensor names of the exported graph."""
+
+    logits: Tensor
+    """`(N, C)`."""
+    log_density: Tensor
+    """`(N, 1, H, W)`, natural-log spatial softmax: exp sums to 1 over the canvas."""
+
+
+class DenseTaps(NamedTuple):
+    """The two taps of the dense encoder, both at stride 32 (reference.md 1.2)."""
+
+    bottleneck: Tensor
+    """T1: the last dense block's output, before norm5, without ReLU."""
+    embedding: Tensor
+    """T2: mean of ReLU(norm5) over the map, `(N, features)`."""
+
+
+class DenseEncoder(nn.Module):
+    """DenseNet on the grey image repeated to three channels, taps returned."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        network = DenseNet(
+            spatial_dims=2,
+            in_channels=3,
+            out_channels=1,  # MONAI's own classifier is not used and not kept
+            init_features=variant.init_features,
+            growth_rate=variant.growth_rate,
+            block_config=variant.block_config,
+        )
+        self.features = network.features
+        self.out_channels = int(network.features.norm5.num_features)
+
+    def forward(self, image: Tensor) -> DenseTaps:
+        x = image.expand(-1, 3, -1, -1)
+        bottleneck = x
+        for name, stage in self.features.named_children():
+            if name == "norm5":
+                bottleneck = x
+            x = stage(x)
+        return DenseTaps(bottleneck, global_mean(F.relu(x)))
+
+
+class ResidualSE(nn.Module):
+    """Residual block, then squeeze-and-excitation (reference.md 1.3).
+
+    The shortcut is always a biased 3x3 convolution without BatchNorm, as in the authors' code; the
+    paper's figure draws an identity (1.8).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, reduction: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.excite = nn.Sequential(
+            nn.Linear(out_channels, out_channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(out_channels // reduction, out_channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.main(x) + self.shortcut(x))
+        weights: Tensor = self.excite(global_mean(x))
+        return x * weights[:, :, None, None]
+
+
+class UpStep(nn.Module):
+    """One decoder step: nearest upsample, 3x3 convolution, concat [skip, up], two convolutions."""
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest"), *_conv_bn_relu(in_channels, out_channels)
+        )
+        self.fuse = nn.Sequential(
+            *_conv_bn_relu(skip_channels + out_channels, out_channels),
+            *_conv_bn_relu(out_channels, out_channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        fused: Tensor = self.fuse(torch.cat([skip, self.up(x)], dim=1))
+        return fused
+
+
+class Network(nn.Module):
+    """Diagnosis and gaze from one grey image.
+
+    Args:
+        variant: sizes.
+        classes: number of classes.
+
+    Source: reference.md sections 1.1 to 1.6.
+    """
+
+    def __init__(self, variant: Variant, classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        self.dense = DenseEncoder(variant)
+        widths = variant.skip_channels
+        self.skips = nn.ModuleList(
+            ResidualSE(below, here, variant.se_reduction)
+            for below, here in zip((1, *widths[:-1]), widths, strict=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        # Steps 5 to 1 (strides 16 to 1) end at half of their skip's channels, the last two at the
+        # first level's width: 512, 256, 128, 64, 64 for `paper`.
+        outs = (*(widths[i] for i in (3, 2, 1, 0)), widths[0])
+        ins = (self.dense.out_channels, *outs[:-1])
+        self.decoder = nn.ModuleList(
+            UpStep(below, skip, out)
+            for below, skip, out in zip(ins, reversed(widths), outs, strict=True)
+        )
+        self.saliency = nn.Sequential(
+            *_conv_bn_relu(outs[-1], outs[-1]), nn.Conv2d(outs[-1], 1, kernel_size=1)
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(self.dense.out_channels + outs[-1], variant.hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.25),
+            nn.Linear(variant.hidden, classes),
+        )
+
+    def forward(self, image: Tensor) -> Outputs:
+        """Both heads for `image` `(N, 1, H, W)` float32 in [0, 1], H and W multiples of 32."""
+        taps = self.dense(image)
+        skips = []
+        x = image
+        for level, block in enumerate(self.skips):
+            x = block(self.pool(x) if level else x)
+            skips.append(x)
+        x = taps.bottleneck
+        for step, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = step(x, skip)
+        features = torch.cat([taps.embedding, global_mean(x)], dim=1)
+        return Outputs(self.classifier(features), spatial_log_softmax(self.saliency(x)))
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over the map, `(N, C, H, W)` to `(N, C)`. Stays float32 in every precision."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def spatial_log_softmax(x: Tensor) -> Tensor:
+    """Natural-log softmax over all pixels of `(N, 1, H, W)`. Stays float32 in every precision."""
+    return F.log_softmax(x.flatten(1), dim=1).reshape(x.shape)
+
+
+def _conv_bn_relu(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def spec_of(
+    variant: str, *, model_version: str, pixel_source: PixelSource, domain: str
+) -> ModelSpec:
+    """The ModelSpec of a network of this variant with the paper's classes."""
+    sizes = VARIANTS[variant]
+    return ModelSpec.model_validate(
+        {
+            "variant": variant,
+            "model_version": model_version,
+            "height": sizes.height,
+            "width": sizes.width,
+            "pixel_source": pixel_source,
+            "domain": domain,
+        }
+    )
+
+
+def random_network(variant: str, images: Tensor, seed: int = 0) -> Network:
+    """An untrained network for latency work: seeded Kaiming weights, BatchNorm calibrated once.
+
+    One forward pass over `images` `(N, 1, H, W)` sets every BatchNorm's running statistics to those
+    of that batch, so that activations stay in a sane range at every depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = Network(VARIANTS[variant])
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average: one batch gives exactly its statistics
+    network.train()
+    with torch.no_grad():
+        network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network.eval()
+
+
+def imagenet_to_dense(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's DenseNet weights under the names of `DenseEncoder`.
+
+    Torchvision writes `features.denseblock1.denselayer1.norm1.weight` (`norm.1` in its published
+    files), MONAI `...denselayer1.layers.norm1.weight`. The ImageNet classifier is left out.
+
+    Raises:
+        KeyError: a name that is not torchvision's.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.startswith("classifier."):
+            continue
+        parts = name.split(".")
+        if parts[0] != "features" or len(parts) < 3:
+            raise KeyError(f"{name} is not a name of torchvision's DenseNet")
+        if len(parts) > 3 and parts[2].startswith("denselayer"):
+            parts[3:] = [*_joined(parts[3:])]
+            parts.insert(3, "layers")
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def _joined(parts: list[str]) -> list[str]:
+    """`["norm", "1", "weight"]` of the published files as `["norm1", "weight"]`."""
+    return [parts[0] + parts[1], *parts[2:]] if parts[1].isdigit() else parts
