@@ -7,6 +7,7 @@ import io
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze import __version__, bundle, phantom
+from cxrgaze import bundle, phantom
 from cxrgaze.command import Steps
 from cxrgaze.errors import DataError
 from cxrgaze.export import fp16, graph, parity
@@ -126,7 +127,7 @@ def _manifest(
     name: str,
     model: onnx.ModelProto,
     kept: int,
-    found: parity.Parity,
+    found: bundle.Parity,
 ) -> bundle.Manifest:
     return bundle.Manifest(
         name=name,
@@ -145,7 +146,7 @@ def _manifest(
             trained_on=source.trained_on,
             created_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             versions={
-                "cxrgaze": __version__,
+                "cxrgaze": version("cxrgaze"),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "onnx": onnx.__version__,

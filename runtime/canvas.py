@@ -60,7 +60,7 @@ class Geometry:
 
 
 def to_canvas(pixels: NDArray[np.float32], spec: ModelSpec) -> tuple[NDArray[np.float32], Geometry]:
-    """The canvas `(H, W)` float32 in [0, 1] of a film's pixels `(h, w)` in [0, 1], and its geometry.
+    """The canvas `(H, W)` in [0, 1] of a film's pixels `(h, w)` in [0, 1], and its geometry.
 
     Version `cxrgaze.spec.PREPROCESSING`; any change of a canvas raises that number.
     """

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -143,7 +143,7 @@ def _parse(data: bytes, name: str) -> Dataset:
 
 
 def _check_inflated_size(deflated: bytes, name: str) -> None:
-    """Inflate without keeping anything, so that a deflate bomb is refused before it takes memory."""
+    """Inflate without keeping anything: a deflate bomb is refused before it takes memory."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     total, rest = 0, deflated
     while rest and not inflater.eof:
@@ -175,22 +175,21 @@ def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
         raise FilmError(f"{name}: transfer syntax {syntax.name} ({syntax}) is not read") from None
     if not decoder.is_native and plugin not in decoder.available_plugins:
         raise FilmError(_missing_decoder(name, syntax))
-    values, _ = decoder.as_array(
-        dataset, index=0, raw=True, decoding_plugin=plugin, correct_unused_bits=False
-    )
+    options: dict[str, Any] = {"correct_unused_bits": False}  # done below, for any HighBit
+    values, _ = decoder.as_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
     if decoder.is_native or syntax == RLELossless:  # these carry the allocated bits as they are
         high = _number(dataset, "HighBit")
         drop = max(int(bits - 1 if high is None else high) + 1 - bits, 0)
         spare = 8 * values.dtype.itemsize - bits
-        values = (values >> drop << spare) >> spare  # arithmetic shifts keep a sign
-    return values
+        values = np.asarray((values >> drop << spare) >> spare)  # arithmetic shifts keep a sign
+    return np.asarray(values)
 
 
 def _missing_decoder(name: str, syntax: UID) -> str:
     if syntax == JPEGExtended12Bit:
         return (
-            f"{name}: {syntax.name} ({syntax}) of 12 bits needs the package pylibjpeg-libjpeg, which "
-            "is under the GPL and not part of cxrgaze; run: pip install pylibjpeg-libjpeg"
+            f"{name}: {syntax.name} ({syntax}) of 12 bits needs the package pylibjpeg-libjpeg, "
+            "which is under the GPL and not part of cxrgaze; run: pip install pylibjpeg-libjpeg"
         )
     return (
         f"{name}: no decoder for {syntax.name} ({syntax}); reinstall cxrgaze with its dependencies"
@@ -202,7 +201,7 @@ def _displayed(
 ) -> tuple[NDArray[np.float32], PixelSource, tuple[str, ...]]:
     """Stored values `(H, W)` as display values in [0, 1], where the window came from, and notes."""
     low = int(stored.min())
-    counts = np.bincount((stored.ravel().astype(np.int64) - low))
+    counts = np.bincount(stored.ravel().astype(np.int64) - low)
     levels = np.arange(low, low + counts.size)
     padding = _padding(dataset, levels)
     counts[padding] = 0
@@ -213,7 +212,8 @@ def _displayed(
     modality = _modality(dataset, levels)
     if window is not None:
         white = _nominal_white(dataset) - modality if inverted else modality
-        table, source = _windowed(white, *window, "LINEAR"), "dicom-window"
+        table = _windowed(white, *window, "LINEAR")
+        source: PixelSource = "dicom-window"
         notes: tuple[str, ...] = ("a window was forced",)
     else:
         table, source, notes = _voi(dataset, modality, counts, inverted)
@@ -225,7 +225,7 @@ def _displayed(
 def _voi(
     dataset: Dataset, modality: NDArray[np.floating], counts: NDArray[np.integer], inverted: bool
 ) -> tuple[NDArray[np.floating], PixelSource, tuple[str, ...]]:
-    """Display value of every level, in [0, 1], white dense: VOI LUT, window, 8 bits, percentiles."""
+    """Display value of every level, white dense: VOI LUT, window, 8 bits or percentiles."""
     if dataset.get("VOILUTSequence"):
         item = dataset.VOILUTSequence[0]
         table = _looked_up(item, np.rint(modality)) / (2 ** _lut_bits(item) - 1)
@@ -266,9 +266,8 @@ def _percentile_ramp(
     """Linear between `PERCENTILES` of the pixels that each level has."""
     order = np.argsort(values, kind="stable")
     share = np.cumsum(counts[order]) / max(counts.sum(), 1)
-    low, high = (
-        values[order[min(np.searchsorted(share, p / 100), len(order) - 1)]] for p in PERCENTILES
-    )
+    ends = np.searchsorted(share, np.array(PERCENTILES) / 100).clip(max=len(order) - 1)
+    low, high = values[order[ends]]
     return np.asarray((values - low) / max(high - low, np.finfo(np.float64).tiny))
 
 

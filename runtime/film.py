@@ -7,6 +7,7 @@ orientation. Why the network must not be applied to a film is data (`Film.reason
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ class Film:
     """Why the network must not be applied to this film; empty when it may."""
     notes: tuple[str, ...] = ()
     """What a reader of the result should know about the pixels."""
+    decode_ms: float = 0.0
+    """Wall-clock milliseconds from file or bytes to pixels."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,12 +65,14 @@ def load_film(path: Path | str) -> Film:
         FilmError: missing, unreadable, damaged or of no known format.
     """
     path = Path(path)
+    start = time.perf_counter()
     try:
         with path.open("rb") as file:
             data = file.read(BYTE_LIMIT + 1)
     except OSError as error:
         raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
-    return film_from_bytes(data, str(path))
+    film = film_from_bytes(data, str(path))
+    return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
 
 
 def film_from_bytes(data: bytes, name: str) -> Film:

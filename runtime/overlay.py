@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.asarray(np.vstack([picture, _caption(reading, picture.shape[1])]), dtype=np.uint8)
 
 
-def top_mass_level(density: NDArray[np.floating], mass: float = TOP_MASS) -> float:
+def top_mass_level(density: NDArray[Any], mass: float = TOP_MASS) -> float:
     """The level above which lies the smallest area with the share `mass` of the density."""
     ordered = np.sort(density, axis=None)[::-1].astype(np.float64)
     return float(ordered[np.searchsorted(np.cumsum(ordered), mass * ordered.sum())])
@@ -64,9 +66,10 @@ def _colour_bar(height: int) -> NDArray[np.uint8]:
 
 
 def _caption(reading: Reading, width: int) -> NDArray[np.uint8]:
-    shares = "   ".join(f"{name} {p:.2f}" for name, p in reading.probabilities.items())
+    named = {name.replace("_", " "): p for name, p in reading.probabilities.items()}
+    shares = ",  ".join(f"{name} {p:.2f}" for name, p in named.items())
     lines = [
-        (f"{reading.label}  {reading.probabilities[reading.label]:.2f}", (255, 255, 255)),
+        (f"{max(named, key=lambda n: named[n])} {max(named.values()):.2f}", (255, 255, 255)),
         (shares, (200, 200, 200)),
         (f"contour: {TOP_MASS:.0%} of the predicted gaze", (200, 200, 200)),
         (reading.notice, (90, 200, 255)),

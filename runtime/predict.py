@@ -106,7 +106,7 @@ def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
 
 
 def _output_names(relatives: Sequence[Path]) -> list[Path]:
-    """One name a film, without suffix; the suffix stays, then a number is added, where two clash."""
+    """One name a film, without suffix; where two clash, with it, then with a number."""
     plain = [relative.with_suffix("") for relative in relatives]
     names: list[Path] = []
     for relative, short in zip(relatives, plain, strict=True):

@@ -61,7 +61,7 @@ class Reading:
         return float(x), float(y)
 
     def heatmap(self) -> NDArray[np.float32]:
-        """The density in pixels of the source film, `(film H, film W)`, sum 1; made when asked for."""
+        """The density in pixels of the source film, `(H, W)`, sum 1; made when asked for."""
         size = (self.geometry.film_width, self.geometry.film_height)
         large = cv2.resize(self.film_density, size, interpolation=cv2.INTER_LINEAR)
         total = large.sum(dtype=np.float64)

@@ -7,6 +7,7 @@ SHA-256 of the weights, how they were trained and what was measured. Nothing is 
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from cxrgaze import __version__
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
 from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
@@ -59,7 +59,7 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
-            "cxrgaze": __version__,
+            "cxrgaze": version("cxrgaze"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "machine": platform.machine(),

@@ -34,7 +34,7 @@ class Arrays:
     @property
     def has_gaze(self) -> NDArray[np.bool_]:
         """`(N,)`, whether a film has a density."""
-        return self.densities.any(axis=(1, 2, 3))
+        return np.asarray(self.densities.any(axis=(1, 2, 3)))
 
 
 def load_arrays(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset) -> Arrays:
@@ -46,7 +46,8 @@ def load_arrays(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.Heatmap
     """
     if labelled.info.classes != spec.class_names:
         raise DataError(
-            f"{labelled.folder}: classes {labelled.info.classes}, the network has {spec.class_names}"
+            f"{labelled.folder}: classes {labelled.info.classes}, "
+            f"the network has {spec.class_names}"
         )
     if not labelled.rows:
         raise DataError(f"{labelled.folder}: no films in this split")

@@ -53,7 +53,7 @@ def evaluate(
         result["accuracy"] = metrics.accuracy(probabilities, labels)
     rows = [
         _saliency(arrays, index, np.exp(log_density[index, 0]), prior, preset)
-        for index in np.flatnonzero(arrays.has_gaze)
+        for index in np.flatnonzero(arrays.has_gaze).tolist()
     ]
     for key in rows[0] if rows else ():
         result[key] = float(np.nanmean([row[key] for row in rows]))

@@ -95,9 +95,10 @@ class DenseEncoder(nn.Module):
             block_config=variant.block_config,
         )
         self.features = network.features
-        self.out_channels = int(network.features.norm5.num_features)
+        self.out_channels = int(self.get_parameter("features.norm5.weight").numel())
 
     def forward(self, image: Tensor) -> DenseTaps:
+        """Taps of `image` `(N, 1, H, W)`."""
         x = image.expand(-1, 3, -1, -1)
         bottleneck = x
         for name, stage in self.features.named_children():
@@ -133,6 +134,7 @@ class ResidualSE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(N, in, H, W)` to `(N, out, H, W)`."""
         x = self.relu(self.main(x) + self.shortcut(x))
         weights: Tensor = self.excite(global_mean(x))
         return x * weights[:, :, None, None]
@@ -152,6 +154,7 @@ class UpStep(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """`x` at half the resolution of `skip`; the result is at that of `skip`."""
         fused: Tensor = self.fuse(torch.cat([skip, self.up(x)], dim=1))
         return fused
 

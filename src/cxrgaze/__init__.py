@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cxrgaze.runtime.reader import Reader, load
     from cxrgaze.runtime.reading import Reading
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["CxrgazeError", "Film", "Reader", "Reading", "__version__", "load"]
 
 _HOME = {
@@ -32,6 +33,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("cxrgaze")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError, field_validator
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.files import (
     checked_relative,
-    new_folder,
     parse_json,
     read_regular,
     render_json,

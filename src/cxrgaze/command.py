@@ -29,12 +29,12 @@ _EXIT_HELP = (
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An argument parser in the house's form."""
-    from cxrgaze import __version__
+    from importlib.metadata import version
 
     made = argparse.ArgumentParser(
         prog=prog, description=description, epilog=_EXIT_HELP, allow_abbrev=False
     )
-    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    made.add_argument("--version", action="version", version=f"%(prog)s {version('cxrgaze')}")
     return made
 
 
@@ -100,6 +100,7 @@ class Steps:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """The step `name`, around its block."""
         self._done += 1
         started = time.perf_counter()
         print(f"[{self._done}/{self._total}] {name} ...", end="", file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def auc_per_class(probabilities: Array, labels: NDArray[np.integer]) -> Array:
 
 
 def macro_auc(probabilities: Array, labels: NDArray[np.integer]) -> float:
-    """Unweighted mean of the one-versus-rest AUCs (Fawcett, Pattern Recogn. Lett. 27 (2006) 861)."""
+    """Unweighted mean of the one-versus-rest AUCs (Fawcett, Pattern Recognit. Lett. 27, 2006)."""
     return float(auc_per_class(probabilities, labels).mean())
 
 

@@ -1,7 +1,7 @@
 """The phantom: seeded drawings of a chest with a label and two simulated readers' fixations.
 
 It exists so that training, export, gates and tests have data that anyone can make. What a network
-trained on it says of a real film means nothing, and phantom figures never stand beside clinical ones.
+trained on it says of a real film means nothing; phantom figures never stand beside clinical ones.
 
 Recipe: training.md section 6. Coordinates are [-1, 1] across the shorter side, y downwards.
 """
@@ -183,7 +183,7 @@ def _scanpath(
     points, durations = [], []
     for _ in range(rng.integers(35, 61)):
         if foci and rng.random() < 0.68:
-            focus_x, focus_y, radius, _ = foci[rng.integers(len(foci))]
+            focus_x, focus_y, radius, _ = foci[int(rng.integers(len(foci)))]
             points.append(rng.normal((focus_x, focus_y), 0.5 * radius))
             durations.append(rng.lognormal(np.log(480), 0.35))
             continue

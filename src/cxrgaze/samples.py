@@ -180,8 +180,8 @@ class LabelledSet:
         check_split(rows)
         if info.split_sha256 != split_hash(rows):
             raise DataError(
-                f"{folder}: the split column does not match split_sha256 in {MARKER}: the split was "
-                "changed after the set was made; make the set again"
+                f"{folder}: the split column does not match split_sha256 in {MARKER}: the split "
+                "was changed after the set was made; make the set again"
             )
         gaze = _read_gaze(folder / "fixations.csv", {row.film for row in rows})
         return cls(folder, info, rows, gaze)
@@ -288,7 +288,7 @@ def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
     rows: dict[str, FilmRow] = {}
     for number, cells in _csv_rows(path, FILM_COLUMNS, ()):
         try:
-            row = FilmRow(**{key: value for key, value in cells.items() if value != ""})
+            row = FilmRow.model_validate({k: v for k, v in cells.items() if v != ""})
         except ValidationError as error:
             raise DataError(f"{path}, row {number}: {complaint(error)}") from error
         if row.label is not None and row.label not in classes:

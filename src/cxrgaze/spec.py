@@ -100,6 +100,7 @@ class ModelSpec(Frozen):
         """What must be said beside every output of this network, or None."""
         return {
             "clinical": None,
-            "phantom": "Trained on drawings (the phantom): what it says of a real film means nothing.",
+            "phantom": "Trained on drawings (the phantom): "
+            "what it says of a real film means nothing.",
             "none": "Untrained: random weights, for latency work only. The output means nothing.",
         }[self.domain]
