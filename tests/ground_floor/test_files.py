@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cxrgaze import files
+from cxrgaze.errors import IntegrityError, UsageError
+
+
+def test_new_folder_appears_whole(tmp_path):
+    with files.new_folder(tmp_path / "a" / "b", "marker") as folder:
+        (folder / "marker").write_text("new")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "marker").read_text() == "new"
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing_and_the_old_folder_untouched(tmp_path, error):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "marker").write_text("old")
+    for target in (old, tmp_path / "x" / "y" / "new"):
+        with pytest.raises(error), files.new_folder(target, "marker") as folder:
+            (folder / "marker").write_text("half")
+            raise error
+    assert os.listdir(tmp_path) == ["old"]
+    assert (old / "marker").read_text() == "old"
+
+
+def test_a_folder_of_our_kind_is_replaced_and_a_foreign_one_or_a_link_is_not(tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "marker").write_text("old")
+    with files.new_folder(old, "marker") as folder:
+        (folder / "marker").write_text("new")
+    assert (old / "marker").read_text() == "new" and os.listdir(tmp_path) == ["old"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(old)
+    for foreign in ("mine", "link"):
+        with pytest.raises(UsageError), files.new_folder(tmp_path / foreign, "marker"):
+            pass
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_atomic(path, b"1")
+    files.write_atomic(path, b"2")
+    assert path.read_bytes() == b"2" and os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(IsADirectoryError):
+        files.write_atomic(tmp_path, b"3")
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_only_regular_files_within_the_limit_are_read(tmp_path):
+    (tmp_path / "f").write_bytes(b"12345")
+    (tmp_path / "l").symlink_to(tmp_path / "f")
+    os.mkfifo(tmp_path / "p")
+    assert files.read_regular(tmp_path / "f", 5) == b"12345"
+    for name, limit, message in (("f", 4, "5 bytes"), ("l", 9, "link"), ("p", 9, "regular")):
+        with pytest.raises(IntegrityError, match=message):
+            files.read_regular(tmp_path / name, limit)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../x", "a/../b", "a\\b", "a//b", "./a", "a\0"]
+)
+def test_paths_that_could_leave_are_refused(name):
+    with pytest.raises(ValueError):
+        files.checked_relative(name)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": 1, "a": 2}', b'{"a": NaN}', b"[1]", b"{", b"\xff", b"[" * 100_000]
+)
+def test_json_that_is_refused(data):
+    with pytest.raises(IntegrityError):
+        files.parse_json(data, "x")
+
+
+def test_an_unwritable_folder_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        files.make_output_folder(tmp_path / "file" / "below")

@@ -1,0 +1,167 @@
+"""cxrgaze-predict as a user runs it: outputs, mixed input, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxrgaze.errors import ExitCode
+from cxrgaze.runtime.cli import main
+
+
+@pytest.fixture
+def bundle(bundles):
+    return str(bundles / "demo-fp16.cxrgaze")
+
+
+def test_files_per_film_and_a_table(bundle, films, tmp_path, capsys):
+    assert main([bundle, str(films), "--output", str(tmp_path), "--heatmap", "npy"]) == 0
+    with (tmp_path / "readings.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 8 and {row["status"] for row in table} == {"read"}
+    for row in table:
+        stem = os.path.splitext(os.path.basename(row["film"]))[0]
+        record = json.loads((tmp_path / f"{stem}.json").read_text())
+        assert record["label"] == row["label"]
+        size = record["film_px"]
+        heatmap = np.load(tmp_path / f"{stem}.heatmap.npy", allow_pickle=False)
+        assert heatmap.shape == (size["height"], size["width"])
+        assert heatmap.sum() == pytest.approx(1, abs=1e-3)
+        assert cv2.imread(str(tmp_path / f"{stem}.overlay.png")) is not None
+    out = capsys.readouterr()
+    assert len(out.out.splitlines()) == 8
+    assert "not a medical device" in out.err and "drawings" in out.err
+
+
+def test_png16_and_json_lines(bundle, films, tmp_path, capsys):
+    film = str(films / "nih_00001507_002_512.png")
+    arguments = [bundle, film, "--output", str(tmp_path), "--heatmap", "png16", "--json"]
+    assert main(arguments) == 0
+    heatmap = cv2.imread(str(tmp_path / "nih_00001507_002_512.heatmap.png"), cv2.IMREAD_UNCHANGED)
+    assert heatmap.dtype == np.uint16 and heatmap.max() == 65535 and heatmap.shape == (512, 512)
+    assert json.loads(capsys.readouterr().out)["film"] == film
+
+
+def test_one_bad_film_does_not_stop_the_rest(bundle, films, tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    good = films / "nih_00001507_002_512.png"
+    shutil.copy(good, source / "b-good.png")
+    (source / "a-cut.png").write_bytes(good.read_bytes()[:20_000])
+    (source / "c-empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((90, 90), np.uint8)).save(source / "d-black.png")
+    photo = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(source / "e-photo.png")
+    out = tmp_path / "out"
+    assert main([bundle, str(source), "--output", str(out)]) == ExitCode.FAILURE
+    with (out / "readings.csv").open(newline="") as file:
+        status = {os.path.basename(row["film"]): row["status"] for row in csv.DictReader(file)}
+    assert status == {
+        "a-cut.png": "failed",
+        "b-good.png": "read",
+        "c-empty.png": "failed",
+        "d-black.png": "not_applicable",
+        "e-photo.png": "not_applicable",
+    }
+    assert sorted(p.name for p in out.glob("*.overlay.png")) == ["b-good.overlay.png"]
+    assert json.loads((out / "e-photo.json").read_text())["reason"].startswith("colour image")
+    assert "1 read, 2 not applicable, 2 failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["black", "photo"])
+def test_a_film_that_is_not_applicable_is_a_result(bundle, tmp_path, capsys, kind):
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((90, 90), np.uint8) if kind == "black" else rng.integers(0, 255, (90, 90, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "f.png")
+    assert main([bundle, str(tmp_path / "f.png"), "--output", str(tmp_path / "out")]) == 0
+    assert "not_applicable" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["f.json", "readings.csv"]
+
+
+def test_names_that_clash_are_told_apart(bundle, films, tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(films / "nih_00001507_002_512.png", tmp_path / folder / "f.png")
+    shutil.copy(films / "dcm_rg1q_12b_mono1_jpegll.dcm", tmp_path / "x" / "f.dcm")
+    given = [str(tmp_path / "x"), str(tmp_path / "y" / "f.png")]
+    assert main([bundle, *given, "--output", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*.overlay.png"))) == 3
+    assert main([bundle, str(tmp_path), "--output", str(tmp_path / "tree")]) == 0
+    assert (tmp_path / "tree" / "y" / "f.json").is_file()
+
+
+def test_without_output_nothing_is_written(bundle, films, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([bundle, str(films / "nih_00001507_002_512.png")]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+USAGE = {
+    "no such film": (["BUNDLE", "no.png"], "does not exist"),
+    "a folder without films": (["BUNDLE", "EMPTY"], "no films"),
+    "no such bundle": (["no.cxrgaze", "FILM"], "does not exist"),
+    "no bundle": (["EMPTY", "FILM"], "not a bundle"),
+    "an unknown backend": (["BUNDLE", "FILM", "--device", "abacus"], "abacus"),
+    "heatmap without output": (["BUNDLE", "FILM", "--heatmap", "npy"], "--output"),
+    "threads": (["BUNDLE", "FILM", "--threads", "0"], "--threads"),
+    "an unwritable output": (["BUNDLE", "FILM", "--output", "FILM/x"], "cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_what_cannot_be_carried_out_is_code_2_and_leaves_nothing(
+    bundle, films, tmp_path, capsys, name, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    shutil.copy(films / "nih_00001507_002_512.png", tmp_path / "FILM")
+    arguments, message = USAGE[name]
+    assert main([bundle if a == "BUNDLE" else a for a in arguments]) == ExitCode.USAGE
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["EMPTY", "FILM"]
+
+
+def test_an_interrupt_keeps_what_is_finished(bundle, films, tmp_path):
+    """SIGINT in the middle of many films: code 130, a table of the finished ones, no torn file."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for index in range(300):
+        os.link(
+            shutil.copy(films / "nih_00001507_002_512.png", tmp_path / f"c{index}"),
+            source / f"{index:03d}.png",
+        )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cxrgaze.runtime.cli",
+            bundle,
+            str(source),
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "002.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED, err
+    with (tmp_path / "out" / "readings.csv").open(newline="") as file:
+        done = list(csv.DictReader(file))
+    assert 3 <= len(done) < 300
+    assert not list((tmp_path / "out").glob("*.part"))

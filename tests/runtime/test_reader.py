@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cxrgaze
+from cxrgaze import metrics, phantom
+from cxrgaze.errors import FilmError, NotApplicableError, UsageError
+from cxrgaze.runtime.canvas import Geometry
+from cxrgaze.runtime.overlay import render, top_mass_level
+
+
+@pytest.fixture(scope="module")
+def reader(bundles):
+    with cxrgaze.load(bundles / "demo-fp32.cxrgaze", threads=1) as opened:
+        yield opened
+
+
+def test_a_phantom_is_read_right(reader):
+    right = 0
+    for seed in range(5000, 5040):
+        drawn = phantom.draw(seed)
+        reading = reader.read(drawn.pixels)
+        right += reading.label == drawn.label
+        assert sum(reading.probabilities.values()) == pytest.approx(1)
+    assert right >= 36
+
+
+def test_heatmap_is_a_density_in_pixels_of_the_film(reader):
+    for shape in ((300, 200), (200, 300), (64, 64)):
+        drawn = phantom.draw(7, shape=shape)
+        reading = reader.read(drawn.pixels)
+        heatmap = reading.heatmap()
+        assert heatmap.shape == shape and heatmap.dtype == np.float32
+        assert heatmap.sum() == pytest.approx(1, abs=1e-4) and heatmap.min() >= 0
+        row, column = np.unravel_index(heatmap.argmax(), shape)
+        x, y = reading.peak
+        scale = max(shape) / 64
+        assert abs(column - x) <= scale and abs(row - y) <= scale
+        assert 0 <= reading.pad_mass < 0.05
+        assert reading.film_density.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_heatmap_looks_where_the_simulated_readers_look(reader):
+    scores = []
+    for seed in range(5000, 5020):
+        drawn = phantom.draw(seed)
+        points = np.rint(drawn.gaze.points).astype(int)
+        inside = ((points >= 0) & (points < drawn.pixels.shape[::-1])).all(axis=1)
+        scores.append(metrics.nss(reader.read(drawn.pixels).heatmap(), points[inside]))
+    assert np.mean(scores) > 1.5
+
+
+def test_a_batch_equals_single_readings(reader, films):
+    paths = [p for p in sorted(films.iterdir()) if p.suffix in (".png", ".dcm")]
+    paths += [phantom.draw(seed).pixels for seed in range(20)]  # more than one batch
+    batch = reader.read_batch(paths)
+    assert len(batch) == len(paths)
+    for path, together in zip(paths, batch, strict=True):
+        alone = reader.read(path)
+        assert together.film_sha256 == alone.film_sha256
+        assert np.abs(together.log_density - alone.log_density).max() < 1e-3
+        assert together.label == alone.label
+    assert reader.read_batch([]) == []
+
+
+def test_every_reading_says_what_it_is(reader, films):
+    record = reader.read(films / "dcm_RG1_J2KI_mono1_15bit.dcm").to_json()
+    assert "not a medical device" in record["notice"]
+    assert any("drawings" in warning for warning in record["warnings"])
+    assert any("pixel source is dicom-window" in warning for warning in record["warnings"])
+    assert record["model"]["bundle_sha256"] == reader.bundle.sha256
+    assert set(record["timings_ms"]) == {"decode", "preprocess", "infer", "postprocess"}
+
+
+def test_fp16_agrees_with_fp32_on_real_films(bundles, reader, films):
+    with cxrgaze.load(bundles / "demo-fp16.cxrgaze") as half:
+        for path in sorted(films.glob("*.png")):
+            a, b = reader.read(path), half.read(path)
+            assert metrics.cc(a.heatmap(), b.heatmap()) > 0.999
+            assert any("not_gated" in warning for warning in b.warnings)
+            assert not any("not_gated" in warning for warning in a.warnings)
+
+
+def test_not_applicable_and_unreadable_are_errors_of_their_own(reader, tmp_path):
+    with pytest.raises(NotApplicableError) as caught:
+        reader.read(np.zeros((80, 80), np.uint8))
+    assert caught.value.reasons and caught.value.exit_code == 0
+    with pytest.raises(FilmError, match="No such file"):
+        reader.read(tmp_path / "no.png")
+
+
+def test_an_unknown_backend_lists_those_that_exist(bundles):
+    with pytest.raises(UsageError, match="choose from auto, onnxruntime"):
+        cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="tensorrt")
+
+
+def test_a_closed_reader_says_so(bundles):
+    reader = cxrgaze.load(bundles / "demo-fp32.cxrgaze")
+    reader.close()
+    reader.close()
+    with pytest.raises(RuntimeError, match="before activate"):
+        reader.read(phantom.draw(1).pixels)
+
+
+def test_operating_points_and_temperature_act(reader):
+    from dataclasses import replace
+
+    from cxrgaze.bundle import Decision
+
+    pixels = phantom.draw(3).pixels
+    plain = reader.read(pixels)
+    decision = Decision(temperature=5.0, operating_points={"pneumonia": 0.0, "normal": 1.0})
+    manifest = reader.bundle.manifest.model_copy(update={"decision": decision})
+    original = reader.bundle
+    reader.bundle = replace(original, manifest=manifest)
+    try:
+        soft = reader.read(pixels)
+    finally:
+        reader.bundle = original
+    assert soft.flags == {"pneumonia": True, "normal": False} and plain.flags == {}
+    assert max(soft.probabilities.values()) < max(plain.probabilities.values())
+    assert soft.label == plain.label
+
+
+def test_overlay_shows_film_colour_and_caption(reader):
+    drawn = phantom.draw(4, shape=(400, 300))
+    reading = reader.read(drawn.pixels)
+    picture = render(reading, drawn.pixels.astype(np.float32) / 255)
+    assert picture.dtype == np.uint8 and picture.shape[0] > 400 and picture.shape[1] >= 560
+    film = picture[:400, :300].astype(int)
+    saturation = film.max(axis=2) - film.min(axis=2)
+    x, y = (int(v) for v in reading.peak)
+    assert saturation[y - 5 : y + 5, x - 5 : x + 5].mean() > 40  # colour at the peak
+    assert saturation[:20, :20].mean() < 10  # none in the corner
+    assert picture[400:].max() > 200  # text
+
+
+def test_the_contour_holds_the_mass_it_says():
+    density = np.random.default_rng(0).random((50, 40)) ** 4
+    level = top_mass_level(density, 0.5)
+    held = density[density >= level].sum() / density.sum()
+    assert held >= 0.5
+    assert density[density > level].sum() / density.sum() < 0.5
+
+
+def test_geometry_of_a_reading_is_that_of_its_film(reader):
+    assert reader.read(phantom.draw(2, shape=(90, 130)).pixels).geometry == Geometry.fit(
+        (90, 130), (64, 64)
+    )
+
+
+def test_the_map_is_not_made_before_it_is_asked_for(reader):
+    reading = reader.read(phantom.draw(2).pixels)
+    assert "film_density" not in vars(reading)
+    reading.heatmap()
+    assert "film_density" in vars(reading)

@@ -1,0 +1,145 @@
+"""The packaging holds together, and what ships to the device stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUP = PROJECT["tool"]["setuptools"]
+COMMANDS = PROJECT["project"]["scripts"]
+
+# Everything but what the base install has. None in sys.modules makes an import fail.
+HEAVY = (
+    "torch",
+    "torchvision",
+    "monai",
+    "safetensors",
+    "onnx",
+    "onnxsim",
+    "polygraphy",
+    "sklearn",
+    "scipy",
+    "tensorrt",
+    "pycuda",
+)
+
+
+def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_every_package_is_listed():
+    found = {"cxrgaze"}
+    for name, folder in SETUP["package-dir"].items():
+        if name != "cxrgaze":
+            for init in (ROOT / folder).rglob("__init__.py"):
+                found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    assert found == set(SETUP["packages"])
+
+
+def test_every_link_points_at_its_folder():
+    for name, folder in SETUP["package-dir"].items():
+        if name != "cxrgaze":
+            assert (ROOT / "src/cxrgaze" / folder).resolve() == ROOT / folder
+
+
+def test_a_prediction_runs_with_the_base_install_only(bundles, films, tmp_path):
+    code = f"""
+import sys
+for name in {HEAVY!r}:
+    sys.modules[name] = None
+from cxrgaze.runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    bundle, film = bundles / "demo-fp16.cxrgaze", films / "nih_00001507_002_512.png"
+    done = _python(code, str(bundle), str(film), "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "nih_00001507_002_512.overlay.png").is_file()
+
+
+def test_the_blocked_imports_of_that_test_do_block():
+    assert (
+        "ModuleNotFoundError"
+        in _python("import sys; sys.modules['torch'] = None; import torch").stderr
+    )
+
+
+def test_the_bench_runs_with_the_base_install_only(bundles, films, tmp_path):
+    code = f"""
+import sys
+for name in {HEAVY!r}:
+    sys.modules[name] = None
+from cxrgaze.benchmarks.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = ["run", str(bundles / "demo-fp16.cxrgaze"), "--samples", "3", "--warmup", "1"]
+    done = _python(code, *arguments, "--cold-starts", "1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_export_without_its_extra_says_what_to_install():
+    code = """
+import sys
+sys.modules['torch'] = None
+from cxrgaze.export.cli import main
+sys.exit(main([]))
+"""
+    done = _python(code)
+    assert done.returncode == 6 and "pip install 'cxrgaze[export]'" in done.stderr
+
+
+def test_importing_cxrgaze_touches_nothing_heavy():
+    code = (
+        "import sys, cxrgaze; print([m for m in ('numpy', 'cv2', 'pydantic') if m in sys.modules])"
+    )
+    assert _python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_instant_and_imports_no_torch(command):
+    """CPU time of a child, best of three: under 0.5 s, and no torch among its modules."""
+    import resource
+
+    module = COMMANDS[command].split(":")[0]
+    code = f"""
+import sys
+from {module} import main
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = _python(code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert "exit codes" in done.stdout and "not a medical device" in done.stdout
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.5
+
+
+def test_import_contracts_hold():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_version_is_written_once():
+    import cxrgaze
+
+    assert cxrgaze.__version__ == PROJECT["project"]["version"]
