@@ -85,7 +85,8 @@ def measure(bundle: Path, films: Sequence[Path], config: Config) -> Report:
     for path in films:
         if reasons := load_film(path).reasons:
             raise UsageError(f"{path} is not applicable ({'; '.join(reasons)}); leave it out")
-    before = os.getloadavg()
+    before = list(os.getloadavg())
+    Bundle.open(bundle).verify()  # its error, not that of a child process
     cold = cold_start(bundle, films[0], config)
     with load(bundle, threads=config.threads) as reader:
         for index in range(config.warmup):

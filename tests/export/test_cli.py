@@ -1,0 +1,160 @@
+"""cxrgaze-export as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cxrgaze
+from cxrgaze.bundle import Bundle
+from cxrgaze.errors import ExitCode
+from cxrgaze.export import cli
+from cxrgaze.train import checkpoint
+
+
+def test_the_manifest_records_what_was_made(bundles):
+    half, full = (Bundle.open(bundles / f"demo-{p}.cxrgaze").manifest for p in ("fp16", "fp32"))
+    assert (half.precision, half.target, half.opset) == ("fp16", "tensorrt", 18)
+    assert half.ir_version <= 10 and half.float32_nodes == 8 and full.float32_nodes == 0
+    assert half.parity.verdict == "pass" and half.parity.films == 32
+    assert half.gate.verdict == "not_gated" and full.gate.verdict == "pass"
+    assert (
+        half.provenance.checkpoint_sha256
+        == checkpoint.load(checkpoint.demo_path())[1].weights_sha256
+    )
+    assert "phantoms" in half.provenance.trained_on
+    report = (bundles / "demo-fp16.cxrgaze/report/parity.md").read_text()
+    assert "not a medical device" in report and "drawings" in report
+
+
+def test_an_own_checkpoint_films_and_target(tmp_path, films, capsys):
+    for suffix in (".safetensors", ".json"):
+        source = checkpoint.demo_path().with_suffix(suffix)
+        (tmp_path / f"mine{suffix}").write_bytes(source.read_bytes())
+    arguments = [str(tmp_path / "mine.safetensors"), "--precision", "fp16", "--target", "cpu"]
+    arguments += ["--output", str(tmp_path / "my.cxrgaze"), "--films", str(films)]
+    assert cli.main(arguments) == 0
+    manifest = Bundle.open(tmp_path / "my.cxrgaze").manifest
+    assert manifest.target == "cpu" and manifest.parity.films == 8
+    assert manifest.provenance.checkpoint == "mine.safetensors"
+    out = capsys.readouterr()
+    assert f"cxrgaze-predict {tmp_path / 'my.cxrgaze'}" in out.out
+    assert "[8/8]" in out.err and "not a medical device" in out.err
+
+
+def test_random_weights_are_marked_in_every_reading(tmp_path, films):
+    arguments = ["--variant", "tiny", "--random-weights", "--precision", "fp16"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    with cxrgaze.load(tmp_path / "tiny-random-fp16.cxrgaze") as reader:
+        reading = reader.read(films / "nih_00001507_002_512.png")
+    assert reading.model["gate"] == "not_gated"
+    assert any("Untrained" in warning for warning in reading.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_paper_exports_and_reads_a_film(tmp_path, films, precision):
+    arguments = ["--variant", "paper", "--random-weights", "--precision", precision]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    with cxrgaze.load(tmp_path / f"paper-random-{precision}.cxrgaze") as reader:
+        reading = reader.read(films / "dcm_RG1_J2KI_mono1_15bit.dcm")
+    assert reading.heatmap().shape == (1955, 1841)
+
+
+def test_export_replaces_an_older_bundle_and_nothing_else(tmp_path):
+    target = tmp_path / "demo-fp32.cxrgaze"
+    assert cli.main(["--output", str(tmp_path)]) == 0
+    first = Bundle.open(target).sha256
+    time.sleep(1.1)  # the manifest's time stamp has seconds
+    assert cli.main(["--output", str(tmp_path)]) == 0
+    assert Bundle.open(target).sha256 != first and os.listdir(tmp_path) == [target.name]
+    (tmp_path / "mine.cxrgaze").mkdir()
+    (tmp_path / "mine.cxrgaze" / "thesis.txt").write_text("years of work")
+    assert cli.main(["--output", str(tmp_path / "mine.cxrgaze")]) == ExitCode.USAGE
+    assert (tmp_path / "mine.cxrgaze" / "thesis.txt").read_text() == "years of work"
+
+
+def _broken(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 64)
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    black = np.zeros((64, 64), np.uint8)
+    Image.fromarray(black).save(tmp_path / "black.png")
+
+
+REFUSED = {
+    "no such checkpoint": (["no.safetensors"], 2, "does not exist"),
+    "a broken checkpoint": (["bad.safetensors"], 7, "schema version None"),
+    "an unwritable output": (["--output", "file/below"], 2, "cannot write"),
+    "variant alone": (["--variant", "paper"], 2, "go together"),
+    "random weights alone": (["--random-weights"], 2, "go together"),
+    "both sources": (["bad.safetensors", "--variant", "tiny", "--random-weights"], 2, "not both"),
+    "no such films": (["--films", "none"], 2, "does not exist"),
+    "a film that shows nothing": (["--films", "black.png"], 11, "no content"),
+    "no threads": (["--threads", "0"], 2, "at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_has_its_code_and_leaves_nothing(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    _broken(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    arguments, code, message = REFUSED[name]
+    assert cli.main(arguments) == code
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_unknown_precision_lists_those_that_exist(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--precision", "fp8"])
+    assert caught.value.code == ExitCode.USAGE
+    assert "fp32" in (err := capsys.readouterr().err) and "fp16" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["load torch", "export to ONNX", "parity"])
+def test_an_interrupted_export_leaves_nothing_and_the_old_bundle_untouched(
+    bundles, tmp_path, number, moment
+):
+    import shutil
+
+    old = shutil.copytree(bundles / "demo-fp16.cxrgaze", tmp_path / "demo-fp16.cxrgaze")
+    before = Bundle.open(old).sha256
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cxrgaze.export.cli", "--precision", "fp16", "--output", tmp_path],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    seen = b""
+    while moment.encode() not in seen and (byte := process.stderr.read(1)):
+        seen += byte
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, (seen + rest).decode()
+    assert os.listdir(tmp_path) == [old.name]
+    Bundle.open(old).verify()
+    assert Bundle.open(old).sha256 == before
+
+
+def test_the_golden_input_is_a_phantom_and_nothing_of_a_film_is_stored(bundles, films, tmp_path):
+    arguments = ["--output", str(tmp_path), "--films", str(films)]
+    assert cli.main(arguments) == 0
+    from cxrgaze.runtime.reader import read_golden
+
+    ours, plain = (
+        read_golden(Bundle.open(folder / "demo-fp32.cxrgaze")) for folder in (tmp_path, bundles)
+    )
+    assert np.array_equal(ours["image"], plain["image"])
+    text = json.dumps(Bundle.open(tmp_path / "demo-fp32.cxrgaze").manifest.model_dump(mode="json"))
+    assert "nih_" not in text

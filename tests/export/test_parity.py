@@ -1,0 +1,140 @@
+"""Parity: the verdict on a right graph, and each way in which it must fail."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from cxrgaze.errors import ExitCode, ParityError
+from cxrgaze.export import fp16, graph, parity, pipeline
+from cxrgaze.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def source():
+    return pipeline.source_from_checkpoint(checkpoint.demo_path())
+
+
+@pytest.fixture(scope="module")
+def images(source):
+    return pipeline._phantoms(source.spec, 6, pipeline.PARITY_SEED)
+
+
+def _graph(source, precision="fp32", change=None):
+    model = graph.simplified(graph.onnx_from_network(source.network, source.spec))
+    if change:
+        change(model)
+    return graph.finished(fp16.to_fp16(model) if precision == "fp16" else model, source.spec)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_right_graph_passes_and_the_figures_are_those_of_a_slow_loop(source, images, precision):
+    import onnxruntime
+
+    data = _graph(source, precision)
+    found = parity.compare(source.network, data, images, precision, "test")
+    assert found.verdict == "pass" and found.label_flips == 0 and found.films == 6
+    session = onnxruntime.InferenceSession(data)
+    worst = 0.0
+    for image in images:
+        with torch.inference_mode():
+            reference = source.network(torch.from_numpy(image[None])).logits.numpy()
+        logits = session.run(["logits"], {"image": image[None]})[0]
+        worst = max(worst, float(np.abs(logits - reference).max()))
+    assert found.logits.max == pytest.approx(worst, abs=1e-6)
+    assert found.logits.p99 <= found.logits.max and found.logits.cosine > 0.999
+    parity.require_pass(found, precision)
+
+
+def _weight(model, name):
+    return next(w for w in model.graph.initializer if w.name == name)
+
+
+def _add(name, amount, at=0):
+    def change(model):
+        weight = _weight(model, name)
+        values = numpy_helper.to_array(weight).copy()
+        values.ravel()[at] += amount
+        weight.CopyFrom(numpy_helper.from_array(values, name))
+
+    return change
+
+
+def _swap_classes(model):
+    for name in ("classifier.3.weight", "classifier.3.bias"):
+        weight = _weight(model, name)
+        values = numpy_helper.to_array(weight)[[1, 0, 2]].copy()
+        weight.CopyFrom(numpy_helper.from_array(values, name))
+
+
+WRONG = {
+    "a wrong weight": (_add("classifier.3.bias", 0.2), "fail"),
+    "swapped classes": (_swap_classes, "fail"),
+    "a wrong map": (_add("saliency.3.weight", 2.0), "fail"),
+    "NaN": (_add("classifier.3.bias", np.nan), "not_finite"),
+    "infinity": (_add("saliency.3.weight", np.inf), "not_finite"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_graph_fails(source, images, name):
+    change, verdict = WRONG[name]
+    data = _graph(source, change=change)
+    found = parity.compare(source.network, data, images, "fp32", "test")
+    assert found.verdict == verdict
+    with pytest.raises(ParityError) as caught:
+        parity.require_pass(found, "fp32")
+    assert caught.value.exit_code == ExitCode.PARITY
+
+
+def _scaled(source, factor):
+    """The same function with one activation `factor` times as large inside."""
+    network = copy.deepcopy(source.network)
+    with torch.no_grad():
+        network.classifier[0].weight.mul_(factor)
+        network.classifier[0].bias.mul_(factor)
+        network.classifier[3].weight.div_(factor)
+    return network
+
+
+def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see_it(source, images):
+    """The CPU computes float16 chains in float32: only the float32 range tells (toolchain.md 9)."""
+    network = _scaled(source, 3e4)
+    changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
+    found = parity.compare(network, _graph(changed, "fp16"), images, "fp16", "test")
+    assert found.peak_activation > 65504 and found.verdict != "pass"
+    with pytest.raises(ParityError):
+        parity.require_pass(found, "fp16")
+    as_float = parity.compare(network, _graph(changed), images, "fp32", "test")
+    assert as_float.verdict == "pass"
+
+
+def test_a_network_with_nan_inside_is_not_finite(source, images):
+    network = copy.deepcopy(source.network)
+    with torch.no_grad():
+        network.saliency[3].weight.fill_(float("nan"))
+    changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
+    found = parity.compare(network, _graph(changed), images, "fp32", "test")
+    assert found.verdict == "not_finite"
+
+
+def test_a_graph_that_fails_parity_is_never_written(source, tmp_path, monkeypatch):
+    from cxrgaze.command import Steps
+
+    strict = {p: limits.model_copy(update={"logits": 1e-12}) for p, limits in parity.LIMITS.items()}
+    monkeypatch.setattr(parity, "LIMITS", strict)
+    options = pipeline.Options("fp16", "tensorrt", tmp_path / "new")
+    with pytest.raises(ParityError, match="nothing was written"):
+        pipeline.export(source, options, Steps(8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_of_a_checked_graph_is_deterministic(source):
+    assert (
+        onnx.load_from_string(_graph(source)).graph == onnx.load_from_string(_graph(source)).graph
+    )
