@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := out
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check format clean
+
+# The main job on the repository's real films: export, predict, bench.
+demo: $(VENV)/export
+	$(BIN)/cxrgaze-export --precision fp16 --output $(OUT)
+	$(BIN)/cxrgaze-predict $(OUT)/demo-fp16.cxrgaze examples/films --output $(OUT)/readings --heatmap npy
+	$(BIN)/cxrgaze-bench run $(OUT)/demo-fp16.cxrgaze --films examples/films --output $(OUT)/bench
+	@echo
+	@echo "bundle     $(OUT)/demo-fp16.cxrgaze"
+	@echo "readings   $(OUT)/readings (readings.csv, a JSON, an overlay PNG and a heatmap per film)"
+	@echo "report     $(OUT)/bench/report.md"
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+# With what is slow: the paper network, the whole demo training run.
+test-all: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
+
+$(VENV)/export $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
+	@echo "making $(VENV) with the $* extra (once; some minutes)"
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[$*]"
+	touch $@
