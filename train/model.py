@@ -253,8 +253,8 @@ def random_network(variant: str, images: Tensor, seed: int = 0) -> Network:
     of that batch, so that activations stay in a sane range at every depth.
 
     BatchNorm's scale is 0.5 and its shift 1, not 1 and 0: with those, a random network this deep
-    multiplies any rounding (log-density off by 0.75 in float16, 0.00064 in float32; with these 0.028
-    and 0.00015; one phantom, ONNX Runtime), and parity would judge chaos, not the conversion.
+    multiplies any rounding (log-density off by 0.75 in float16, 0.00064 in float32; with these,
+    0.028 and 0.00015; one phantom, ONNX Runtime): parity would judge chaos, not the conversion.
     """
     generator = torch.Generator().manual_seed(seed)
     network = Network(VARIANTS[variant])
