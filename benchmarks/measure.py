@@ -12,17 +12,23 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cxrgaze.benchmarks.timing import Latency, latency
 from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.errors import CxrgazeError, UsageError
+from cxrgaze.errors import CxrgazeError, FilmError, UsageError
 from cxrgaze.runtime import host
+from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import load_film
+from cxrgaze.runtime.isolate import decode_ahead
 from cxrgaze.runtime.reader import Reader, load
 from cxrgaze.spec import NOTICE, Frozen
 
 SCHEMA_VERSION = 1
+PER_FILM = 10
+"""Decodings of each film for its row."""
+TURNS = 3
 
 STAGES = {
     "decode": "file on disk to display values in [0, 1]",
@@ -58,6 +64,33 @@ class ColdStart(Frozen):
     """Largest resident set of a process that does nothing else; largest of all."""
 
 
+class FilmTimes(Frozen):
+    """One film's share of the work; names are left out, they may identify a patient."""
+
+    film: str
+    """First 12 digits of the file's SHA-256."""
+    container: str
+    """Suffix of the file and source of its pixel values."""
+    width: int
+    height: int
+    decode: Latency
+    preprocess: Latency
+
+
+class Throughput(Frozen):
+    """The films read one after another, decoded ahead of inference and not, in turns."""
+
+    films: int
+    """Films per turn."""
+    turns: int
+    plain_films_per_s: float
+    """Median over turns: decode, then infer, then the next."""
+    ahead_films_per_s: float
+    """Median over turns: the next films are decoded while one is inferred."""
+    ratio: float
+    """Median over turns of ahead over plain of the same turn."""
+
+
 class Report(Frozen):
     """Content of `report.json`."""
 
@@ -70,6 +103,8 @@ class Report(Frozen):
     boundaries: dict[str, str]
     steady: dict[str, Latency]
     """Latency by stage, in milliseconds, one film at a time, after warm-up."""
+    per_film: tuple[FilmTimes, ...]
+    throughput: Throughput
     cold: ColdStart
     not_measured: tuple[str, ...]
     host: dict[str, Any]
@@ -92,6 +127,8 @@ def measure(bundle: Path, films: Sequence[Path], config: Config) -> Report:
         for index in range(config.warmup):
             _sample(reader, films[index % len(films)])
         steady = _steady(reader, films, config)
+        per_film = tuple(_film_times(reader, path) for path in films)
+        throughput = _throughput(reader, films)
         described, caution = _described(reader), reader.bundle.manifest.spec.caution
     return Report(
         caution=caution,
@@ -100,6 +137,8 @@ def measure(bundle: Path, films: Sequence[Path], config: Config) -> Report:
         films=len(films),
         boundaries=STAGES,
         steady=steady,
+        per_film=per_film,
+        throughput=throughput,
         cold=cold,
         not_measured=("energy", "GPU", "clocks and temperature", "throughput in batches"),
         host={
@@ -167,6 +206,51 @@ def _sample(reader: Reader, film: Path) -> dict[str, float]:
         "heatmap": (done - read) * 1e3,
         "end_to_end": (done - start) * 1e3,
     }
+
+
+def _film_times(reader: Reader, path: Path) -> FilmTimes:
+    decode, preprocess = [], []
+    for _ in range(PER_FILM):
+        film = load_film(path)
+        start = time.perf_counter()
+        to_canvas(film.pixels, reader.bundle.manifest.spec)
+        preprocess.append((time.perf_counter() - start) * 1e3)
+        decode.append(film.decode_ms)
+    return FilmTimes(
+        film=film.sha256[:12],
+        container=f"{path.suffix.lower() or 'no suffix'}, {film.pixel_source}",
+        width=film.shape[1],
+        height=film.shape[0],
+        decode=latency(decode),
+        preprocess=latency(preprocess),
+    )
+
+
+def _throughput(reader: Reader, films: Sequence[Path]) -> Throughput:
+    def plain() -> None:
+        for path in films:
+            reader.read(path)
+
+    def ahead() -> None:
+        for film in decode_ahead(films, load_film):
+            if isinstance(film, FilmError):
+                raise film
+            reader.read(film)
+
+    rates: dict[str, list[float]] = {"plain": [], "ahead": []}
+    for _ in range(TURNS):
+        for name, run in (("plain", plain), ("ahead", ahead)):
+            start = time.perf_counter()
+            run()
+            rates[name].append(len(films) / (time.perf_counter() - start))
+    ratios = [a / p for a, p in zip(rates["ahead"], rates["plain"], strict=True)]
+    return Throughput(
+        films=len(films),
+        turns=TURNS,
+        plain_films_per_s=median(rates["plain"]),
+        ahead_films_per_s=median(rates["ahead"]),
+        ratio=median(ratios),
+    )
 
 
 def _described(reader: Reader) -> dict[str, Any]:

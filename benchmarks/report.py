@@ -33,6 +33,21 @@ def to_markdown(report: Report) -> str:
         "Stages are measured by clocks inside the reader, end to end by one clock around it; "
         "percentiles of stages do not add up to the percentile of the whole.",
         "",
+        f"## Per film (n = {report.per_film[0].decode.count} each)",
+        "",
+        "| film | container, pixel source | size | decode p50 ms | max | preprocess p50 |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {f.film} | {f.container} | {f.width} x {f.height} | {f.decode.p50:.1f} | "
+            f"{f.decode.max:.1f} | {f.preprocess.p50:.2f} |"
+            for f in report.per_film
+        ),
+        "",
+        f"Folder throughput over {report.throughput.films} films, median of "
+        f"{report.throughput.turns} turns: {report.throughput.plain_films_per_s:.1f} films/s one "
+        f"after another, {report.throughput.ahead_films_per_s:.1f} decoded ahead; ratio "
+        f"{report.throughput.ratio:.2f}.",
+        "",
         f"## Cold start (median of {cold.count} processes)",
         "",
         "| part | ms |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per line on stdout")
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="read films that are not applicable (lateral, colour, ...); each reading says so",
+    )
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="decode in a child process with a memory and a time limit, so that a hostile file "
+        "cannot take the reader down; meant for services",
+    )
+    parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -45,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder
-    from cxrgaze.runtime import predict
-    from cxrgaze.runtime.film import find_films
+    from cxrgaze.runtime.film import find_films, load_film
+    from cxrgaze.runtime.isolate import IsolatedLoader
+    from cxrgaze.runtime.predict import Options, predict
     from cxrgaze.runtime.reader import load
 
     if args.heatmap and not args.output:
@@ -54,9 +67,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads must be at least 1, found {args.threads}")
     films = list(find_films(args.paths))
-    with load(args.bundle, args.device, threads=args.threads) as reader:
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(load(args.bundle, args.device, threads=args.threads))
+        decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film
         output = make_output_folder(args.output) if args.output else None
-        outcomes = predict.predict(reader, films, output, args.heatmap, as_json=args.json)
+        options = Options(output, args.heatmap, as_json=args.json, force=args.force)
+        outcomes = predict(reader, films, decode, options)
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     skipped = sum(outcome.status == "not_applicable" for outcome in outcomes)
     command.say(

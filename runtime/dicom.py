@@ -42,7 +42,7 @@ from pydicom.uid import (
 
 from cxrgaze.errors import FilmError
 from cxrgaze.files import sha256
-from cxrgaze.runtime.film import PERCENTILES, PIXEL_LIMIT, Film
+from cxrgaze.runtime.film import PERCENTILES, PIXEL_LIMIT, Film, Window
 from cxrgaze.spec import PixelSource
 
 INFLATED_LIMIT = 1 << 29
@@ -65,12 +65,11 @@ _LATERAL = ("LL", "RL", "LLD", "RLD", "LATERAL", "LAT")
 _MODALITIES = ("CR", "DX", "RG", "OT", "")
 
 
-def film_from_dicom(data: bytes, name: str, window: tuple[float, float] | None = None) -> Film:
+def film_from_dicom(data: bytes, name: str, window: Window | None = None) -> Film:
     """The film in the bytes of a DICOM file.
 
     Args:
-        window: centre and width that replace the file's own VOI; on values oriented so that larger
-            is whiter.
+        window: see `film_from_bytes`.
 
     Raises:
         FilmError: not DICOM, no pixels, damaged, too large, or a transfer syntax that no installed
@@ -80,7 +79,7 @@ def film_from_dicom(data: bytes, name: str, window: tuple[float, float] | None =
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")  # pydicom's warnings quote header values
             return _film(_parse(data, name), data, name, window)
-    except FilmError:
+    except (FilmError, MemoryError):
         raise
     except Exception as error:  # a hostile file can raise anything inside pydicom and the decoders
         # Their messages may quote header values: only the type is told, and no cause is chained.
@@ -118,7 +117,7 @@ def not_applicable(dataset: Dataset) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _film(dataset: Dataset, data: bytes, name: str, window: tuple[float, float] | None) -> Film:
+def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Film:
     reasons = not_applicable(dataset)
     shape = _checked_shape(dataset, name)
     stored = _stored_values(dataset, name)
@@ -197,7 +196,7 @@ def _missing_decoder(name: str, syntax: UID) -> str:
 
 
 def _displayed(
-    dataset: Dataset, stored: NDArray[np.integer], window: tuple[float, float] | None
+    dataset: Dataset, stored: NDArray[np.integer], window: Window | None
 ) -> tuple[NDArray[np.float32], PixelSource, tuple[str, ...]]:
     """Stored values `(H, W)` as display values in [0, 1], where the window came from, and notes."""
     low = int(stored.min())
@@ -316,7 +315,7 @@ def _padding(dataset: Dataset, levels: NDArray[np.integer]) -> NDArray[np.bool_]
 def _spacing(dataset: Dataset) -> tuple[float, float] | None:
     for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
         values = dataset.get(keyword)
-        if values is not None and not isinstance(values, str) and len(values) == 2:
+        if isinstance(values, MultiValue) and len(values) == 2:
             row, column = float(values[0]), float(values[1])
             if 0.01 <= row <= 5 and 0.01 <= column <= 5:
                 return row, column

@@ -7,6 +7,7 @@ orientation. Why the network must not be applied to a film is data (`Film.reason
 from __future__ import annotations
 
 import io
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ PIXEL_LIMIT = 100_000_000
 MIN_SIDE = 32
 PERCENTILES = (0.5, 99.5)
 """The window of a film that brings none of its own: these percentiles of its pixels."""
+Window = tuple[float, float]
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _COLOUR_SPREAD = 0.02  # mean difference between channels above which an RGB image is in colour
 _CONTRAST = 2 / 255  # a film whose central 99 % spans less than this shows nothing
@@ -58,8 +60,11 @@ class Film:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def load_film(path: Path | str) -> Film:
+def load_film(path: Path | str, window: Window | None = None) -> Film:
     """The film in a file.
+
+    Args:
+        window: see `film_from_bytes`.
 
     Raises:
         FilmError: missing, unreadable, damaged or of no known format.
@@ -68,15 +73,21 @@ def load_film(path: Path | str) -> Film:
     start = time.perf_counter()
     try:
         with path.open("rb") as file:
-            data = file.read(BYTE_LIMIT + 1)
+            # Asking for the limit would take that much memory first.
+            data = file.read(min(os.fstat(file.fileno()).st_size, BYTE_LIMIT) + 1)
     except OSError as error:
         raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
-    film = film_from_bytes(data, str(path))
+    film = film_from_bytes(data, str(path), window)
     return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
 
 
-def film_from_bytes(data: bytes, name: str) -> Film:
-    """The film in the bytes of a file; `name` stands in messages and results.
+def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Film:
+    """The film in the bytes of a file.
+
+    Args:
+        name: stands in messages and results; its suffix is a hint.
+        window: centre and width that replace a DICOM film's own, on values oriented so that larger
+            is whiter; no effect on other files.
 
     Raises:
         FilmError: empty, too large, damaged or of no known format.
@@ -85,13 +96,18 @@ def film_from_bytes(data: bytes, name: str) -> Film:
         raise FilmError(f"{name}: the file is empty (0 bytes)")
     if len(data) > BYTE_LIMIT:
         raise FilmError(f"{name}: larger than {BYTE_LIMIT >> 20} MiB")
+    try:
+        return _with_content_checked(_decoded(data, name, window))
+    except MemoryError as error:
+        raise FilmError(f"{name}: needs more memory than there is; refused") from error
+
+
+def _decoded(data: bytes, name: str, window: Window | None) -> Film:
     if data[128:132] == b"DICM" or Path(name).suffix.lower() in (".dcm", ".dicom"):
         from cxrgaze.runtime.dicom import film_from_dicom
 
-        film = film_from_dicom(data, name)
-    else:
-        film = _film_from_image(data, name)
-    return _with_content_checked(film)
+        return film_from_dicom(data, name, window)
+    return _film_from_image(data, name)
 
 
 def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
@@ -214,7 +230,8 @@ def _with_content_checked(film: Film) -> Film:
     reasons = list(film.reasons)
     if min(film.shape) < MIN_SIDE:
         reasons.append(f"{film.shape[1]} x {film.shape[0]} pixels, expected {MIN_SIDE} a side")
-    low, high = np.quantile(film.pixels[:: max(film.shape[0] // 512, 1)], (0.005, 0.995))
+    rows, columns = (max(side // 256, 1) for side in film.shape)  # a sample is enough
+    low, high = np.quantile(film.pixels[::rows, ::columns], (0.005, 0.995))
     if high - low < _CONTRAST:
         reasons.append("no content: all pixels have (nearly) the same value")
     return replace(film, reasons=tuple(reasons))

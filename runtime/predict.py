@@ -17,7 +17,8 @@ from cxrgaze.command import counted, say
 from cxrgaze.errors import FilmError, NotApplicableError
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.runtime import overlay
-from cxrgaze.runtime.film import load_film
+from cxrgaze.runtime.film import Film
+from cxrgaze.runtime.isolate import Decode, decode_ahead
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
 from cxrgaze.spec import NOTICE
@@ -35,42 +36,58 @@ class Outcome:
     """The JSON of the film."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `cxrgaze-predict` was asked for."""
+
+    output: Path | None = None
+    """Folder for the files; None writes none."""
+    heatmap: Heatmap | None = None
+    as_json: bool = False
+    """The line on standard output is the film's JSON instead of a summary."""
+    force: bool = False
+    """Read films that are not applicable."""
+
+
 def predict(
-    reader: Reader,
-    films: Sequence[tuple[Path, Path]],
-    output: Path | None,
-    heatmap: Heatmap | None,
-    *,
-    as_json: bool,
+    reader: Reader, films: Sequence[tuple[Path, Path]], decode: Decode, options: Options
 ) -> list[Outcome]:
     """Read every film and write its files below `output` and a line to standard output.
 
     Args:
         films: path and the relative path that its output is named by (`find_films`).
-        output: folder, or None to write nothing.
-        as_json: the line is the film's JSON instead of a summary.
+        decode: makes a film of a path; it runs ahead of inference in a thread of its own.
 
     An interrupt leaves the finished films and a table of them.
     """
     outcomes: list[Outcome] = []
     names = _output_names([relative for _, relative in films])
+    output = options.output
+    paths = [path for path, _ in films]
+    decoded = decode_ahead(paths, decode)
     try:
-        for (path, _), name in zip(counted(films, len(films), "film"), names, strict=True):
-            outcome = _one(reader, path, output / name if output else None, heatmap)
+        rows = zip(paths, names, decoded, strict=True)
+        for path, name, film in counted(rows, len(films), "film"):
+            outcome = _one(reader, path, film, output / name if output else None, options)
             outcomes.append(outcome)
-            print(json.dumps(outcome.record) if as_json else _summary(outcome), flush=True)
+            line = json.dumps(outcome.record) if options.as_json else _summary(outcome)
+            print(line, flush=True)
             if outcome.status == "failed":
                 say(f"failed: {outcome.record['reason']}")
     finally:
+        decoded.close()
         if output and outcomes:
             write_atomic(output / TABLE, _table(outcomes, reader).encode())
     return outcomes
 
 
-def _one(reader: Reader, path: Path, stem: Path | None, heatmap: Heatmap | None) -> Outcome:
+def _one(
+    reader: Reader, path: Path, film: Film | FilmError, stem: Path | None, options: Options
+) -> Outcome:
     try:
-        film = load_film(path)
-        reading = reader.read(film)
+        if isinstance(film, FilmError):
+            raise film
+        reading = reader.read(film, force=options.force)
     except NotApplicableError as error:
         outcome = _unread(path, "not_applicable", "; ".join(error.reasons))
     except FilmError as error:
@@ -81,8 +98,8 @@ def _one(reader: Reader, path: Path, stem: Path | None, heatmap: Heatmap | None)
             stem.parent.mkdir(parents=True, exist_ok=True)
             picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
             write_atomic(_with(stem, ".overlay.png"), picture.tobytes())
-            if heatmap:
-                _write_heatmap(stem, reading, heatmap)
+            if options.heatmap:
+                _write_heatmap(stem, reading, options.heatmap)
     if stem:
         stem.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_with(stem, ".json"), render_json(outcome.record))

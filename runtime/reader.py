@@ -86,33 +86,39 @@ class Reader:
         """Free the backend."""
         self.backend.deactivate()
 
-    def read(self, film: Readable) -> Reading:
+    def read(self, film: Readable, *, force: bool = False) -> Reading:
         """The reading of one film: a path, an array (see `film_from_array`) or a `Film`.
+
+        Args:
+            force: read it even if it is not applicable; the reading says so (`Reading.forced`).
 
         Raises:
             FilmError: it cannot be read.
             NotApplicableError: it can be read, but the network must not be applied to it.
         """
-        return self.read_batch([film])[0]
+        return self.read_batch([film], force=force)[0]
 
-    def read_batch(self, films: Sequence[Readable]) -> list[Reading]:
+    def read_batch(self, films: Sequence[Readable], *, force: bool = False) -> list[Reading]:
         """Readings in the order of `films`, inferred in batches of at most `MAX_BATCH`.
+
+        Args:
+            force: as in `read`.
 
         Raises:
             FilmError, NotApplicableError: as `read`, for the first film concerned.
         """
         readings = []
         for start in range(0, len(films), MAX_BATCH):
-            readings += self._read_some(films[start : start + MAX_BATCH])
+            readings += self._read_some(films[start : start + MAX_BATCH], force)
         return readings
 
-    def _read_some(self, films: Sequence[Readable]) -> list[Reading]:
+    def _read_some(self, films: Sequence[Readable], force: bool) -> list[Reading]:
         spec = self.bundle.manifest.spec
         image = np.empty((len(films), 1, spec.height, spec.width), dtype=np.float32)
         prepared = []
         for index, given in enumerate(films):
             film = _as_film(given)
-            if film.reasons:
+            if film.reasons and not force:
                 raise NotApplicableError(film.reasons)
             start = time.perf_counter()
             image[index, 0], geometry = to_canvas(film.pixels, spec)
@@ -142,6 +148,7 @@ class Reader:
                         "postprocess": (time.perf_counter() - start) * 1e3,
                     },
                     model=self._identity(),
+                    forced=film.reasons,
                     warnings=(*self.standing_warnings, *self._film_warnings(film)),
                 )
             )
@@ -177,12 +184,14 @@ class Reader:
 
     def _film_warnings(self, film: Film) -> tuple[str, ...]:
         trained = self.bundle.manifest.spec.pixel_source
-        if film.pixel_source != trained:
-            return (
-                *film.notes,
-                f"pixel source is {film.pixel_source}, the network was trained on {trained}",
-            )
-        return film.notes
+        forced = (f"read by force although {reason}" for reason in film.reasons)
+        if film.pixel_source == trained:
+            return (*forced, *film.notes)
+        return (
+            *forced,
+            *film.notes,
+            f"pixel source is {film.pixel_source}, the network was trained on {trained}",
+        )
 
     def _self_test(self) -> None:
         manifest = self.bundle.manifest

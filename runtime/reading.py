@@ -33,6 +33,8 @@ class Reading:
     model: dict[str, str]
     """Bundle hash, name, variant, model version, precision, backend, device, gate verdict."""
     warnings: tuple[str, ...]
+    forced: tuple[str, ...] = ()
+    """Why the film is not applicable although it was read by force; empty when it is applicable."""
     notice: str = NOTICE
 
     @property
@@ -83,5 +85,6 @@ class Reading:
             "model": self.model,
             "timings_ms": {stage: round(ms, 3) for stage, ms in self.timings_ms.items()},
             "warnings": list(self.warnings),
+            "forced": list(self.forced),
             "notice": self.notice,
         }

@@ -1,4 +1,4 @@
-"""cxrgaze-train: make the demo checkpoint. Real training data comes with a later version."""
+"""cxrgaze-train: make a labelled set, or the demo checkpoint."""
 
 from __future__ import annotations
 
@@ -30,10 +30,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="negative control: labels and gaze maps of other films; must learn nothing",
     )
+    demo.set_defaults(run=_demo)
+    prepare = commands.add_parser(
+        "prepare",
+        help="make a labelled set from a folder of films",
+        description="Check every film, leave out those that cannot or must not be read (and say "
+        "so), deal patients to train, val and test, and write one folder with films, tables and "
+        "hashes: the format for training, calibration, gate and evaluation.",
+    )
+    prepare.add_argument("--films", type=Path, required=True, metavar="DIR")
+    prepare.add_argument(
+        "--labels",
+        type=Path,
+        required=True,
+        metavar="CSV",
+        help="column file (below DIR); used if there: patient, label, view, age, sex, split",
+    )
+    prepare.add_argument("--output", type=Path, required=True, metavar="SET")
+    prepare.add_argument("--origin", default="", help="where the films come from, in a sentence")
+    prepare.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="LABEL=CLASS",
+        help="a label of the CSV as one of normal, heart_failure, pneumonia; LABEL= leaves such "
+        "films unlabelled; may be given several times",
+    )
+    prepare.add_argument(
+        "--split",
+        default="train=0.7,val=0.1,test=0.2",
+        metavar="SHARES",
+        help="where the CSV has no split (default train=0.7,val=0.1,test=0.2)",
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    prepare.add_argument(
+        "--patient-per-film", action="store_true", help="where the CSV has no patients"
+    )
+    prepare.set_defaults(run=_prepare)
     return command.execute(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
+    code: int = args.run(args)
+    return code
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from cxrgaze.errors import UsageError
+    from cxrgaze.samples import SPLITS
+    from cxrgaze.train.prepare import Options, prepare, summary
+
+    if not args.films.is_dir():
+        raise UsageError(f"{args.films} is not a folder")
+    if not args.labels.is_file():
+        raise UsageError(f"{args.labels} does not exist")
+    if bad := [pair for pair in args.map if "=" not in pair]:
+        raise UsageError(f"--map {bad[0]}: expected LABEL=CLASS")
+    try:
+        shares = {k: float(v) for k, v in (pair.split("=") for pair in args.split.split(","))}
+    except ValueError:
+        shares = {}
+    if not shares or not set(shares) <= set(SPLITS):
+        raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
+    options = Options(
+        films=args.films,
+        labels=args.labels,
+        output=args.output,
+        origin=args.origin or f"films of {args.films}, labels of {args.labels.name}",
+        label_map=dict(pair.rsplit("=", 1) for pair in args.map),
+        shares={split: shares[split] for split in SPLITS if split in shares},
+        seed=args.seed,
+        patient_per_film=args.patient_per_film,
+    )
+    made = prepare(options)
+    print(summary(made))
+    print(f"set      {made.folder} ({len(made.rows)} films, split {made.info.split_sha256[:12]})")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.files import make_output_folder
     from cxrgaze.train.demo_run import train_demo

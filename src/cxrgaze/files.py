@@ -41,9 +41,9 @@ def read_regular(path: Path, limit: int) -> bytes:
             raise IntegrityError(f"{path} is not a regular file")
         if status.st_size > limit:
             raise IntegrityError(f"{path} has {status.st_size} bytes, expected at most {limit}")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise IntegrityError(f"{path} grew beyond {limit} bytes while it was read")
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise IntegrityError(f"{path} changed its size while it was read")
     return data
 
 

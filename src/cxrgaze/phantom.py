@@ -125,7 +125,7 @@ def write_phantom_set(
         domain="phantom",
         classes=tuple(c.name for c in CLASSES),
     )
-    return write_set(folder, info, rows, gaze, films)
+    return write_set(folder, info, rows, gaze, films.items())
 
 
 def _anatomy(

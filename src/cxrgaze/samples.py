@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -208,9 +208,12 @@ def write_set(
     info: SetInfo,
     rows: Sequence[FilmRow],
     gaze: Mapping[str, Gaze],
-    films: Mapping[str, bytes],
+    films: Iterable[tuple[str, bytes]],
 ) -> LabelledSet:
     """Write a labelled set whole or not at all, and open it.
+
+    Args:
+        films: path in the set and bytes of each film; taken one by one.
 
     Raises:
         DataError: a rule is broken. UsageError: `folder` is something else.
@@ -218,7 +221,7 @@ def write_set(
     check_split(rows)
     info = info.model_copy(update={"split_sha256": split_hash(rows)})
     with new_folder(folder, MARKER) as new:
-        for name, data in films.items():
+        for name, data in films:
             (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(data)
         (new / "films.csv").write_text(_films_csv(rows), encoding="utf-8")
@@ -286,7 +289,7 @@ def assign_splits(
 
 def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
     rows: dict[str, FilmRow] = {}
-    for number, cells in _csv_rows(path, FILM_COLUMNS, ()):
+    for number, cells in csv_rows(path, FILM_COLUMNS, ()):
         try:
             row = FilmRow.model_validate({k: v for k, v in cells.items() if v != ""})
         except ValidationError as error:
@@ -307,7 +310,7 @@ def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
     readers: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, list[str]] = defaultdict(list)
     values: dict[str, list[list[float]]] = defaultdict(list)
-    for number, cells in _csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
+    for number, cells in csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
         film = cells["film"]
         try:
             needed = [float(cells[name]) for name in GAZE_COLUMNS[3:]]
@@ -329,20 +332,29 @@ def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
     }
 
 
-def _csv_rows(
-    path: Path, needed: Sequence[str], optional: Sequence[str]
+def csv_rows(
+    path: Path, needed: Sequence[str], optional: Sequence[str] | None
 ) -> list[tuple[int, dict[str, str]]]:
-    """Rows with their line number; the header must have all needed columns and no foreign one."""
+    """Rows of a CSV file in UTF-8, each with its line number.
+
+    Args:
+        needed: columns that must be there.
+        optional: further columns that may be there; None allows any.
+
+    Raises:
+        DataError: missing, no CSV, another header, or a row of another length.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             header = list(reader.fieldnames or ())
             missing = [name for name in needed if name not in header]
-            foreign = [name for name in header if name not in (*needed, *optional)]
+            allowed = header if optional is None else (*needed, *optional)
+            foreign = [name for name in header if name not in allowed]
             if missing or foreign or len(set(header)) != len(header):
                 raise DataError(
                     f"{path}: columns missing {missing}, not expected {foreign}; "
-                    f"expected {[*needed]}, optional {[*optional]}"
+                    f"expected {[*needed]}, optional {list(optional or ())}"
                 )
             rows = []
             for cells in reader:

@@ -105,11 +105,11 @@ def test_a_failed_write_leaves_nothing_and_a_foreign_folder_is_not_replaced(labe
     rows = [labelled.rows[0], labelled.rows[0]]
     with pytest.raises(DataError, match="listed twice"):
         films = {rows[0].film: labelled.film_bytes(rows[0])}
-        samples.write_set(target, labelled.info, rows, {}, films)
+        samples.write_set(target, labelled.info, rows, {}, films.items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match=r"has no set\.json"):
-        samples.write_set(tmp_path / "mine", labelled.info, labelled.rows, {}, {})
+        samples.write_set(tmp_path / "mine", labelled.info, labelled.rows, {}, [])
 
 
 def _many(patients=200, films_each=3):
