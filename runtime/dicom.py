@@ -61,7 +61,7 @@ PLUGINS = {
 """The decoder for each compressed transfer syntax: the fastest free one (dicom.md section 2)."""
 
 _CHEST = ("CHEST", "THORAX", "TORAX", "LUNG")
-_LATERAL = ("LL", "RL", "LLD", "RLD", "LATERAL", "LAT")
+_LATERAL = ("LL", "RL", "LLD", "RLD", "LAT")
 _MODALITIES = ("CR", "DX", "RG", "OT", "")
 
 
@@ -106,7 +106,8 @@ def not_applicable(dataset: Dataset) -> tuple[str, ...]:
     body = _text(dataset, "BodyPartExamined")
     if body and not any(part in body for part in _CHEST):
         reasons.append("body part is not the chest")
-    if _text(dataset, "ViewPosition") in _LATERAL or _row_runs_front_to_back(dataset):
+    view = (_text(dataset, "ViewPosition"), *_code_meanings(dataset, "ViewCodeSequence"))
+    if any(v in _LATERAL or "LATERAL" in v for v in view) or _row_runs_front_to_back(dataset):
         reasons.append("lateral view, expected a frontal one (PA or AP)")
     sop_class = dataset.get("SOPClassUID")
     if sop_class == DigitalXRayImageStorageForProcessing:
@@ -119,14 +120,28 @@ def not_applicable(dataset: Dataset) -> tuple[str, ...]:
 
 def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Film:
     reasons = not_applicable(dataset)
+    notes = _complete(dataset)
     shape = _checked_shape(dataset, name)
     stored = _stored_values(dataset, name)
     if stored.ndim == 3:  # colour: one sample stands for it; `reasons` already says that it is
         stored = stored[..., 0]
     if stored.shape != shape:
         raise FilmError(f"{name}: decoded to {stored.shape} pixels, its header says {shape}")
-    pixels, source, notes = _displayed(dataset, stored, window)
-    return Film(pixels, name, sha256(data), source, _spacing(dataset), reasons, notes)
+    pixels, source, more = _displayed(dataset, stored, window)
+    return Film(pixels, name, sha256(data), source, _spacing(dataset), reasons, (*notes, *more))
+
+
+def _complete(dataset: Dataset) -> tuple[str, ...]:
+    """Fill in what a grey film must have and some lack; notes where that is an assumption."""
+    for keyword, value in (("SamplesPerPixel", 1), ("PixelRepresentation", 0)):
+        if dataset.get(keyword) is None:
+            setattr(dataset, keyword, value)
+    if dataset.get("BitsStored") is None:
+        dataset.BitsStored = dataset.BitsAllocated
+    if dataset.get("PhotometricInterpretation") is None:
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+        return ("the file does not say whether white is high or low; MONOCHROME2 was assumed",)
+    return ()
 
 
 def _parse(data: bytes, name: str) -> Dataset:
@@ -173,7 +188,9 @@ def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
     except NotImplementedError:
         raise FilmError(f"{name}: transfer syntax {syntax.name} ({syntax}) is not read") from None
     if not decoder.is_native and plugin not in decoder.available_plugins:
-        raise FilmError(_missing_decoder(name, syntax))
+        if syntax == JPEGExtended12Bit or not decoder.is_available:
+            raise FilmError(_missing_decoder(name, syntax))
+        plugin = ""  # any that is there
     options: dict[str, Any] = {"correct_unused_bits": False}  # done below, for any HighBit
     values, _ = decoder.as_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
     if decoder.is_native or syntax == RLELossless:  # these carry the allocated bits as they are
@@ -309,6 +326,8 @@ def _padding(dataset: Dataset, levels: NDArray[np.integer]) -> NDArray[np.bool_]
         return np.zeros(levels.shape, dtype=bool)
     limit = _number(dataset, "PixelPaddingRangeLimit")
     ends = sorted((value, value if limit is None else limit))
+    if levels[0] < 0 and ends[0] > 32767:  # an unsigned reading of negative values
+        ends = [end - 65536 for end in ends]
     return (levels >= ends[0]) & (levels <= ends[1])
 
 
@@ -326,6 +345,10 @@ def _row_runs_front_to_back(dataset: Dataset) -> bool:
     """Whether PatientOrientation says that a row runs between front and back: a lateral view."""
     value = dataset.get("PatientOrientation")
     return bool(value) and not isinstance(value, str) and str(value[0]).upper()[:1] in ("A", "P")
+
+
+def _code_meanings(dataset: Dataset, keyword: str) -> tuple[str, ...]:
+    return tuple(_text(item, "CodeMeaning") for item in dataset.get(keyword) or ())
 
 
 def _text(dataset: Dataset, keyword: str) -> str:

@@ -351,9 +351,27 @@ def test_a_dirty_header_without_type_2_attributes_is_read():
     _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
 
 
+@pytest.mark.parametrize(
+    "drop", ["SamplesPerPixel", "PixelRepresentation", "HighBit", "BitsStored"]
+)
+def test_a_missing_pixel_attribute_is_survived(drop):
+    film = _film(_file(drop=[drop], **WINDOW))
+    _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
+
+
+def test_a_missing_photometric_interpretation_is_noted():
+    film = _film(_file(drop=["PhotometricInterpretation"], **WINDOW))
+    _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
+    assert "MONOCHROME2 was assumed" in film.notes[0]
+
+
+VIEW = Dataset()
+VIEW.CodeMeaning = "left lateral"
+
 REASONS = {
     "lateral": ({"ViewPosition": "LL"}, "lateral view"),
     "lateral by orientation": ({"PatientOrientation": ["P", "F"], "ViewPosition": ""}, "lateral"),
+    "lateral by code": ({"ViewCodeSequence": Sequence([VIEW]), "ViewPosition": ""}, "lateral"),
     "another body part": ({"BodyPartExamined": "HAND"}, "body part is not the chest"),
     "another modality": ({"Modality": "CT", "SOPClassUID": CTImageStorage}, "modality"),
     "raw values": ({"SOPClassUID": DigitalXRayImageStorageForProcessing}, "raw detector values"),
