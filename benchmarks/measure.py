@@ -28,7 +28,8 @@ from cxrgaze.spec import NOTICE, Frozen
 SCHEMA_VERSION = 1
 PER_FILM = 10
 """Decodings of each film for its row."""
-TURNS = 3
+TURNS = 5
+"""Turns of the throughput comparison, fewer where time runs out."""
 
 STAGES = {
     "decode": "file on disk to display values in [0, 1]",
@@ -47,7 +48,7 @@ class Config(Frozen):
     samples: int
     warmup: int
     seconds: float
-    """Sampling stops after this time even if samples are missing."""
+    """Sampling, and then the throughput comparison, each stop after this time."""
     threads: int | None
     cold_starts: int
 
@@ -128,7 +129,7 @@ def measure(bundle: Path, films: Sequence[Path], config: Config) -> Report:
             _sample(reader, films[index % len(films)])
         steady = _steady(reader, films, config)
         per_film = tuple(_film_times(reader, path) for path in films)
-        throughput = _throughput(reader, films)
+        throughput = _throughput(reader, films, config)
         described, caution = _described(reader), reader.bundle.manifest.spec.caution
     return Report(
         caution=caution,
@@ -226,7 +227,7 @@ def _film_times(reader: Reader, path: Path) -> FilmTimes:
     )
 
 
-def _throughput(reader: Reader, films: Sequence[Path]) -> Throughput:
+def _throughput(reader: Reader, films: Sequence[Path], config: Config) -> Throughput:
     def plain() -> None:
         for path in films:
             reader.read(path)
@@ -238,15 +239,18 @@ def _throughput(reader: Reader, films: Sequence[Path]) -> Throughput:
             reader.read(film)
 
     rates: dict[str, list[float]] = {"plain": [], "ahead": []}
-    for _ in range(TURNS):
+    deadline = time.perf_counter() + config.seconds
+    while len(rates["ahead"]) < TURNS:
         for name, run in (("plain", plain), ("ahead", ahead)):
             start = time.perf_counter()
             run()
             rates[name].append(len(films) / (time.perf_counter() - start))
+        if time.perf_counter() > deadline:
+            break
     ratios = [a / p for a, p in zip(rates["ahead"], rates["plain"], strict=True)]
     return Throughput(
         films=len(films),
-        turns=TURNS,
+        turns=len(ratios),
         plain_films_per_s=median(rates["plain"]),
         ahead_films_per_s=median(rates["ahead"]),
         ratio=median(ratios),
