@@ -193,37 +193,56 @@ def _film_from_image(data: bytes, name: str) -> Film:
                 frames = getattr(image, "n_frames", 1)
                 image.load()
                 pixels, reasons = _grey(image)
+                notes = _orientation_note(image)
     except UnidentifiedImageError as error:
         raise FilmError(
-            f"{name}: not a PNG, JPEG, TIFF or DICOM file; found {_magic(data)}"
+            f"{name}: not a PNG, JPEG, TIFF or DICOM file, or a kind of one that is not read; "
+            f"found {_magic(data)}"
         ) from error
-    except FilmError:
+    except (FilmError, MemoryError):
         raise
-    # Pillow's decoders raise these for damaged files (SyntaxError is its "broken PNG").
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise FilmError(f"{name}: damaged or cut short: {error}") from error
+    except Exception as error:  # a hostile file can raise anything inside Pillow
+        raise FilmError(f"{name}: damaged or cut short: {error or type(error).__name__}") from error
     if frames > 1:
         reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
     values, source = _grey_levels(pixels)
-    return Film(values, name, sha256(data), source, reasons=reasons)
+    return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
 
 
 def _grey(image: Image.Image) -> tuple[NDArray[np.generic], tuple[str, ...]]:
     """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        values = np.asarray(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if _white_is_zero(image):
+            values = -values  # a window follows: only the order counts
         low, high = values.min(), values.max()
-        if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 65535):
-            raise ValueError(f"pixel values in mode {image.mode} are outside 0..65535")
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError("pixel values are not finite")
+        if image.mode == "F" or low < 0 or high > 65535:  # the window undoes gain and offset
+            values = np.rint((values - low) * (65535 / (high - low or 1.0)))
         return values.astype(np.uint16), ()
     if image.mode in ("L", "1", "LA"):
         return np.asarray(image.convert("L")), ()
-    colour = np.asarray(image.convert("RGB"))
-    spread = (colour.max(axis=2).astype(np.int16) - colour.min(axis=2)).mean() / 255
-    grey = np.asarray(image.convert("RGB").convert("L"))
+    colour = image.convert("RGB")
+    grey = np.asarray(colour.convert("L"))
+    channels = np.asarray(colour)
+    spread = (channels.max(axis=2).astype(np.int16) - channels.min(axis=2)).mean() / 255
     if spread > _COLOUR_SPREAD:
         return grey, ("colour image (RGB), expected a grey radiograph",)
     return grey, ()
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF of more than 8 bits stores white as 0; Pillow inverts only those of 8."""
+    tags = getattr(image, "tag_v2", {})
+    return bool(tags.get(262) == 0)  # PhotometricInterpretation of TIFF 6.0
+
+
+def _orientation_note(image: Image.Image) -> tuple[str, ...]:
+    orientation = image.getexif().get(0x0112, 1)
+    if orientation in range(2, 9):
+        return (f"the file asks to be turned (EXIF orientation {orientation}); it was not",)
+    return ()
 
 
 def _with_content_checked(film: Film) -> Film:
