@@ -352,7 +352,11 @@ def _code_meanings(dataset: Dataset, keyword: str) -> tuple[str, ...]:
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
-    return str(dataset.get(keyword) or "").strip().upper()
+    """The first of one or several texts, upper case, empty where missing."""
+    value = dataset.get(keyword)
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    return str(value or "").strip().upper()
 
 
 def _number(dataset: Dataset, keyword: str) -> float | None:

@@ -149,6 +149,12 @@ def test_the_first_of_several_windows_counts():
     _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
 
 
+def test_the_first_of_several_window_functions_counts():
+    tags = {"WindowCenter": [1700, 900], "WindowWidth": [2200, 100]}
+    film = _film(_file(**tags, VOILUTFunction=["SIGMOID", "LINEAR"]))
+    _close(film, _slow(STORED, lambda v: _sigmoid(v, 1700, 2200)))
+
+
 @pytest.mark.parametrize("slope, intercept", [(2.5, -500.0), (-1.0, 4095.0)])
 def test_rescale_comes_before_the_window(slope, intercept):
     centre = 1700 * slope + intercept
