@@ -90,7 +90,7 @@ def summary(labelled: LabelledSet) -> str:
 
 
 def _rows(options: Options) -> tuple[list[FilmRow], list[tuple[str, str]]]:
-    table = csv_rows(options.labels, ["file"], None)
+    table = list(csv_rows(options.labels, ["file"], None))
     rows, left_out = [], []
     for number, cells in counted(table, len(table), "film"):
         where = f"{options.labels}, row {number}"

@@ -11,9 +11,9 @@ Films without a label or without gaze are legal. Converters write this format; n
 from __future__ import annotations
 
 import csv
-import io
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -224,8 +224,9 @@ def write_set(
         for name, data in films:
             (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(data)
-        (new / "films.csv").write_text(_films_csv(rows), encoding="utf-8")
-        (new / "fixations.csv").write_text(_gaze_csv(gaze), encoding="utf-8")
+        _write_csv(new / "films.csv", FILM_COLUMNS, (row.model_dump() for row in rows))
+        columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
+        _write_csv(new / "fixations.csv", columns, _gaze_records(gaze))
         (new / MARKER).write_bytes(render_json(info.model_dump(mode="json")))
         written = LabelledSet.open(new)
     return replace(written, folder=folder)
@@ -309,7 +310,7 @@ def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
         return {}
     readers: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, list[str]] = defaultdict(list)
-    values: dict[str, list[list[float]]] = defaultdict(list)
+    values: dict[str, array[float]] = defaultdict(lambda: array("d"))
     for number, cells in csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
         film = cells["film"]
         try:
@@ -325,17 +326,17 @@ def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
             raise DataError(f"{path}, row {number}: coordinates and duration must be finite")
         readers[film].append(cells["reader"])
         kinds[film].append(cells["kind"])
-        values[film].append(needed + optional)
+        values[film].extend(needed + optional)
     return {
-        film: Gaze(tuple(readers[film]), tuple(kinds[film]), np.array(values[film]))
+        film: Gaze(tuple(readers[film]), tuple(kinds[film]), np.array(values[film]).reshape(-1, 9))
         for film in readers
     }
 
 
 def csv_rows(
     path: Path, needed: Sequence[str], optional: Sequence[str] | None
-) -> list[tuple[int, dict[str, str]]]:
-    """Rows of a CSV file in UTF-8, each with its line number.
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV file in UTF-8, each with its line number, one at a time.
 
     Args:
         needed: columns that must be there.
@@ -356,35 +357,26 @@ def csv_rows(
                     f"{path}: columns missing {missing}, not expected {foreign}; "
                     f"expected {[*needed]}, optional {list(optional or ())}"
                 )
-            rows = []
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise DataError(f"{path}, row {reader.line_num}: {len(header)} cells expected")
-                rows.append((reader.line_num, cells))
-            return rows
+                yield reader.line_num, cells
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def _films_csv(rows: Sequence[FilmRow]) -> str:
-    return _csv_text(FILM_COLUMNS, [row.model_dump() for row in rows])
-
-
-def _gaze_csv(gaze: Mapping[str, Gaze]) -> str:
+def _gaze_records(gaze: Mapping[str, Gaze]) -> Iterator[dict[str, Any]]:
     columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
-    records: list[dict[str, Any]] = []
     for film, rows in gaze.items():
         for reader, kind, values in zip(rows.readers, rows.kinds, rows.values, strict=True):
             cells = [None if np.isnan(v) else round(float(v), 3) for v in values]
-            records.append(dict(zip(columns, (film, reader, kind, *cells), strict=True)))
-    return _csv_text(columns, records)
+            yield dict(zip(columns, (film, reader, kind, *cells), strict=True))
 
 
-def _csv_text(columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+def _write_csv(path: Path, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
