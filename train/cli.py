@@ -39,12 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hashes: the format for training, calibration, gate and evaluation.",
     )
     prepare.add_argument("--films", type=Path, required=True, metavar="DIR")
-    prepare.add_argument(
+    source = prepare.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--labels",
         type=Path,
-        required=True,
         metavar="CSV",
         help="column file (below DIR); used if there: patient, label, view, age, sex, split",
+    )
+    source.add_argument(
+        "--egd",
+        type=Path,
+        metavar="EGD",
+        help="folder of EGD-CXR 1.0.0 (master_sheet.csv, fixations.csv, eye_gaze.csv); DIR then "
+        "holds the MIMIC-CXR films, DICOM or JPG",
     )
     prepare.add_argument("--output", type=Path, required=True, metavar="SET")
     prepare.add_argument("--origin", default="", help="where the films come from, in a sentence")
@@ -78,12 +85,15 @@ def _run(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.samples import SPLITS
-    from cxrgaze.train.prepare import Options, prepare, summary
+    from cxrgaze.train.egd import read_egd
+    from cxrgaze.train.prepare import Options, prepare, read_table, summary
 
     if not args.films.is_dir():
         raise UsageError(f"{args.films} is not a folder")
-    if not args.labels.is_file():
+    if args.labels and not args.labels.is_file():
         raise UsageError(f"{args.labels} does not exist")
+    if args.egd and not args.egd.is_dir():
+        raise UsageError(f"{args.egd} is not a folder")
     if bad := [pair for pair in args.map if "=" not in pair]:
         raise UsageError(f"--map {bad[0]}: expected LABEL=CLASS")
     try:
@@ -93,16 +103,15 @@ def _prepare(args: argparse.Namespace) -> int:
     if not shares or not set(shares) <= set(SPLITS):
         raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
     options = Options(
-        films=args.films,
-        labels=args.labels,
         output=args.output,
-        origin=args.origin or f"films of {args.films}, labels of {args.labels.name}",
+        origin=args.origin or ("EGD-CXR 1.0.0, MIMIC-CXR" if args.egd else str(args.films)),
         label_map=dict(pair.rsplit("=", 1) for pair in args.map),
         shares={split: shares[split] for split in SPLITS if split in shares},
         seed=args.seed,
         patient_per_film=args.patient_per_film,
     )
-    made = prepare(options)
+    source = read_egd(args.egd, args.films) if args.egd else read_table(args.films, args.labels)
+    made = prepare(source, options)
     print(summary(made))
     print(f"set      {made.folder} ({len(made.rows)} films, split {made.info.split_sha256[:12]})")
     return 0

@@ -1,14 +1,14 @@
-"""A labelled set from a folder of films and a CSV of labels.
+"""A labelled set from a source: a folder of films with a CSV of labels, or a data set's own files.
 
 The CSV has a column `file` (path below the folder of films) and any of `patient`, `label`, `view`,
 `age`, `sex`, `split`; other columns are left alone. Films that cannot be read or must not be read
-are left out and said so. Gaze comes with converters of its own.
+are left out and said so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cxrgaze.files import checked_relative
 from cxrgaze.runtime.film import Film, load_film
 from cxrgaze.samples import (
     FilmRow,
+    Gaze,
     LabelledSet,
     SetInfo,
     Split,
@@ -32,34 +33,80 @@ from cxrgaze.spec import CLASSES, complaint
 
 _COLUMNS = ("patient", "label", "view", "age", "sex", "split")
 
+Check = Callable[[Film], str | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One film of a source."""
+
+    where: str
+    """File and row that it comes from, for messages."""
+    path: Path
+    """The film's file."""
+    file: str
+    """Its name in the set, below `films/`."""
+    values: Mapping[str, str]
+    """Cells of `films.csv` by column, as text; empty where unknown."""
+    checks: list[Check] = field(default_factory=list)
+    """Each says what is wrong with the film, or None."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Films, their labels and their gaze, before they are checked."""
+
+    entries: list[Entry]
+    gaze: Mapping[str, Gaze] = field(default_factory=dict)
+    """By `Entry.file`."""
+    notes: tuple[str, ...] = ()
+    """What was dropped on the way."""
+
 
 @dataclass(frozen=True)
 class Options:
     """What `cxrgaze-train prepare` was asked for."""
 
-    films: Path
-    labels: Path
     output: Path
     origin: str
     label_map: Mapping[str, str] = field(default_factory=dict)
-    """Label in the CSV to class; an empty class leaves the film unlabelled."""
+    """Label of the source to class; an empty class leaves the film unlabelled."""
     shares: Mapping[Split, float] = field(
         default_factory=lambda: {"train": 0.7, "val": 0.1, "test": 0.2}
     )
-    """Shares of the split where the CSV has none."""
+    """Shares of the split where the source has none."""
     seed: int = 0
     patient_per_film: bool = False
-    """Treat every film as a patient of its own where the CSV has no patients."""
+    """Treat every film as a patient of its own where the source has no patients."""
 
 
-def prepare(options: Options) -> LabelledSet:
+def read_table(films: Path, labels: Path) -> Source:
+    """The source of a folder of films and a CSV of labels.
+
+    Raises:
+        DataError: naming the row: a film that is not there or lies outside the folder.
+    """
+    entries = []
+    for number, cells in csv_rows(labels, ["file"], None):
+        where = f"{labels}, row {number}"
+        try:
+            path = films / checked_relative(cells["file"])
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        if not path.is_file():
+            raise DataError(f"{where}: {path} does not exist")
+        entries.append(Entry(where, path, cells["file"], cells))
+    return Source(entries)
+
+
+def prepare(source: Source, options: Options) -> LabelledSet:
     """Make the set; the splits are patient-grouped and stratified by label and view.
 
     Raises:
-        DataError: naming file and row: a missing film, an unknown label, no patients, a patient in
-            two splits.
+        DataError: naming file and row: an unknown label, no patient, a patient in two splits, gaze
+            that does not belong to its film.
     """
-    rows, left_out = _rows(options)
+    rows, left_out = _rows(source, options)
     if not any(row.split for row in rows):
         rows = list(assign_splits(rows, options.shares, options.seed))
     info = SetInfo(
@@ -68,15 +115,24 @@ def prepare(options: Options) -> LabelledSet:
         domain="clinical",
         classes=tuple(c.name for c in CLASSES),
     )
-    originals = ((row.film, (options.films / _original(row)).read_bytes()) for row in rows)
-    made = write_set(options.output, info, rows, {}, originals)
+    used = {row.film for row in rows}
+    paths = {_name(entry): entry.path for entry in source.entries}
+    gaze = {
+        _name(entry): source.gaze[entry.file]
+        for entry in source.entries
+        if entry.file in source.gaze and _name(entry) in used
+    }
+    originals = ((row.film, paths[row.film].read_bytes()) for row in rows)
+    made = write_set(options.output, info, rows, gaze, originals)
+    for note in source.notes:
+        say(note)
     for name, reason in left_out:
         say(f"left out: {name}: {reason}")
     return made
 
 
 def summary(labelled: LabelledSet) -> str:
-    """Films and patients per split and class, a line each."""
+    """Films and patients per split and class, films per reader, a line each."""
     lines = [f"{'split':8}{'class':16}{'films':>8}{'patients':>10}"]
     counts = Counter((row.split or "-", row.label or "unlabelled") for row in labelled.rows)
     for (split, label), films in sorted(counts.items()):
@@ -86,64 +142,61 @@ def summary(labelled: LabelledSet) -> str:
             if (row.split or "-", row.label or "unlabelled") == (split, label)
         }
         lines.append(f"{split:8}{label:16}{films:8}{len(patients):10}")
+    readers = Counter(reader for gaze in labelled.gaze.values() for reader in set(gaze.readers))
+    lines += [f"gaze of {reader}: {films} films" for reader, films in sorted(readers.items())]
     return "\n".join(lines)
 
 
-def _rows(options: Options) -> tuple[list[FilmRow], list[tuple[str, str]]]:
-    table = list(csv_rows(options.labels, ["file"], None))
+def _rows(source: Source, options: Options) -> tuple[list[FilmRow], list[tuple[str, str]]]:
     rows, left_out = [], []
-    for number, cells in counted(table, len(table), "film"):
-        where = f"{options.labels}, row {number}"
+    for entry in counted(source.entries, len(source.entries), "film"):
         try:
-            path = options.films / checked_relative(cells["file"])
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-        if not path.is_file():
-            raise DataError(f"{where}: {path} does not exist")
-        try:
-            film = load_film(path)
+            film = load_film(entry.path)
         except FilmError as error:
-            left_out.append((cells["file"], str(error)))
+            left_out.append((entry.file, str(error)))
             continue
         if film.reasons:
-            left_out.append((cells["file"], "; ".join(film.reasons)))
+            left_out.append((entry.file, "; ".join(film.reasons)))
             continue
-        rows.append(_row(cells, film, options, where))
+        for check in entry.checks:
+            if wrong := check(film):
+                raise DataError(f"{entry.where}: {wrong}")
+        rows.append(_row(entry, film, options))
     if not rows:
-        raise DataError(f"{options.labels}: no film could be used; {len(left_out)} were left out")
+        raise DataError(f"no film could be used; {len(left_out)} were left out")
     return rows, left_out
 
 
-def _row(cells: Mapping[str, str], film: Film, options: Options, where: str) -> FilmRow:
-    label = cells.get("label", "")
+def _row(entry: Entry, film: Film, options: Options) -> FilmRow:
+    label = entry.values.get("label", "")
     label = options.label_map.get(label, label)
     known = [c.name for c in CLASSES]
     if label and label not in known:
         raise DataError(
-            f"{where}: label {label!r} is not one of {known}; give --map '{label}=CLASS', or "
+            f"{entry.where}: label {label!r} is not one of {known}; give --map '{label}=CLASS', or "
             f"--map '{label}=' to leave such films unlabelled"
         )
-    values: dict[str, Any] = {key: cells[key] for key in _COLUMNS if cells.get(key)}
+    values: dict[str, Any] = {key: entry.values[key] for key in _COLUMNS if entry.values.get(key)}
     values["label"] = label or None
     if options.patient_per_film:
-        values.setdefault("patient", cells["file"])
+        values.setdefault("patient", entry.file)
     if film.spacing_mm and film.spacing_mm[0] == film.spacing_mm[1]:
         values["spacing"] = film.spacing_mm[0]
+    values |= {
+        "film": _name(entry),
+        "sha256": film.sha256,
+        "pixel_source": film.pixel_source,
+    }
     try:
-        return FilmRow.model_validate(
-            {
-                **values,
-                "film": f"films/{cells['file']}",
-                "sha256": film.sha256,
-                "pixel_source": film.pixel_source,
-            }
-        )
+        return FilmRow.model_validate(values)
     except ValidationError as error:
-        hint = "; --patient-per-film if every film is of another patient" * (
-            "patient" not in values
+        hint = (
+            "; --patient-per-film if every film is of another patient"
+            if "patient" not in values
+            else ""
         )
-        raise DataError(f"{where}: {complaint(error)}{hint}") from error
+        raise DataError(f"{entry.where}: {complaint(error)}{hint}") from error
 
 
-def _original(row: FilmRow) -> str:
-    return row.film.removeprefix("films/")
+def _name(entry: Entry) -> str:
+    return f"films/{entry.file}"

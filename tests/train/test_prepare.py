@@ -130,14 +130,15 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_table_is_refused_with_its_row_and_leaves_nothing(folder, name):
-    from cxrgaze.train.prepare import Options, prepare
+    from cxrgaze.train.prepare import Options, prepare, read_table
 
     change, message = BROKEN[name]
     rows = [row | {"split": ""} for row in _rows(folder / "labels.csv")]
     change(rows)
     _write(folder / "labels.csv", rows)
     with pytest.raises(DataError, match=message):
-        prepare(Options(folder / "films", folder / "labels.csv", folder / "set", "test"))
+        source = read_table(folder / "films", folder / "labels.csv")
+        prepare(source, Options(folder / "set", "test"))
     assert not (folder / "set").exists()
 
 
