@@ -53,6 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of EGD-CXR 1.0.0 (master_sheet.csv, fixations.csv, eye_gaze.csv); DIR then "
         "holds the MIMIC-CXR films, DICOM or JPG",
     )
+    source.add_argument(
+        "--reflacx",
+        type=Path,
+        metavar="REFLACX",
+        help="folder of REFLACX 1.0.0 (main_data/); DIR then holds the MIMIC-CXR films; films are "
+        "unlabelled but for findings given by --map, 'No finding' among them",
+    )
+    prepare.add_argument(
+        "--gaze",
+        type=Path,
+        metavar="CSV",
+        help="with --labels, gaze of any eye tracker: columns film, reader, kind (sample or "
+        "fixation), x_px, y_px (pixels of the film), duration_ms; optional sigma_x_px, sigma_y_px",
+    )
     prepare.add_argument("--output", type=Path, required=True, metavar="SET")
     prepare.add_argument("--origin", default="", help="where the films come from, in a sentence")
     prepare.add_argument(
@@ -87,13 +101,17 @@ def _prepare(args: argparse.Namespace) -> int:
     from cxrgaze.samples import SPLITS
     from cxrgaze.train.egd import read_egd
     from cxrgaze.train.prepare import Options, prepare, read_table, summary
+    from cxrgaze.train.reflacx import read_reflacx
 
     if not args.films.is_dir():
         raise UsageError(f"{args.films} is not a folder")
     if args.labels and not args.labels.is_file():
         raise UsageError(f"{args.labels} does not exist")
-    if args.egd and not args.egd.is_dir():
-        raise UsageError(f"{args.egd} is not a folder")
+    if args.gaze and not (args.labels and args.gaze.is_file()):
+        raise UsageError(f"--gaze {args.gaze}: expected a file, together with --labels")
+    for folder in filter(None, (args.egd, args.reflacx)):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder")
     if bad := [pair for pair in args.map if "=" not in pair]:
         raise UsageError(f"--map {bad[0]}: expected LABEL=CLASS")
     try:
@@ -102,15 +120,24 @@ def _prepare(args: argparse.Namespace) -> int:
         shares = {}
     if not shares or not set(shares) <= set(SPLITS):
         raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
+    label_map = dict(pair.rsplit("=", 1) for pair in args.map)
+    if args.egd:
+        source, origin = read_egd(args.egd, args.films), "EGD-CXR 1.0.0, MIMIC-CXR"
+    elif args.reflacx:
+        source, origin = read_reflacx(args.reflacx, args.films, label_map), "REFLACX, MIMIC-CXR"
+    else:
+        source, origin = (
+            read_table(args.films, args.labels, args.gaze),
+            str(args.films),
+        )
     options = Options(
         output=args.output,
-        origin=args.origin or ("EGD-CXR 1.0.0, MIMIC-CXR" if args.egd else str(args.films)),
-        label_map=dict(pair.rsplit("=", 1) for pair in args.map),
+        origin=args.origin or origin,
+        label_map=label_map,
         shares={split: shares[split] for split in SPLITS if split in shares},
         seed=args.seed,
         patient_per_film=args.patient_per_film,
     )
-    source = read_egd(args.egd, args.films) if args.egd else read_table(args.films, args.labels)
     made = prepare(source, options)
     print(summary(made))
     print(f"set      {made.folder} ({len(made.rows)} films, split {made.info.split_sha256[:12]})")

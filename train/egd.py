@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cxrgaze.errors import DataError
 from cxrgaze.runtime.film import Film
 from cxrgaze.samples import Gaze, csv_rows
-from cxrgaze.train.prepare import Check, Entry, Source
+from cxrgaze.train.prepare import Check, Entry, Source, find_mimic_film
 
 CLASSES = {"Normal": "normal", "CHF": "heart_failure", "pneumonia": "pneumonia"}
 """Columns of the master sheet, exactly one of which is 1, and our classes."""
@@ -117,7 +117,7 @@ def _read_master(path: Path, films: Path) -> tuple[list[Entry], dict[str, Pads]]
         chosen = [name for column, name in CLASSES.items() if _is_one(cells[column])]
         if len(chosen) != 1:
             raise DataError(f"{where}: {len(chosen)} of {[*CLASSES]} are 1, expected exactly one")
-        film = _find_film(films, cells["path"], where)
+        film = find_mimic_film(films, cells["path"], where)
         file = f"{cells['dicom_id'].strip().lower()}{film.suffix.lower()}"
         values = {
             "patient": cells["patient_id"].strip(),
@@ -185,19 +185,6 @@ def _screen_check(rows: _Rows, pads: Pads) -> Check:
         )
 
     return check
-
-
-def _find_film(films: Path, path: str, where: str) -> Path:
-    """The film of a master sheet's path, with or without `files/`, as DICOM, JPG or PNG."""
-    relative = Path(path.strip().lstrip("/"))
-    shorter = Path(*relative.parts[1:]) if relative.parts[:1] == ("files",) else relative
-    if ".." in relative.parts:
-        raise DataError(f"{where}: the film's path leaves its folder")
-    for candidate in (relative, shorter):
-        for suffix in (relative.suffix, ".jpg", ".png", ".dcm"):
-            if (films / candidate.with_suffix(suffix)).is_file():
-                return films / candidate.with_suffix(suffix)
-    raise DataError(f"{where}: {films / relative} does not exist, nor as .jpg or .png")
 
 
 def _is_one(cell: str) -> bool:

@@ -27,6 +27,7 @@ from cxrgaze.samples import (
     Split,
     assign_splits,
     csv_rows,
+    read_gaze,
     write_set,
 )
 from cxrgaze.spec import CLASSES, complaint
@@ -80,8 +81,12 @@ class Options:
     """Treat every film as a patient of its own where the source has no patients."""
 
 
-def read_table(films: Path, labels: Path) -> Source:
-    """The source of a folder of films and a CSV of labels.
+def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
+    """The source of a folder of films and a CSV of labels, and gaze of any eye tracker.
+
+    Args:
+        gaze: a CSV in the form of `fixations.csv` (`cxrgaze.samples.GAZE_COLUMNS`), its column
+            film as the labels' column file.
 
     Raises:
         DataError: naming the row: a film that is not there or lies outside the folder.
@@ -96,7 +101,7 @@ def read_table(films: Path, labels: Path) -> Source:
         if not path.is_file():
             raise DataError(f"{where}: {path} does not exist")
         entries.append(Entry(where, path, cells["file"], cells))
-    return Source(entries)
+    return Source(entries, read_gaze(gaze, {entry.file for entry in entries}) if gaze else {})
 
 
 def prepare(source: Source, options: Options) -> LabelledSet:
@@ -131,6 +136,23 @@ def prepare(source: Source, options: Options) -> LabelledSet:
     return made
 
 
+def find_mimic_film(films: Path, path: str, where: str) -> Path:
+    """The MIMIC-CXR film of a published path, with or without `files/`, as DICOM, JPG or PNG.
+
+    Raises:
+        DataError: it is not there; `where` names the row.
+    """
+    relative = Path(path.strip().lstrip("/"))
+    shorter = Path(*relative.parts[1:]) if relative.parts[:1] == ("files",) else relative
+    if ".." in relative.parts:
+        raise DataError(f"{where}: the film's path leaves its folder")
+    for candidate in (relative, shorter):
+        for suffix in (relative.suffix, ".jpg", ".png", ".dcm"):
+            if (films / candidate.with_suffix(suffix)).is_file():
+                return films / candidate.with_suffix(suffix)
+    raise DataError(f"{where}: {films / relative} does not exist, nor as .jpg or .png")
+
+
 def summary(labelled: LabelledSet) -> str:
     """Films and patients per split and class, films per reader, a line each."""
     lines = [f"{'split':8}{'class':16}{'films':>8}{'patients':>10}"]
@@ -143,7 +165,10 @@ def summary(labelled: LabelledSet) -> str:
         }
         lines.append(f"{split:8}{label:16}{films:8}{len(patients):10}")
     readers = Counter(reader for gaze in labelled.gaze.values() for reader in set(gaze.readers))
-    lines += [f"gaze of {reader}: {films} films" for reader, films in sorted(readers.items())]
+    if len(readers) > 8:  # REFLACX has a reader for each reading
+        lines.append(f"gaze: {sum(readers.values())} readings of {len(labelled.gaze)} films")
+    else:
+        lines += [f"gaze of {reader}: {films} films" for reader, films in sorted(readers.items())]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +183,8 @@ class LabelledSet:
                 f"{folder}: the split column does not match split_sha256 in {MARKER}: the split "
                 "was changed after the set was made; make the set again"
             )
-        gaze = _read_gaze(folder / "fixations.csv", {row.film for row in rows})
+        path = folder / "fixations.csv"
+        gaze = read_gaze(path, {row.film for row in rows}) if path.is_file() else {}
         return cls(folder, info, rows, gaze)
 
     def split(self, name: Split) -> LabelledSet:
@@ -305,9 +306,13 @@ def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
     return tuple(rows.values())
 
 
-def _read_gaze(path: Path, films: set[str]) -> dict[str, Gaze]:
-    if not path.is_file():
-        return {}
+def read_gaze(path: Path, films: Set[str]) -> dict[str, Gaze]:
+    """Gaze by film from a table in the form of `fixations.csv`.
+
+    Raises:
+        DataError: naming the row: a film that is not in `films`, another kind than sample or
+            fixation, a coordinate or duration that is not finite.
+    """
     readers: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, list[str]] = defaultdict(list)
     values: dict[str, array[float]] = defaultdict(lambda: array("d"))

@@ -142,8 +142,30 @@ def test_a_broken_table_is_refused_with_its_row_and_leaves_nothing(folder, name)
     assert not (folder / "set").exists()
 
 
+def test_gaze_of_any_eye_tracker(folder, capsys):
+    rows = [
+        {
+            "film": "f0.png",
+            "reader": "me",
+            "kind": "fixation",
+            "x_px": x,
+            "y_px": 20,
+            "duration_ms": 200,
+        }
+        for x in (10, 30)
+    ]
+    _write(folder / "gaze.csv", rows)
+    assert _prepare(folder, "--gaze", str(folder / "gaze.csv")) == 0
+    made = LabelledSet.open(folder / "set")
+    assert made.gaze["films/f0.png"].points.tolist() == [[10, 20], [30, 20]]
+    assert "gaze of me: 1 films" in capsys.readouterr().out
+    _write(folder / "gaze.csv", [rows[0] | {"film": "other.png"}])
+    assert _prepare(folder, "--gaze", str(folder / "gaze.csv")) == ExitCode.DATA
+    assert "row 2: other.png is not in films.csv" in capsys.readouterr().err
+
+
 def test_usage(folder, tmp_path, capsys):
-    for more in (["--map", "x"], ["--split", "train"], ["--split", "dev=1"]):
+    for more in (["--map", "x"], ["--split", "train"], ["--split", "dev=1"], ["--gaze", "no.csv"]):
         assert _prepare(folder, *more) == ExitCode.USAGE
     arguments = ["prepare", "--films", str(tmp_path / "no"), "--labels", "x", "--output", "y"]
     assert cli.main(arguments) == ExitCode.USAGE
