@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help="stop sampling after this time even if samples are missing (default 120)",
     )
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    run.add_argument(
+        "--threads",
+        type=command.bounded(1, command.MAX_THREADS),
+        metavar="N",
+        help="CPU threads (default: all cores)",
+    )
     run.add_argument("--cold-starts", type=int, default=3, metavar="N", help="(default 3)")
     return command.execute(parser, _run, argv)
 
@@ -52,8 +57,6 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.samples < 1 or args.warmup < 0 or args.cold_starts < 1 or args.seconds <= 0:
         raise UsageError("--samples and --cold-starts at least 1, --warmup 0, --seconds above 0")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, found {args.threads}")
     config = Config(
         samples=args.samples,
         warmup=args.warmup,

@@ -56,8 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="an untrained network of --variant, for latency work; marked so in every reading",
     )
     parser.add_argument("--variant", choices=("paper", "tiny"), help="with --random-weights")
-    parser.add_argument("--seed", type=int, default=0, help="of --random-weights (default 0)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--seed",
+        type=command.bounded(0, 2**31 - 1),
+        default=0,
+        help="of --random-weights (default 0)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=command.bounded(1, command.MAX_THREADS),
+        metavar="N",
+        help="CPU threads (default: all cores)",
+    )
     return command.execute(parser, _run, argv)
 
 
@@ -68,8 +78,6 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--variant and --random-weights go together")
     if args.random_weights and args.checkpoint:
         raise UsageError("give a CHECKPOINT or --random-weights, not both")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, found {args.threads}")
     from cxrgaze.runtime.film import find_films
 
     films = [path for path, _ in find_films(args.films)]

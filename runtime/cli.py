@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--threads",
+        type=command.bounded(1, command.MAX_THREADS),
+        metavar="N",
+        help="CPU threads (default: all cores)",
+    )
     return command.execute(parser, _run, argv)
 
 
@@ -64,8 +69,6 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.heatmap and not args.output:
         raise UsageError("--heatmap needs --output DIR")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, found {args.threads}")
     films = list(find_films(args.paths))
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(load(args.bundle, args.device, threads=args.threads))

@@ -28,6 +28,7 @@ from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForProcessing,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -134,13 +135,16 @@ def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Fi
 def _complete(dataset: Dataset) -> tuple[str, ...]:
     """Fill in what a grey film must have and some lack; notes where that is an assumption."""
     for keyword, value in (("SamplesPerPixel", 1), ("PixelRepresentation", 0)):
-        if dataset.get(keyword) is None:
+        if _get(dataset, keyword) is None:
             setattr(dataset, keyword, value)
-    if dataset.get("BitsStored") is None:
+    if "NumberOfFrames" in dataset and _number(dataset, "NumberOfFrames") is None:
+        del dataset.NumberOfFrames
+    if _get(dataset, "BitsStored") is None:
         dataset.BitsStored = dataset.BitsAllocated
-    if dataset.get("PhotometricInterpretation") is None:
+    if _get(dataset, "PhotometricInterpretation") is None:
         dataset.PhotometricInterpretation = "MONOCHROME2"
         return ("the file does not say whether white is high or low; MONOCHROME2 was assumed",)
+    dataset.PhotometricInterpretation = _text(dataset, "PhotometricInterpretation")
     return ()
 
 
@@ -195,8 +199,8 @@ def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
     values, _ = decoder.as_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
     if decoder.is_native or syntax == RLELossless:  # these carry the allocated bits as they are
         high = _number(dataset, "HighBit")
-        drop = max(int(bits - 1 if high is None else high) + 1 - bits, 0)
         spare = 8 * values.dtype.itemsize - bits
+        drop = min(max(int(bits - 1 if high is None else high) + 1 - bits, 0), spare)
         values = np.asarray((values >> drop << spare) >> spare)  # arithmetic shifts keep a sign
     return np.asarray(values)
 
@@ -244,7 +248,7 @@ def _voi(
     """Display value of every level, white dense: VOI LUT, window, 8 bits or percentiles."""
     if dataset.get("VOILUTSequence"):
         item = dataset.VOILUTSequence[0]
-        table = _looked_up(item, np.rint(modality)) / (2 ** _lut_bits(item) - 1)
+        table = _looked_up(dataset, item, np.rint(modality)) / (2 ** _lut_bits(item) - 1)
         return (1 - table if inverted else table), "dicom-voi-lut", ()
     centre, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
     function = _text(dataset, "VOILUTFunction") or "LINEAR"
@@ -256,7 +260,8 @@ def _voi(
             return (1 - table if inverted else table), "dicom-window", ()
         notes = ("the file's window shows none of its pixels; a percentile window was used",)
     elif int(dataset.BitsStored) <= 8 and "RescaleSlope" not in dataset:
-        table = modality / (2 ** int(dataset.BitsStored) - 1)  # already display values
+        low, high = _nominal_ends(dataset)
+        table = (modality - low) / (high - low)  # already display values
         return (1 - table if inverted else table), "image-8bit", ()
     ordered = -modality if inverted else modality
     return _percentile_ramp(ordered, counts), "dicom-percentile", notes
@@ -290,25 +295,31 @@ def _percentile_ramp(
 def _modality(dataset: Dataset, levels: NDArray[np.integer]) -> NDArray[np.floating]:
     """Modality LUT sequence, else rescale, else the levels themselves (PS3.3 C.11.1)."""
     if dataset.get("ModalityLUTSequence"):
-        return _looked_up(dataset.ModalityLUTSequence[0], levels)
+        return _looked_up(dataset, dataset.ModalityLUTSequence[0], levels)
     slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
     return levels * (slope or 1.0) + (intercept or 0.0)
 
 
 def _nominal_white(dataset: Dataset) -> float:
     """What an inverted film is subtracted from: the nominal range's two ends summed."""
+    return float(_modality(dataset, _nominal_ends(dataset)).sum())
+
+
+def _nominal_ends(dataset: Dataset) -> NDArray[np.integer]:
+    """The smallest and the largest value that the stored bits can hold."""
     bits = int(dataset.BitsStored)
     signed = _number(dataset, "PixelRepresentation") == 1
-    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
-    return float(_modality(dataset, ends).sum())
+    return np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
 
 
-def _looked_up(item: Dataset, values: NDArray[Any]) -> NDArray[np.floating]:
+def _looked_up(dataset: Dataset, item: Dataset, values: NDArray[Any]) -> NDArray[np.floating]:
     """A LUT of PS3.3 C.11.1.1 or C.11.2.1.1 applied to integer-valued `values`."""
     entries, first = int(item.LUTDescriptor[0]) or 65536, int(item.LUTDescriptor[1])
     data: Any = item.LUTData
     if isinstance(data, bytes):
-        data = np.frombuffer(data, np.uint8 if len(data) == entries else "<u2")
+        big = dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian
+        words = ">u2" if big else "<u2"  # 8-bit entries may be packed, and padded to even length
+        data = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else words)
     table = np.asarray(data, dtype=np.float64)[:entries]
     if first > 32767 and values.min() < 0:  # an unsigned reading of a negative first value
         first -= 65536
@@ -316,7 +327,10 @@ def _looked_up(item: Dataset, values: NDArray[Any]) -> NDArray[np.floating]:
 
 
 def _lut_bits(item: Dataset) -> int:
-    return int(item.LUTDescriptor[2])
+    bits = int(item.LUTDescriptor[2])
+    if not 8 <= bits <= 16:
+        raise ValueError("a LUT has entries of 8 to 16 bits")
+    return bits
 
 
 def _padding(dataset: Dataset, levels: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -333,27 +347,39 @@ def _padding(dataset: Dataset, levels: NDArray[np.integer]) -> NDArray[np.bool_]
 
 def _spacing(dataset: Dataset) -> tuple[float, float] | None:
     for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
-        values = dataset.get(keyword)
-        if isinstance(values, MultiValue) and len(values) == 2:
+        values = _get(dataset, keyword)
+        if not isinstance(values, MultiValue) or len(values) != 2:
+            continue
+        try:
             row, column = float(values[0]), float(values[1])
-            if 0.01 <= row <= 5 and 0.01 <= column <= 5:
-                return row, column
+        except (TypeError, ValueError):
+            continue
+        if 0.01 <= row <= 5 and 0.01 <= column <= 5:
+            return row, column
     return None
 
 
 def _row_runs_front_to_back(dataset: Dataset) -> bool:
     """Whether PatientOrientation says that a row runs between front and back: a lateral view."""
-    value = dataset.get("PatientOrientation")
+    value = _get(dataset, "PatientOrientation")
     return bool(value) and not isinstance(value, str) and str(value[0]).upper()[:1] in ("A", "P")
 
 
 def _code_meanings(dataset: Dataset, keyword: str) -> tuple[str, ...]:
-    return tuple(_text(item, "CodeMeaning") for item in dataset.get(keyword) or ())
+    return tuple(_text(item, "CodeMeaning") for item in _get(dataset, keyword) or ())
+
+
+def _get(dataset: Dataset, keyword: str) -> Any:
+    """An attribute, None where missing or malformed: pydicom parses it when it is asked for."""
+    try:
+        return dataset.get(keyword)
+    except Exception:  # whatever pydicom raises on malformed bytes
+        return None
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
     """The first of one or several texts, upper case, empty where missing."""
-    value = dataset.get(keyword)
+    value = _get(dataset, keyword)
     if isinstance(value, MultiValue):
         value = value[0] if value else None
     return str(value or "").strip().upper()
@@ -361,7 +387,7 @@ def _text(dataset: Dataset, keyword: str) -> str:
 
 def _number(dataset: Dataset, keyword: str) -> float | None:
     """The first of one or several numbers, None where missing or not finite."""
-    value = dataset.get(keyword)
+    value = _get(dataset, keyword)
     if isinstance(value, MultiValue):
         value = value[0] if value else None
     try:

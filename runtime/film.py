@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -72,13 +74,23 @@ def load_film(path: Path | str, window: Window | None = None) -> Film:
     path = Path(path)
     start = time.perf_counter()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FilmError(f"{path}: not a regular file")
             # Asking for the limit would take that much memory first.
-            data = file.read(min(os.fstat(file.fileno()).st_size, BYTE_LIMIT) + 1)
+            data = file.read(min(status.st_size, BYTE_LIMIT) + 1)
     except OSError as error:
         raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise FilmError(f"{path}: no path of a file: {error}") from error
     film = film_from_bytes(data, str(path), window)
     return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe without a writer would block for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Film:
@@ -116,8 +128,9 @@ def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
     Raises:
         UsageError: another shape, type or range.
     """
-    if pixels.ndim != 2:
+    if pixels.ndim != 2 or not pixels.size:
         raise UsageError(f"expected a film (H, W), found shape {pixels.shape}")
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     digest = sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
     if np.issubdtype(pixels.dtype, np.floating):
         values = pixels.astype(np.float32)
@@ -140,22 +153,44 @@ def find_films(paths: Sequence[Path | str]) -> Iterator[tuple[Path, Path]]:
         UsageError: a path that does not exist, a folder or glob without films.
     """
     for given in map(Path, paths):
-        if given.is_dir():
-            found = sorted(p for p in given.rglob("*") if _looks_like_film(p))
-            if not found:
-                raise UsageError(f"{given} holds no films (looked for {', '.join(SUFFIXES)})")
-            yield from ((path, path.relative_to(given)) for path in found)
-        elif given.exists():
-            yield given, Path(given.name)
-        elif any(c in str(given) for c in "*?["):
-            anchor = Path(given.anchor or ".")
-            pattern = str(given.relative_to(given.anchor)) if given.anchor else str(given)
-            found = sorted(p for p in anchor.glob(pattern) if p.is_file())
-            if not found:
-                raise UsageError(f"no file matches {given}")
-            yield from ((path, Path(path.name)) for path in found)
-        else:
-            raise UsageError(f"{given} does not exist")
+        try:
+            yield from _films_of(given)
+        except (OSError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{str(given)[:200]!r} cannot be searched: {reason}") from error
+
+
+def _films_of(given: Path) -> Iterator[tuple[Path, Path]]:
+    if given.is_dir():
+        found = sorted(path for path in _files_below(given) if _looks_like_film(path))
+        if not found:
+            raise UsageError(f"{given} holds no films (DICOM, or {', '.join(SUFFIXES)})")
+        yield from ((path, path.relative_to(given)) for path in found)
+    elif given.exists():
+        yield given, Path(given.name)
+    elif any(c in str(given) for c in "*?["):
+        anchor = Path(given.anchor or ".")
+        pattern = str(given.relative_to(given.anchor)) if given.anchor else str(given)
+        found = sorted(p for p in anchor.glob(pattern) if p.is_file())
+        if not found:
+            raise UsageError(f"no file matches {given}")
+        yield from ((path, Path(path.name)) for path in found)
+    else:
+        raise UsageError(f"{given} does not exist")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links to folders too, each folder once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root, name) for name in names)
 
 
 def percentile_window(values: NDArray[np.integer]) -> tuple[float, float]:
@@ -192,7 +227,8 @@ def _film_from_image(data: bytes, name: str) -> Film:
                     raise FilmError(f"{name}: {width} x {height} pixels, limit {PIXEL_LIMIT}")
                 frames = getattr(image, "n_frames", 1)
                 image.load()
-                pixels, reasons = _grey(image)
+                deep = image.format == "PNG" and data[24] == 16 and image.mode != "I;16"
+                pixels, reasons = _grey(_deep_colour(data) if deep else image)
                 notes = _orientation_note(image)
     except UnidentifiedImageError as error:
         raise FilmError(
@@ -209,8 +245,23 @@ def _film_from_image(data: bytes, name: str) -> Film:
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
 
 
-def _grey(image: Image.Image) -> tuple[NDArray[np.generic], tuple[str, ...]]:
+def _deep_colour(data: bytes) -> NDArray[np.uint16]:
+    """RGB `(H, W, 3)` of a PNG of 16 bits in colour or with alpha, which Pillow cuts to 8.
+
+    Pillow has read the file whole before: OpenCV alone would not refuse a damaged one.
+    """
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None or decoded.ndim != 3 or decoded.dtype != np.uint16:
+        raise ValueError("a PNG of 16 bits that OpenCV does not read")
+    return np.asarray(decoded[..., 2::-1], dtype=np.uint16)
+
+
+def _grey(
+    image: Image.Image | NDArray[np.uint16],
+) -> tuple[NDArray[np.generic], tuple[str, ...]]:
     """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
+    if isinstance(image, np.ndarray):
+        return np.rint(image.mean(axis=2)).astype(np.uint16), _colour_reason(image, 65535)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if _white_is_zero(image):
@@ -224,12 +275,13 @@ def _grey(image: Image.Image) -> tuple[NDArray[np.generic], tuple[str, ...]]:
     if image.mode in ("L", "1", "LA"):
         return np.asarray(image.convert("L")), ()
     colour = image.convert("RGB")
-    grey = np.asarray(colour.convert("L"))
-    channels = np.asarray(colour)
-    spread = (channels.max(axis=2).astype(np.int16) - channels.min(axis=2)).mean() / 255
-    if spread > _COLOUR_SPREAD:
-        return grey, ("colour image (RGB), expected a grey radiograph",)
-    return grey, ()
+    return np.asarray(colour.convert("L")), _colour_reason(np.asarray(colour), 255)
+
+
+def _colour_reason(channels: NDArray[np.generic], white: int) -> tuple[str, ...]:
+    """Why an RGB image `(H, W, 3)` is no radiograph; empty if its channels agree."""
+    spread = (channels.max(axis=2).astype(np.float32) - channels.min(axis=2)).mean() / white
+    return ("colour image (RGB), expected a grey radiograph",) if spread > _COLOUR_SPREAD else ()
 
 
 def _white_is_zero(image: Image.Image) -> bool:
@@ -246,6 +298,8 @@ def _orientation_note(image: Image.Image) -> tuple[str, ...]:
 
 
 def _with_content_checked(film: Film) -> Film:
+    if not np.isfinite(film.pixels.min()):  # NaN wins every minimum
+        raise FilmError(f"{film.name}: its pixels are not finite")
     reasons = list(film.reasons)
     if min(film.shape) < MIN_SIDE:
         reasons.append(f"{film.shape[1]} x {film.shape[0]} pixels, expected {MIN_SIDE} a side")
@@ -261,10 +315,11 @@ def _looks_like_film(path: Path) -> bool:
         return False
     if path.suffix.lower() in SUFFIXES:
         return True
-    if path.suffix:
+    try:
+        with path.open("rb") as file:  # archives name DICOM files by their UID, or not at all
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
         return False
-    with path.open("rb") as file:  # scanners write DICOM files without a suffix
-        return file.read(132)[128:] == b"DICM"
 
 
 def _magic(data: bytes) -> str:

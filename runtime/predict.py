@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ import cv2
 import numpy as np
 
 from cxrgaze.command import counted, say
-from cxrgaze.errors import FilmError, NotApplicableError
+from cxrgaze.errors import FilmError, NotApplicableError, UsageError
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.runtime import overlay
 from cxrgaze.runtime.film import Film
@@ -25,6 +28,7 @@ from cxrgaze.spec import NOTICE
 
 Heatmap = Literal["npy", "png16"]
 TABLE = "readings.csv"
+_SUFFIXES = (".json", ".overlay.png", ".heatmap.npy", ".heatmap.png")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def predict(
     names = _output_names([relative for _, relative in films])
     output = options.output
     paths = [path for path, _ in films]
+    if output:
+        _check_inputs_are_safe(paths, names, output)
     decoded = decode_ahead(paths, decode)
     try:
         rows = zip(paths, names, decoded, strict=True)
@@ -93,22 +99,33 @@ def _one(
     except FilmError as error:
         outcome = _unread(path, "failed", str(error))
     else:
-        outcome = Outcome("read", reading.to_json())
-        if stem:
-            stem.parent.mkdir(parents=True, exist_ok=True)
+        outcome = Outcome("read", {**reading.to_json(), "film": _printable(path)})
+    if not stem:
+        return outcome
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if outcome.status == "read" and isinstance(film, Film):
             picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
             write_atomic(_with(stem, ".overlay.png"), picture.tobytes())
             if options.heatmap:
                 _write_heatmap(stem, reading, options.heatmap)
-    if stem:
-        stem.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_with(stem, ".json"), render_json(outcome.record))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise  # a full disk concerns every film
+        return _unread(path, "failed", f"its results cannot be written: {error.strerror}")
     return outcome
 
 
 def _unread(path: Path, status: Literal["not_applicable", "failed"], reason: str) -> Outcome:
-    record = {"film": str(path), "status": status, "reason": reason, "notice": NOTICE}
+    record = {"film": _printable(path), "status": status, "reason": _printable(reason)}
+    record["notice"] = NOTICE
     return Outcome(status, record)
+
+
+def _printable(text: Path | str) -> str:
+    """Text that can be encoded: bytes of a file name that are no UTF-8 become escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
@@ -125,14 +142,24 @@ def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
 def _output_names(relatives: Sequence[Path]) -> list[Path]:
     """One name a film, without suffix; where two clash, with it, then with a number."""
     plain = [relative.with_suffix("") for relative in relatives]
-    names: list[Path] = []
+    count = Counter(plain)
+    names: dict[Path, None] = {}
     for relative, short in zip(relatives, plain, strict=True):
-        wanted = short if plain.count(short) == 1 else relative
+        wanted = short if count[short] == 1 else relative
         name, number = wanted, 2
         while name in names:
             name, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
+
+
+def _check_inputs_are_safe(paths: Sequence[Path], names: Sequence[Path], output: Path) -> None:
+    """Refuse to write over a film that is to be read."""
+    inputs = {os.path.realpath(path) for path in paths}
+    written = [output / TABLE, *(_with(output / n, s) for n in names for s in _SUFFIXES)]
+    for file in written:
+        if os.path.realpath(file) in inputs:
+            raise UsageError(f"{file} is one of the films; choose an --output elsewhere")
 
 
 def _with(stem: Path, suffix: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundle import GOLDEN, GRAPH, Bundle
-from cxrgaze.errors import IncompatibleError, IntegrityError, NotApplicableError
+from cxrgaze.errors import IncompatibleError, IntegrityError, NotApplicableError, UsageError
 from cxrgaze.runtime import backends
 from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import Film, film_from_array, load_film
@@ -63,6 +63,7 @@ class Reader:
         bundle.verify(leave=(GRAPH, GOLDEN))  # these two are verified as they are loaded
         self.bundle = bundle
         self.backend = backend
+        self._closed = False
         backend.activate(bundle)
         try:
             self._self_test()
@@ -84,6 +85,7 @@ class Reader:
 
     def close(self) -> None:
         """Free the backend."""
+        self._closed = True
         self.backend.deactivate()
 
     def read(self, film: Readable, *, force: bool = False) -> Reading:
@@ -107,6 +109,10 @@ class Reader:
         Raises:
             FilmError, NotApplicableError: as `read`, for the first film concerned.
         """
+        if isinstance(films, (str, Path, np.ndarray)):
+            raise UsageError("read_batch takes a list of films; read takes one")
+        if self._closed:
+            raise UsageError("this reader is closed; load the bundle again")
         readings = []
         for start in range(0, len(films), MAX_BATCH):
             readings += self._read_some(films[start : start + MAX_BATCH], force)
@@ -123,6 +129,8 @@ class Reader:
             start = time.perf_counter()
             image[index, 0], geometry = to_canvas(film.pixels, spec)
             preprocess_ms = (time.perf_counter() - start) * 1e3
+            if not (image[index].min() >= 0 and image[index].max() <= 1):  # NaN fails too
+                raise UsageError(f"{film.name}: pixels of a Film must be finite and in [0, 1]")
             times = {"decode": film.decode_ms, "preprocess": preprocess_ms}
             prepared.append((film, geometry, times))
         start = time.perf_counter()
@@ -230,7 +238,7 @@ def read_golden(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     try:
         with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in shapes}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{bundle.path / GOLDEN} is malformed: {error}") from error
     for name, array in arrays.items():
         if array.shape != shapes[name] or array.dtype != np.float32:
@@ -246,4 +254,6 @@ def _as_film(given: Readable) -> Film:
         return given
     if isinstance(given, np.ndarray):
         return film_from_array(given)
-    return load_film(given)
+    if isinstance(given, str | Path):
+        return load_film(given)
+    raise UsageError(f"expected a path, an array or a Film, found {type(given).__name__}")

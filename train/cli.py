@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--output", type=Path, default=Path("demo-checkpoint"), metavar="DIR")
     demo.add_argument("--films", type=int, default=900, help="training phantoms (default 900)")
     demo.add_argument("--epochs", type=int, default=14, help="(default 14)")
-    demo.add_argument("--seed", type=int, default=0, help="(default 0)")
+    demo.add_argument("--seed", type=command.bounded(0, 2**31 - 1), default=0, help="(default 0)")
     demo.add_argument(
         "--shuffle-targets",
         action="store_true",
@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SHARES",
         help="where the CSV has no split (default train=0.7,val=0.1,test=0.2)",
     )
-    prepare.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    prepare.add_argument(
+        "--seed", type=command.bounded(0, 2**31 - 1), default=0, help="of the split (default 0)"
+    )
     prepare.add_argument(
         "--patient-per-film", action="store_true", help="where the CSV has no patients"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.files import (
@@ -137,6 +137,13 @@ class Manifest(Frozen):
     provenance: Provenance
     files: tuple[FileRecord, ...] = ()
 
+    @model_validator(mode="after")
+    def _operating_points_are_of_classes(self) -> Manifest:
+        foreign = sorted(set(self.decision.operating_points) - set(self.spec.class_names))
+        if foreign:
+            raise ValueError(f"operating point of {foreign[0]!r}, which is no class")
+        return self
+
     def rendered(self) -> bytes:
         """The canonical bytes, digest filled in."""
         content = self.model_dump(mode="json")
@@ -196,8 +203,10 @@ class Bundle:
             raise IntegrityError(f"{file} is reached through a link; expected a plain folder")
         try:
             data = read_regular(file, record.size)
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{file} is missing; export or copy the bundle again") from error
+        except OSError as error:
+            raise IntegrityError(
+                f"{file} cannot be read ({error.strerror}); export or copy the bundle again"
+            ) from error
         if len(data) != record.size or sha256(data) != record.sha256:
             raise IntegrityError(
                 f"{file} was altered: {len(data)} bytes, SHA-256 {sha256(data)[:12]}..., the "
@@ -209,8 +218,12 @@ class Bundle:
         """Read every listed file once, but those in `leave`, which the caller reads itself.
 
         Raises:
-            IntegrityError: as `read`.
+            IntegrityError: as `read`, or there is a file that is not listed.
         """
+        listed = {MANIFEST, *(record.path for record in self.manifest.files)}
+        for file in self.path.rglob("*"):
+            if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
+                raise IntegrityError(f"{file} does not belong to the bundle; remove it")
         for record in self.manifest.files:
             if record.path not in leave:
                 self.read(record.path)

@@ -78,6 +78,24 @@ def execute(
 _EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export"}
 
 
+def bounded(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {text}")
+        return value
+
+    return parse
+
+
+MAX_THREADS = 1024
+
+
 def say(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -35,13 +35,16 @@ def read_regular(path: Path, limit: int) -> bytes:
         if path.is_symlink():
             raise IntegrityError(f"{path} is a link; expected a regular file") from error
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise IntegrityError(f"{path} is not a regular file")
         if status.st_size > limit:
             raise IntegrityError(f"{path} has {status.st_size} bytes, expected at most {limit}")
-        data = file.read(status.st_size + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)
+    finally:
+        os.close(descriptor)
     if len(data) != status.st_size:
         raise IntegrityError(f"{path} changed its size while it was read")
     return data
@@ -62,7 +65,7 @@ def checked_relative(name: str) -> PurePosixPath:
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in `data`; duplicate keys, NaN and other top-level types are refused.
+    """The JSON object in `data`; duplicate keys, NaN and lone surrogates are refused.
 
     Raises:
         IntegrityError: not such an object; `name` is used in the message.
@@ -79,6 +82,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # refuses escapes of lone surrogates
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError among them
         raise IntegrityError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

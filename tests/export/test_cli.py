@@ -99,7 +99,6 @@ REFUSED = {
     "both sources": (["bad.safetensors", "--variant", "tiny", "--random-weights"], 2, "not both"),
     "no such films": (["--films", "none"], 2, "does not exist"),
     "a film that shows nothing": (["--films", "black.png"], 11, "no content"),
-    "no threads": (["--threads", "0"], 2, "at least 1"),
 }
 
 
@@ -112,6 +111,15 @@ def test_what_is_refused_has_its_code_and_leaves_nothing(tmp_path, monkeypatch, 
     assert cli.main(arguments) == code
     assert message in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--seed", "99999999999999999999"], ["--seed", "-1"]]
+)
+def test_numbers_are_bounded(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == ExitCode.USAGE and "expected" in capsys.readouterr().err
 
 
 def test_an_unknown_precision_lists_those_that_exist(capsys):

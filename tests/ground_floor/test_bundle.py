@@ -149,3 +149,65 @@ def test_integrity_errors_are_cxrgaze_errors(bundle):
     (bundle / MANIFEST).write_bytes(b"{")
     with pytest.raises(IntegrityError):
         Bundle.open(bundle)
+
+
+def test_an_unlisted_file_is_refused(bundle, films, capsys):
+    (bundle / "report" / "evil.so").write_bytes(b"")
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+    assert "does not belong to the bundle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.onnx", MANIFEST])
+def test_a_folder_in_place_of_a_file_is_refused(bundle, films, name):
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+
+
+def test_a_lone_surrogate_and_a_path_that_is_too_long_are_refused(bundle, films):
+    path = bundle / MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"name": "demo', '"name": "\\ud800demo', 1))
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+    path.write_text(text)
+    manifest = Bundle.open(bundle).manifest
+    long = manifest.files[-1].model_copy(update={"path": "x" * 5000})
+    path.write_bytes(manifest.model_copy(update={"files": (*manifest.files, long)}).rendered())
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+
+
+def _with_file(bundle, name, data):
+    from cxrgaze.files import sha256
+
+    (bundle / name).write_bytes(data)
+    manifest = Bundle.open(bundle).manifest
+    records = tuple(
+        FileRecord(path=name, size=len(data), sha256=sha256(data)) if r.path == name else r
+        for r in manifest.files
+    )
+    (bundle / MANIFEST).write_bytes(manifest.model_copy(update={"files": records}).rendered())
+
+
+@pytest.mark.parametrize("kind", ["npy", "pickle", "text", "empty zip"])
+def test_golden_arrays_of_another_kind_are_refused_and_never_unpickled(bundle, films, kind):
+    import io
+    import pickle
+    import zipfile
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, np.zeros(3))
+    elif kind == "empty zip":
+        zipfile.ZipFile(buffer, "w").close()
+    data = {"pickle": pickle.dumps([1]), "text": b"hello"}.get(kind, buffer.getvalue())
+    _with_file(bundle, "reference/golden.npz", data)
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+
+
+def test_an_operating_point_of_no_class_is_refused(bundle, films):
+    manifest = Bundle.open(bundle).manifest
+    decision = Decision(operating_points={"nosuch": 0.5})
+    (bundle / MANIFEST).write_bytes(manifest.model_copy(update={"decision": decision}).rendered())
+    assert _predict(bundle, films) == ExitCode.INTEGRITY

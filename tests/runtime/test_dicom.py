@@ -226,6 +226,31 @@ def test_a_voi_lut_with_a_negative_first_value():
     _close(film, _slow(signed, lambda v: _lut(v, -1500, curve) / 4095))
 
 
+def test_big_endian_words_of_a_lut():
+    curve = [round(4095 * (i / 2999) ** 0.6) for i in range(3000)]
+    item = _lut_item(350, curve, 12)
+    item.add_new("LUTData", "OW", np.asarray(curve, ">u2").tobytes())
+    swapped = STORED.astype(">u2")
+    film = _film(_file(swapped, syntax=ExplicitVRBigEndian, VOILUTSequence=Sequence([item])))
+    _close(film, _slow(STORED, lambda v: _lut(v, 350, curve) / 4095))
+
+
+@pytest.mark.parametrize("entries", [255, 256])
+def test_packed_8_bit_lut_entries(entries):
+    curve = [round(255 * (i / (entries - 1)) ** 0.6) for i in range(entries)]
+    item = _lut_item(0, curve, 8)
+    item.add_new("LUTData", "OW", bytes(curve) + b"\0" * (entries % 2))
+    film = _film(_file(DRAWN, bits=8, VOILUTSequence=Sequence([item])))
+    _close(film, _slow(DRAWN, lambda v: _lut(v, 0, curve) / 255))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 17, 60000])
+def test_a_lut_of_impossible_depth_is_refused(bits):
+    item = _lut_item(0, list(range(4096)), bits)
+    with pytest.raises(FilmError, match="damaged"):
+        _film(_file(VOILUTSequence=Sequence([item])))
+
+
 @pytest.mark.parametrize("data", [[], [1, 2]])
 def test_a_malformed_lut_is_refused(data):
     item = _lut_item(0, [1, 2, 3], 12)
@@ -300,6 +325,14 @@ def test_8_bits_without_a_window_are_the_8_bit_image():
     _close(film, DRAWN / 255)
     inverted = _film(_file(255 - DRAWN, bits=8, PhotometricInterpretation="MONOCHROME1"))
     _close(inverted, DRAWN / 255)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_signed_8_bits_without_a_window_use_the_whole_grey_scale(photometric):
+    stored = DRAWN if photometric == "MONOCHROME2" else 255 - DRAWN
+    signed = (stored.astype(np.int16) - 128).astype(np.int8)
+    tags = {"PixelRepresentation": 1, "PhotometricInterpretation": photometric}
+    _close(_film(_file(signed, bits=8, **tags)), DRAWN / 255)
 
 
 # --- padding ------------------------------------------------------------------------------------
@@ -436,6 +469,35 @@ def test_force_reads_it_anyway_and_says_so(bundles, tmp_path):
     assert "lateral view" in reading.forced[0]
     assert any(w.startswith("read by force although lateral") for w in reading.warnings)
     assert reading.to_json()["forced"]
+
+
+MALFORMED = {
+    "spacing in letters": ("PixelSpacing", "DS", b"abc\\de "),
+    "spacing with commas": ("PixelSpacing", "DS", b"0,143\\0,143"),
+    "empty spacings": ("PixelSpacing", "DS", b"\\ "),
+    "frames in letters": ("NumberOfFrames", "IS", b"one "),
+    "photometric in lower case": ("PhotometricInterpretation", "CS", b"monochrome2 "),
+    "a high bit beyond the word": ("HighBit", "US", b"\xff\xff"),
+    "orientation": ("PatientOrientation", "CS", b"\\"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_attribute_does_not_lose_the_film(name):
+    keyword, vr, raw = MALFORMED[name]
+    data = _file(**WINDOW)
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    element = pydicom.dataelem.RawDataElement(
+        pydicom.tag.Tag(tag), vr, len(raw), raw, 0, False, True, True
+    )
+    dataset._dict[pydicom.tag.Tag(tag)] = element
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    film = _film(buffer.getvalue())
+    assert not film.reasons and film.spacing_mm is None
+    if keyword != "HighBit":
+        _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
 
 
 # --- hostile and broken files -------------------------------------------------------------------

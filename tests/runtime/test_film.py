@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -207,3 +209,41 @@ def test_mutated_tiffs_and_jpegs_are_films_or_film_errors(tmp_path):
             except FilmError:
                 continue
             assert np.isfinite(film.pixels).all()
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "p.png")
+    with pytest.raises(FilmError, match="not a regular file"):
+        load_film(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("channels", [3, 4, 2])
+def test_16_bit_png_in_colour_or_with_alpha_keeps_its_bits(tmp_path, channels):
+    """12-bit values in 16-bit PNG: grey, and the same as RGB, RGBA and grey with alpha."""
+    values = PIXELS.astype(np.uint16) * 13 + 700
+    alpha = np.full_like(values, 65535)
+    planes = {3: [values] * 3, 4: [values] * 3 + [alpha], 2: [values, alpha]}[channels]
+    kind = {3: 2, 4: 6, 2: 4}[channels]
+    raw = np.dstack(planes).astype(">u2").reshape(120, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in raw)
+
+    def chunk(name, body):
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 90, 120, 16, kind, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines))
+    film = film_from_bytes(data + chunk(b"IEND", b""), "f.png")
+    grey = film_from_array(values)
+    assert film.pixel_source == "image-16bit" and not film.reasons
+    assert np.abs(film.pixels - grey.pixels).max() < 1e-6
+
+
+def test_films_named_by_their_uid_and_linked_folders_are_found(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.2.840.113619.2.5.1").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "d").symlink_to(tmp_path / "real")
+    (tmp_path / "links" / "loop").symlink_to(tmp_path / "links")
+    assert [str(r) for _, r in find_films([tmp_path / "links"])] == ["d/1.2.840.113619.2.5.1"]

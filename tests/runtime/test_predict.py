@@ -114,7 +114,9 @@ USAGE = {
     "no bundle": (["EMPTY", "FILM"], "not a bundle"),
     "an unknown backend": (["BUNDLE", "FILM", "--device", "abacus"], "abacus"),
     "heatmap without output": (["BUNDLE", "FILM", "--heatmap", "npy"], "--output"),
-    "threads": (["BUNDLE", "FILM", "--threads", "0"], "--threads"),
+    "an empty path": (["BUNDLE", "*nothing*"], "no file matches"),
+    "a bad pattern": (["BUNDLE", "FILM**.png"], "cannot be searched"),
+    "a path that is too long": (["BUNDLE", "x" * 5000], "cannot be searched"),
     "an unwritable output": (["BUNDLE", "FILM", "--output", "FILM/x"], "cannot write"),
 }
 
@@ -165,3 +167,60 @@ def test_an_interrupt_keeps_what_is_finished(bundle, films, tmp_path):
         done = list(csv.DictReader(file))
     assert 3 <= len(done) < 300
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "99999999999"])
+def test_threads_are_bounded(bundle, films, capsys, threads):
+    with pytest.raises(SystemExit) as caught:
+        main([bundle, str(films), "--threads", threads])
+    assert caught.value.code == ExitCode.USAGE and "expected 1 to 1024" in capsys.readouterr().err
+
+
+def test_an_input_is_never_written_over(bundle, films, tmp_path, capsys):
+    shutil.copy(films / "nih_00001507_002_512.png", tmp_path / "a.png")
+    shutil.copy(films / "nih_00005638_000_512.png", tmp_path / "a.overlay.png")
+    before = (tmp_path / "a.overlay.png").read_bytes()
+    assert main([bundle, str(tmp_path), "--output", str(tmp_path)]) == ExitCode.USAGE
+    assert "is one of the films" in capsys.readouterr().err
+    assert (tmp_path / "a.overlay.png").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.overlay.png", "a.png"]
+
+
+def test_odd_names_do_not_stop_the_others(bundle, films, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    good = films / "nih_00001507_002_512.png"
+    for name in ("a" * 245 + ".png", "ok.png", "bad\udcff.png", "n\u00e4me with space.png"):
+        shutil.copy(good, source / name)
+    out = tmp_path / "out"
+    assert main([bundle, str(source), "--output", str(out)]) == ExitCode.FAILURE
+    with (out / "readings.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["status"] for row in table] == ["failed", "read", "read", "read"]
+    assert "File name too long" in table[0]["reason"] and "\\udcff" in table[1]["film"]
+    assert len(list(out.glob("*.overlay.png"))) == 3
+
+
+def test_a_film_of_nan_is_a_failure_among_others(bundle, films, tmp_path):
+    """A window that makes NaN must not end the run."""
+    import struct
+
+    shutil.copy(films / "nih_00001507_002_512.png", tmp_path / "ok.png")
+    pixels = np.full((64, 64), np.nan, "<f4")
+    tags = [(256, 64), (257, 64), (258, 32), (259, 1), (262, 1), (273, 8 + 2 + 120 + 4), (277, 1)]
+    tags += [(278, 64), (279, pixels.nbytes), (339, 3)]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "nan.tif").write_bytes(head + body + bytes(4) + pixels.tobytes())
+    assert main([bundle, str(tmp_path), "--output", str(tmp_path / "out")]) == ExitCode.FAILURE
+    assert (tmp_path / "out" / "ok.overlay.png").is_file()
+
+
+def test_naming_many_films_is_fast_enough_to_finish():
+    """Linear: 200,000 names with clashes; the quadratic form needed hours."""
+    from pathlib import Path
+
+    from cxrgaze.runtime.predict import _output_names
+
+    names = _output_names([Path(f"{i // 2}.{('png', 'dcm')[i % 2]}") for i in range(200_000)])
+    assert len(set(names)) == 200_000

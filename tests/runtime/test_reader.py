@@ -7,6 +7,7 @@ import cxrgaze
 from cxrgaze import metrics, phantom
 from cxrgaze.errors import FilmError, NotApplicableError, UsageError
 from cxrgaze.runtime.canvas import Geometry
+from cxrgaze.runtime.film import Film
 from cxrgaze.runtime.overlay import render, top_mass_level
 
 
@@ -90,6 +91,34 @@ def test_not_applicable_and_unreadable_are_errors_of_their_own(reader, tmp_path)
         reader.read(tmp_path / "no.png")
 
 
+@pytest.mark.parametrize(
+    "film, message",
+    [
+        (np.zeros((0, 0), np.float32), "expected a film"),
+        (np.zeros((0, 5), np.uint8), "expected a film"),
+        (None, "expected a path, an array or a Film"),
+        (["a.png"], "expected a path, an array or a Film"),
+        (Film(np.full((80, 80), np.nan, np.float32), "x", "0", "array"), "finite and in"),
+        (Film(np.full((80, 80), 200, np.float32), "x", "0", "array"), "finite and in"),
+    ],
+)
+def test_what_is_no_film_is_a_usage_error(reader, film, message):
+    with pytest.raises(UsageError, match=message):
+        reader.read(film)
+
+
+def test_a_path_with_nul_and_a_batch_that_is_no_list(reader):
+    with pytest.raises(FilmError, match="no path"):
+        reader.read("a\0b.png")
+    with pytest.raises(UsageError, match="takes a list"):
+        reader.read_batch("film.png")
+
+
+def test_the_byte_order_of_an_array_does_not_matter(reader):
+    pixels = phantom.draw(1).pixels.astype(np.uint16) * 9
+    assert reader.read(pixels).probabilities == reader.read(pixels.astype(">u2")).probabilities
+
+
 def test_an_unknown_backend_lists_those_that_exist(bundles):
     with pytest.raises(UsageError, match="choose from auto, onnxruntime"):
         cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="tensorrt")
@@ -99,7 +128,7 @@ def test_a_closed_reader_says_so(bundles):
     reader = cxrgaze.load(bundles / "demo-fp32.cxrgaze")
     reader.close()
     reader.close()
-    with pytest.raises(RuntimeError, match="before activate"):
+    with pytest.raises(UsageError, match="closed"):
         reader.read(phantom.draw(1).pixels)
 
 
