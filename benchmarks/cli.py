@@ -33,12 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help="stop sampling after this time even if samples are missing (default 120)",
     )
-    run.add_argument(
-        "--threads",
-        type=command.bounded(1, command.MAX_THREADS),
-        metavar="N",
-        help="CPU threads (default: all cores)",
-    )
+    command.add_threads(run)
     run.add_argument("--cold-starts", type=int, default=3, metavar="N", help="(default 3)")
     return command.execute(parser, _run, argv)
 

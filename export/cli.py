@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cxrgaze import command
+
+if TYPE_CHECKING:
+    from cxrgaze.bundle import Bundle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=0,
         help="of --random-weights (default 0)",
     )
-    parser.add_argument(
-        "--threads",
-        type=command.bounded(1, command.MAX_THREADS),
-        metavar="N",
-        help="CPU threads (default: all cores)",
-    )
+    command.add_threads(parser)
     return command.execute(parser, _run, argv)
 
 
@@ -100,10 +99,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summarise(made: object) -> None:
-    from cxrgaze.bundle import GRAPH, Bundle
+def _summarise(made: Bundle) -> None:
+    from cxrgaze.bundle import GRAPH
 
-    assert isinstance(made, Bundle)
     manifest = made.manifest
     size = next(record.size for record in manifest.files if record.path == GRAPH)
     total = sum(record.size for record in manifest.files)

@@ -50,12 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
     )
-    parser.add_argument(
-        "--threads",
-        type=command.bounded(1, command.MAX_THREADS),
-        metavar="N",
-        help="CPU threads (default: all cores)",
-    )
+    command.add_threads(parser)
     return command.execute(parser, _run, argv)
 
 

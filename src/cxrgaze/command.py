@@ -93,7 +93,11 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-MAX_THREADS = 1024
+def add_threads(arguments: argparse.ArgumentParser) -> None:
+    """Add `--threads`, None where it is not given."""
+    arguments.add_argument(
+        "--threads", type=bounded(1, 1024), metavar="N", help="CPU threads (default: all cores)"
+    )
 
 
 def say(text: str) -> None:

@@ -132,7 +132,7 @@ def _anatomy(
     rng: np.random.Generator, x: NDArray[np.floating], y: NDArray[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Body, lungs, mediastinum, ribs and texture; and the lung mask in [0, 1]."""
-    half = 48.0
+    half = 48.0  # edges as wide as in a drawing of 96 pixels, whatever the size of this one
     body = _soft((x / 0.95) ** 2 + (y / 1.35) ** 2 < 1, half)
     lungs = np.zeros(np.broadcast_shapes(x.shape, y.shape))
     for side in (-1, 1):
