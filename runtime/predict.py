@@ -20,7 +20,7 @@ from cxrgaze.command import counted, say
 from cxrgaze.errors import FilmError, NotApplicableError, UsageError
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.runtime import overlay
-from cxrgaze.runtime.film import Film
+from cxrgaze.runtime.film import SUFFIXES, Film
 from cxrgaze.runtime.isolate import Decode, decode_ahead
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
@@ -140,8 +140,8 @@ def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
 
 
 def _output_names(relatives: Sequence[Path]) -> list[Path]:
-    """One name a film, without suffix; where two clash, with it, then with a number."""
-    plain = [relative.with_suffix("") for relative in relatives]
+    """One name a film, without its format's suffix; where two clash, with it, then a number."""
+    plain = [r.with_suffix("") if r.suffix.lower() in SUFFIXES else r for r in relatives]
     count = Counter(plain)
     names: dict[Path, None] = {}
     for relative, short in zip(relatives, plain, strict=True):

@@ -216,6 +216,15 @@ def test_a_film_of_nan_is_a_failure_among_others(bundle, films, tmp_path):
     assert (tmp_path / "out" / "ok.overlay.png").is_file()
 
 
+def test_a_uid_is_not_cut_at_its_last_point():
+    from pathlib import Path
+
+    from cxrgaze.runtime.predict import _output_names
+
+    given = [Path("1.2.840.5"), Path("a/f.PNG"), Path("a/f.dcm"), Path("g.dcm")]
+    assert list(map(str, _output_names(given))) == ["1.2.840.5", "a/f.PNG", "a/f.dcm", "g"]
+
+
 def test_naming_many_films_is_fast_enough_to_finish():
     """Linear: 200,000 names with clashes; the quadratic form needed hours."""
     from pathlib import Path
