@@ -16,11 +16,14 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from torch import nn
 
-from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.bundle import Decision
+from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
 from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
-from cxrgaze.train.model import VARIANTS, Network
+from cxrgaze.train.model import VARIANTS, Network, network_of
+from cxrgaze.train.origin import Origin
 
 SCHEMA_VERSION = 1
 _WEIGHTS_LIMIT = 4 << 30
@@ -38,6 +41,12 @@ class Card(Frozen):
     parameters: int
     trained_on: str
     """Origin of the training films, in a sentence."""
+    lineage: tuple[Origin, ...]
+    """All sets that these weights descend from: initial weights, teachers, the run's own films."""
+    centre_prior: bool = False
+    """Whether the network has the learnable centre prior."""
+    decision: Decision = Decision()
+    """Fitted on validation films."""
     command: str
     """The one command that makes this checkpoint again."""
     config: dict[str, Any]
@@ -49,12 +58,12 @@ class Card(Frozen):
 def save(path: Path, network: Network, **card: Any) -> Card:
     """Write weights to `path` and the card beside it.
 
+    Weights that are float16 numbers (`round_to_half`) are stored as such.
+
     Args:
         card: fields of `Card`; schema version, hash, parameters and environment are filled in.
     """
-    weights = safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    )
+    weights = weights_bytes(network)
     made = Card(
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
@@ -68,8 +77,36 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         **card,
     )
     write_atomic(path, weights)
-    write_atomic(path.with_suffix(".json"), render_json(made.model_dump(mode="json")))
+    write_card(path, made)
     return made
+
+
+def write_card(path: Path, card: Card) -> None:
+    """Write the card beside the weights `path`."""
+    write_atomic(path.with_suffix(".json"), render_json(card.model_dump(mode="json")))
+
+
+def weights_bytes(network: nn.Module) -> bytes:
+    """The state dict as safetensors, in float16 where that loses nothing."""
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    floats = {k: v for k, v in state.items() if v.is_floating_point()}
+    if all(torch.equal(v.half().float(), v) for v in floats.values()):
+        state |= {k: v.half() for k, v in floats.items()}
+    return safetensors.torch.save(state)
+
+
+def round_to_half(network: nn.Module) -> None:
+    """Round every weight to the nearest float16 number, in place.
+
+    Raises:
+        CxrgazeError: a weight beyond float16's range.
+    """
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
+                if not torch.isfinite(tensor).all():
+                    raise CxrgazeError(f"{name} is beyond float16; store float32 weights")
 
 
 def load(path: Path) -> tuple[Network, Card]:
@@ -97,12 +134,12 @@ def load(path: Path) -> tuple[Network, Card]:
         raise IntegrityError(
             f"{card_path}: variant {card.spec.variant!r}, this cxrgaze has {sorted(VARIANTS)}"
         )
-    network = Network(VARIANTS[card.spec.variant], len(card.spec.classes))
+    network = network_of(card.spec, centre_prior=card.centre_prior)
     load_weights(network, weights, str(path))
     return network.eval(), card
 
 
-def load_weights(network: Network, weights: dict[str, torch.Tensor], name: str) -> None:
+def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
     """Load every tensor or none.
 
     Raises:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze import heatmaps
-from cxrgaze.errors import DataError
+from cxrgaze.command import counted
+from cxrgaze.errors import DataError, UsageError
+from cxrgaze.files import new_folder, parse_json, render_json, sha256
 from cxrgaze.runtime.canvas import Geometry, to_canvas
 from cxrgaze.runtime.film import film_from_bytes
-from cxrgaze.samples import Gaze, LabelledSet
+from cxrgaze.samples import FilmRow, Gaze, LabelledSet
 from cxrgaze.spec import ModelSpec
 
 UNLABELLED = -1
@@ -30,6 +34,10 @@ class Arrays:
     """`(N, 1, H, W)`, sum 1 over the film's area, zero in the pad; all zero without gaze."""
     geometries: tuple[Geometry, ...]
     gaze: tuple[Gaze | None, ...]
+    teacher_logits: NDArray[np.float32] | None = None
+    """`(N, C)`, of a teacher (`cxrgaze.train.distill`)."""
+    teacher_densities: NDArray[np.float32] | None = None
+    """`(N, 1, H, W)`, sum 1 over the film's area, of a teacher."""
 
     @property
     def has_gaze(self) -> NDArray[np.bool_]:
@@ -37,11 +45,22 @@ class Arrays:
         return np.asarray(self.densities.any(axis=(1, 2, 3)))
 
 
-def load_arrays(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset) -> Arrays:
+def load_arrays(
+    labelled: LabelledSet,
+    spec: ModelSpec,
+    preset: heatmaps.HeatmapPreset,
+    cache: Path | None = None,
+) -> Arrays:
     """Read, preprocess and place every film of `labelled`.
 
+    Args:
+        cache: folder to keep the canvases in; a second call with the same films, gaze, canvas and
+            preset maps them from there instead of reading films again. They are films of the set:
+            keep them where the set may be.
+
     Raises:
-        DataError: classes other than the network's, a film that is not the recorded one.
+        DataError: classes other than the network's, a film that is not the recorded one, gaze that
+            gives no density, each with the film's name.
         FilmError: a film that cannot be read or is not applicable.
     """
     if labelled.info.classes != spec.class_names:
@@ -51,25 +70,98 @@ def load_arrays(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.Heatmap
         )
     if not labelled.rows:
         raise DataError(f"{labelled.folder}: no films in this split")
-    images, labels, densities, geometries = [], [], [], []
-    for row in labelled.rows:
-        film = film_from_bytes(labelled.film_bytes(row), row.film)
-        if film.reasons:
-            raise DataError(f"{labelled.folder / row.film}: {'; '.join(film.reasons)}")
-        canvas, geometry = to_canvas(film.pixels, spec)
-        images.append(canvas)
-        geometries.append(geometry)
-        labels.append(spec.class_names.index(row.label) if row.label else UNLABELLED)
-        gaze = labelled.gaze.get(row.film)
-        densities.append(canvas_density(gaze, geometry, preset) if gaze else np.zeros_like(canvas))
+    if cache is None:
+        placed = [_place(labelled, row, spec, preset) for row in _counted(labelled.rows)]
+        images, densities = (np.stack([getattr(p, k) for p in placed])[:, None] for k in _MAPS)
+        geometries = [p.geometry for p in placed]
+    else:
+        images, densities, geometries = _cached(labelled, spec, preset, cache)
+    names = spec.class_names
     return Arrays(
         tuple(row.film for row in labelled.rows),
-        np.stack(images)[:, None],
-        np.array(labels, dtype=np.int64),
-        np.stack(densities)[:, None],
+        images,
+        np.array(
+            [names.index(row.label) if row.label else UNLABELLED for row in labelled.rows],
+            dtype=np.int64,
+        ),
+        densities,
         tuple(geometries),
         tuple(labelled.gaze.get(row.film) for row in labelled.rows),
     )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    images: NDArray[np.float32]
+    densities: NDArray[np.float32]
+    geometry: Geometry
+
+
+_MAPS = ("images", "densities")
+_GEOMETRIES = "geometries.json"
+
+
+def _place(
+    labelled: LabelledSet, row: FilmRow, spec: ModelSpec, preset: heatmaps.HeatmapPreset
+) -> _Placed:
+    film = film_from_bytes(labelled.film_bytes(row), row.film)
+    if film.reasons:
+        raise DataError(f"{labelled.folder / row.film}: {'; '.join(film.reasons)}")
+    canvas, geometry = to_canvas(film.pixels, spec)
+    gaze = labelled.gaze.get(row.film)
+    try:
+        density = canvas_density(gaze, geometry, preset) if gaze else np.zeros_like(canvas)
+    except DataError as error:
+        raise DataError(
+            f"{labelled.folder / 'fixations.csv'}, film {row.film}: {error}; drop its rows to "
+            "train without its gaze"
+        ) from error
+    return _Placed(canvas, density, geometry)
+
+
+def _cached(
+    labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset, cache: Path
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[Geometry]]:
+    """Canvases from the cache, made first where they are not there."""
+    folder = cache / _cache_key(labelled, spec, preset)
+    if not (folder / _GEOMETRIES).is_file():
+        shape = (len(labelled.rows), 1, spec.height, spec.width)
+        try:
+            with new_folder(folder, _GEOMETRIES) as new:
+                maps = [
+                    np.lib.format.open_memmap(new / f"{k}.npy", "w+", np.float32, shape)
+                    for k in _MAPS
+                ]
+                geometries = []
+                for index, row in enumerate(_counted(labelled.rows)):
+                    placed = _place(labelled, row, spec, preset)
+                    for target, name in zip(maps, _MAPS, strict=True):
+                        target[index, 0] = getattr(placed, name)
+                    geometries.append(astuple(placed.geometry))
+                for target in maps:
+                    target.flush()
+                (new / _GEOMETRIES).write_bytes(render_json({"geometries": geometries}))
+        except UsageError as error:
+            raise UsageError(f"cache {cache}: {error}") from error
+    images, densities = (np.load(folder / f"{k}.npy", mmap_mode="r") for k in _MAPS)
+    content = parse_json((folder / _GEOMETRIES).read_bytes(), _GEOMETRIES)
+    return images, densities, [Geometry(*values) for values in content["geometries"]]
+
+
+def _cache_key(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset) -> str:
+    """Everything that a canvas or a density depends on."""
+    gaze = labelled.folder / "fixations.csv"
+    parts = [
+        *(f"{row.film} {row.sha256}" for row in labelled.rows),
+        sha256(gaze.read_bytes()) if gaze.is_file() else "no gaze",
+        f"{spec.height}x{spec.width}, preprocessing {spec.preprocessing}",
+        preset.model_dump_json(),
+    ]
+    return sha256("\n".join(parts).encode())[:32]
+
+
+def _counted(rows: Sequence[FilmRow]) -> Iterable[FilmRow]:
+    return counted(rows, len(rows), "film")
 
 
 def canvas_density(

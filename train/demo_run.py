@@ -1,84 +1,81 @@
-"""The demo run: phantoms, a joint fit, held-out figures, a checkpoint."""
+"""The demo run: phantoms, the preset demo, held-out figures, a checkpoint."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cxrgaze import heatmaps
-from cxrgaze.command import Steps, say
+from cxrgaze.command import say
 from cxrgaze.phantom import HARD, write_phantom_set
+from cxrgaze.samples import LabelledSet, write_set
 from cxrgaze.train import checkpoint
-from cxrgaze.train.dataset import Arrays, load_arrays
+from cxrgaze.train.config import TrainConfig
+from cxrgaze.train.dataset import load_arrays
 from cxrgaze.train.evaluate import evaluate
-from cxrgaze.train.fit import FitConfig, fit
-from cxrgaze.train.model import spec_of
+from cxrgaze.train.fit import Start, fit
 
-PRESET = heatmaps.PRESETS["phantom"]
 HELD_OUT = 300
 HARD_FIRST_SEED = 100_000  # apart from the seeds that training and the easy test use
 
 
 def train_demo(
-    path: Path, config: FitConfig, *, films: int, shuffle: bool = False
+    run: Path,
+    config: TrainConfig,
+    *,
+    films: int,
+    start: Start = Start(),  # noqa: B008 - frozen
+    shuffle: bool = False,
+    command: str = "",
 ) -> checkpoint.Card:
-    """Train on `films` phantoms, evaluate on held-out ones, write the checkpoint to `path`.
+    """Draw phantoms, fit on `films` of them, evaluate on held-out ones, add that to the card.
 
     Args:
+        run: a new folder for the run (`fit`).
         shuffle: the negative control: every film gets another film's label and gaze.
     """
-    name = "demo-shuffled" if shuffle else "demo"
-    spec = spec_of(
-        config.variant, model_version=f"{name}-1", pixel_source="image-8bit", domain="phantom"
-    )
-    step = Steps(4)
     with tempfile.TemporaryDirectory(prefix="cxrgaze-demo-") as folder:
-        with step(f"draw {films} + {2 * HELD_OUT} phantoms"):
-            easy = write_phantom_set(Path(folder, "easy"), {"train": films, "test": HELD_OUT})
-            hard = write_phantom_set(
-                Path(folder, "hard"),
-                {"test": HELD_OUT},
-                difficulty=HARD,
-                first_seed=HARD_FIRST_SEED,
-            )
-        with step("read them"):
-            train = load_arrays(easy.split("train"), spec, PRESET)
-            test = load_arrays(easy.split("test"), spec, PRESET)
-            test_hard = load_arrays(hard, spec, PRESET)
-    prior = heatmaps.centre_prior(train.densities[:, 0])
-    if shuffle:
-        train = _shuffled(train, config.seed)
-    with step(f"train {config.variant} for {config.epochs} epochs"):
-        say("")
-        network = fit(train, config, lambda epoch, loss: say(f"  epoch {epoch}: loss {loss:.3f}"))
-    with step("evaluate on held-out phantoms"):
-        results = {
-            "held_out": evaluate(network, test, prior, PRESET),
-            "held_out_hard": {"difficulty": HARD, **evaluate(network, test_hard, prior, PRESET)},
-            "note": "synthetic (phantom) figures: they say nothing of clinical performance",
-        }
-    return checkpoint.save(
-        path,
-        network,
-        name=name,
-        spec=spec,
-        trained_on=f"{films} cxrgaze phantoms (synthetic drawings), seeds 0 to {films - 1}",
-        command=f"cxrgaze-train demo --films {films} --epochs {config.epochs} --seed {config.seed}"
-        + (" --shuffle-targets" if shuffle else ""),
-        config={**config.model_dump(), "films": films, "heatmap": PRESET.model_dump()},
-        results=results,
-    )
+        val = films // 6
+        say(f"drawing {films} + {val} + {2 * HELD_OUT} phantoms")
+        easy = write_phantom_set(
+            Path(folder, "easy"), {"train": films, "val": val, "test": HELD_OUT}
+        )
+        hard = write_phantom_set(
+            Path(folder, "hard"), {"test": HELD_OUT}, difficulty=HARD, first_seed=HARD_FIRST_SEED
+        )
+        training = _shuffled(easy, Path(folder, "shuffled"), config.seed) if shuffle else easy
+        fit(training, config, run, start=start, command=command)
+        path = run / f"{config.name}.safetensors"
+        network, card = checkpoint.load(path)
+        preset = heatmaps.PRESETS[config.heatmap]
+        train, test, test_hard = (
+            load_arrays(part, card.spec, preset)
+            for part in (easy.split("train"), easy.split("test"), hard)
+        )
+        prior = heatmaps.centre_prior(train.densities[:, 0])
+    results: dict[str, Any] = {
+        **card.results,
+        "held_out": evaluate(network, test, prior, preset),
+        "held_out_hard": {"difficulty": HARD, **evaluate(network, test_hard, prior, preset)},
+        "note": "synthetic (phantom) figures: they say nothing of clinical performance",
+    }
+    card = card.model_copy(update={"results": results})
+    checkpoint.write_card(path, card)
+    return card
 
 
-def _shuffled(arrays: Arrays, seed: int) -> Arrays:
-    order: NDArray[np.int64] = np.random.default_rng([seed, 1]).permutation(len(arrays.films))
-    return replace(
-        arrays,
-        labels=arrays.labels[order],
-        densities=arrays.densities[order],
-        gaze=tuple(arrays.gaze[i] for i in order),
-    )
+def _shuffled(labelled: LabelledSet, folder: Path, seed: int) -> LabelledSet:
+    """The set with labels and gaze dealt to other films."""
+    rows = labelled.rows
+    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
+    changed = [
+        row.model_copy(update={"label": rows[i].label}) for row, i in zip(rows, order, strict=True)
+    ]
+    gaze = {
+        row.film: labelled.gaze[rows[i].film] for row, i in zip(rows, order, strict=True)
+    }
+    films = ((row.film, labelled.film_bytes(row)) for row in rows)
+    return write_set(folder, labelled.info, changed, gaze, films)

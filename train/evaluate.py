@@ -28,7 +28,10 @@ def predict(
 
 
 def evaluate(
-    network: Network, arrays: Arrays, prior: NDArray[np.floating], preset: heatmaps.HeatmapPreset
+    network: Network,
+    arrays: Arrays,
+    prior: NDArray[np.floating] | None,
+    preset: heatmaps.HeatmapPreset,
 ) -> dict[str, Any]:
     """Metrics of both heads on `arrays`.
 

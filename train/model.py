@@ -37,6 +37,8 @@ class Variant(Frozen):
     hidden: int = 64
     """Units of the classifier's hidden layer."""
     se_reduction: int = 16
+    centre_prior: bool = False
+    """Add a learnable low-resolution log-prior to the saliency logits (not in the paper)."""
 
 
 VARIANTS = {
@@ -48,6 +50,26 @@ VARIANTS = {
         growth_rate=32,
         block_config=(6, 12, 48, 32),
         skip_channels=(64, 128, 256, 512, 1024),
+    ),
+    # The student for small devices: 5.0 GMAC and 4.0 M parameters at 320x256.
+    "edge": Variant(
+        height=320,
+        width=256,
+        init_features=32,
+        growth_rate=24,
+        block_config=(4, 8, 12, 8),
+        skip_channels=(16, 32, 64, 128, 192),
+        se_reduction=8,
+    ),
+    # What a CPU can train on a few hundred films.
+    "small": Variant(
+        height=128,
+        width=128,
+        init_features=48,
+        growth_rate=24,
+        block_config=(4, 8, 12, 8),
+        skip_channels=(16, 32, 64, 128, 192),
+        se_reduction=8,
     ),
     # The demo and the tests.
     "tiny": Variant(
@@ -140,6 +162,28 @@ class ResidualSE(nn.Module):
         return x * weights[:, :, None, None]
 
 
+class CentrePrior(nn.Module):
+    """A learnable low-resolution log-prior over the canvas, read out bilinearly.
+
+    Source: the centre bias of DeepGaze (arXiv 1411.1045), here learnt and on the canvas.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.log_prior = nn.Parameter(torch.zeros(1, 1, height // 16, width // 16))
+
+    def start_from(self, prior: Tensor) -> None:
+        """Take the log of the centre prior `(H, W)` of the training films as starting value."""
+        small = F.adaptive_avg_pool2d(prior[None, None], self.log_prior.shape[-2:])
+        with torch.no_grad():
+            self.log_prior.copy_(small.clamp(min=1e-4 * float(small.max())).log())
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Saliency logits `(N, 1, H, W)` plus the prior."""
+        size = (logits.shape[-2], logits.shape[-1])
+        return logits + F.interpolate(self.log_prior, size, mode="bilinear", align_corners=False)
+
+
 class UpStep(nn.Module):
     """One decoder step: nearest upsample, 3x3 convolution, concat [skip, up], two convolutions."""
 
@@ -195,6 +239,17 @@ class Network(nn.Module):
             nn.Dropout(0.25),
             nn.Linear(variant.hidden, classes),
         )
+        self.prior = CentrePrior(variant.height, variant.width) if variant.centre_prior else None
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Modules by the part of the network that a training stage can name."""
+        return {
+            "dense": [self.dense],
+            "skips": [self.skips],
+            "decoder": [self.decoder],
+            "saliency": [self.saliency, *([self.prior] if self.prior else [])],
+            "classifier": [self.classifier],
+        }
 
     def forward(self, image: Tensor) -> Outputs:
         """Both heads for `image` `(N, 1, H, W)` float32 in [0, 1], H and W multiples of 32."""
@@ -207,8 +262,11 @@ class Network(nn.Module):
         x = taps.bottleneck
         for step, skip in zip(self.decoder, reversed(skips), strict=True):
             x = step(x, skip)
+        saliency = self.saliency(x)
+        if self.prior:
+            saliency = self.prior(saliency)
         features = torch.cat([taps.embedding, global_mean(x)], dim=1)
-        return Outputs(self.classifier(features), spatial_log_softmax(self.saliency(x)))
+        return Outputs(self.classifier(features), spatial_log_softmax(saliency))
 
 
 def global_mean(x: Tensor) -> Tensor:
@@ -230,20 +288,38 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
 
 
 def spec_of(
-    variant: str, *, model_version: str, pixel_source: PixelSource, domain: str
+    variant: str,
+    *,
+    model_version: str,
+    pixel_source: PixelSource,
+    domain: str,
+    canvas: tuple[int, int] | None = None,
 ) -> ModelSpec:
-    """The ModelSpec of a network of this variant with the paper's classes."""
+    """The ModelSpec of a network of this variant with the paper's classes.
+
+    Args:
+        canvas: `(H, W)` other than the variant's own; the network is convolutional.
+    """
     sizes = VARIANTS[variant]
+    height, width = canvas or (sizes.height, sizes.width)
     return ModelSpec.model_validate(
         {
             "variant": variant,
             "model_version": model_version,
-            "height": sizes.height,
-            "width": sizes.width,
+            "height": height,
+            "width": width,
             "pixel_source": pixel_source,
             "domain": domain,
         }
     )
+
+
+def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> Network:
+    """An untrained network with torch's default initialisation on the canvas of `spec`."""
+    sizes = VARIANTS[spec.variant].model_copy(
+        update={"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
+    )
+    return Network(sizes, len(spec.classes))
 
 
 def random_network(variant: str, images: Tensor, seed: int = 0) -> Network:

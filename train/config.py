@@ -1,0 +1,261 @@
+"""What a training run is told: stages as data, presets as TOML files.
+
+A preset is a file in `train/presets/`; a config of one's own names one as its `base` and changes
+what it likes. Tables are merged key by key; a stage set to false is left out. The options of the
+machine (processes, devices, threads, folders) are not here: they do not belong to the method.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cxrgaze.errors import UsageError
+from cxrgaze.heatmaps import PRESETS
+from cxrgaze.spec import STRIDE, Frozen, complaint
+from cxrgaze.train.losses import CONTRASTIVE, ENCODER, NEED_TEACHER, NETWORK
+from cxrgaze.train.model import VARIANTS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Part = Literal["dense", "skips", "decoder", "saliency", "classifier"]
+
+NOT_EVALUATED = {
+    "supcon": "loss supcon",
+    "saliency_cc": "loss saliency_cc",
+    "centre_prior": "the learnable centre prior",
+}
+"""Options of ours that were not evaluated on gaze data; every run that uses one says so."""
+
+
+class Stage(Frozen):
+    """One stage: what is trained, on which loss, for how long."""
+
+    loss: dict[str, float] = Field(min_length=1)
+    """Weight by name of the loss (`cxrgaze.train.losses`)."""
+    weighting: Literal["sum", "uncertainty"] = "sum"
+    """Weighted sum, or the authors' uncertainty weighting of cross_entropy and saliency_kl."""
+    train: tuple[Part, ...] = Field(min_length=1)
+    """Parts that learn; all others are frozen, BatchNorm statistics too."""
+    freeze_batch_norm: bool = False
+    """Keep BatchNorm in evaluation mode in the parts that learn, too."""
+    epochs: int = Field(gt=0)
+    batch: int = Field(default=16, gt=1)
+    """Films per process and step."""
+    shrink: int = Field(default=1, ge=1)
+    """Average the canvas over squares of this side (the authors' stage A runs at half size)."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "plateau", "one_cycle"] = "plateau"
+    plateau_patience: int = Field(default=5, ge=0)
+    """Epochs without a better validation loss before the learning rate falls to a tenth."""
+    patience: int = Field(default=12, ge=0)
+    """Epochs without a better validation loss before the stage ends; 0: never."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient."""
+    balanced: bool = False
+    """Draw films so that every class is as frequent as the others."""
+
+    @field_validator("loss")
+    @classmethod
+    def _losses_exist(cls, value: dict[str, float]) -> dict[str, float]:
+        known = [*CONTRASTIVE, *ENCODER, *NETWORK]
+        if foreign := [name for name in value if name not in known]:
+            raise ValueError(f"no loss {foreign[0]!r}; there are {', '.join(known)}")
+        if min(value.values()) <= 0:
+            raise ValueError("weights must be positive")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit_the_losses(self) -> Stage:
+        names = set(self.loss)
+        if names & set(NETWORK) and not names <= set(NETWORK):
+            raise ValueError(
+                "a stage looks at the dense encoder's embedding or at the network's outputs, "
+                f"not at both: {', '.join(self.loss)}"
+            )
+        if self.on_encoder and self.train != ("dense",):
+            raise ValueError(f"{', '.join(self.loss)} teach the part dense alone")
+        if names <= {"saliency_kl", "saliency_cc", "soft_saliency"} and "classifier" in self.train:
+            raise ValueError(f"{', '.join(self.loss)} teach the classifier nothing")
+        if names <= {"cross_entropy", "soft_labels"} and "saliency" in self.train:
+            raise ValueError(f"{', '.join(self.loss)} teach the saliency head nothing")
+        if self.weighting == "uncertainty" and names != {"cross_entropy", "saliency_kl"}:
+            raise ValueError("uncertainty weighting is for cross_entropy with saliency_kl")
+        return self
+
+    @property
+    def on_encoder(self) -> bool:
+        """Whether the losses look at the dense encoder's embedding alone."""
+        return not set(self.loss) & set(NETWORK)
+
+
+class Augment(Frozen):
+    """Random changes of a training film; image and map move together. Never flipped."""
+
+    rotate_deg: float = Field(default=0.0, ge=0, le=45)
+    """Largest rotation."""
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest shift as a share of the canvas."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of size."""
+    gamma: float = Field(default=0.0, ge=0, le=1)
+    """Largest |log| of the exponent that image values are raised to."""
+
+    @property
+    def any(self) -> bool:
+        """Whether it changes anything."""
+        return any(self.model_dump().values())
+
+
+class TrainConfig(Frozen):
+    """One run; saved in the checkpoint's card and as `config.toml` in the run's folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    variant: str
+    canvas: tuple[int, int] | None = None
+    """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
+    heatmap: str
+    """How gaze becomes a density: a name of `cxrgaze.heatmaps.PRESETS`."""
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Refuse operations that are not deterministic (on a CPU with one thread all are)."""
+    precision: Literal["32", "16-mixed", "bf16-mixed"] = "32"
+    """Arithmetic of training; 16-mixed with a scaled loss."""
+    store: Literal["float32", "float16"] = "float32"
+    """Numbers of the checkpoint; float16 weights are rounded before anything is measured."""
+    centre_prior: bool = False
+    augment: Augment = Augment()
+    operating_sensitivity: float | None = Field(default=None, gt=0, lt=1)
+    """Operating points reach this sensitivity on validation; none: Youden's J is largest."""
+    stages: dict[str, Stage] = Field(min_length=1)
+
+    @field_validator("variant")
+    @classmethod
+    def _variant_exists(cls, value: str) -> str:
+        if value not in VARIANTS:
+            raise ValueError(f"no variant {value!r}; there are {', '.join(VARIANTS)}")
+        return value
+
+    @field_validator("heatmap")
+    @classmethod
+    def _heatmap_exists(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"no heatmap preset {value!r}; there are {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("canvas")
+    @classmethod
+    def _canvas_fits(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value and (min(value) <= 0 or value[0] % STRIDE or value[1] % STRIDE):
+            raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _shrunk_canvas_fits(self) -> TrainConfig:
+        sizes = VARIANTS[self.variant]
+        for name, stage in self.stages.items():
+            for side in self.canvas or (sizes.height, sizes.width):
+                if side % (stage.shrink * STRIDE):
+                    raise ValueError(
+                        f"stage {name}: a side of {side} cannot be shrunk by {stage.shrink} to a "
+                        f"multiple of {STRIDE}"
+                    )
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a stage learns from a teacher."""
+        return any(NEED_TEACHER & set(stage.loss) for stage in self.stages.values())
+
+    @property
+    def not_evaluated(self) -> tuple[str, ...]:
+        """Options in use that were not evaluated on gaze data."""
+        used = {name for stage in self.stages.values() for name in stage.loss}
+        used |= {"centre_prior"} if self.centre_prior else set()
+        return tuple(text for name, text in NOT_EVALUATED.items() if name in used)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(p.name[:-5] for p in _presets().iterdir() if p.name.endswith(".toml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A config from a preset's name or a TOML file.
+
+    Args:
+        overrides: `KEY=VALUE` with a dotted key and a TOML value, applied last.
+
+    Raises:
+        UsageError: no such preset or file, no valid TOML, an unknown key, a value out of range.
+    """
+    content = _merged(source, ())
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: expected KEY=VALUE")
+        try:
+            content = _merge(content, tomllib.loads(f"{key}={value}"))
+        except tomllib.TOMLDecodeError:
+            try:  # a bare word is a string
+                content = _merge(content, tomllib.loads(f'{key}="{value}"'))
+            except tomllib.TOMLDecodeError as error:
+                raise UsageError(f"--set {text}: {error}") from error
+    stages = content.get("stages")
+    if isinstance(stages, dict):
+        content["stages"] = {name: stage for name, stage in stages.items() if stage is not False}
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"config {source}: {complaint(error)}") from error
+
+
+def render_config(config: TrainConfig) -> bytes:
+    """The config as TOML; `load_config` of it gives the config back."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode()
+
+
+def _merged(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if source in seen:
+        raise UsageError(f"configs are based on each other: {' -> '.join((*seen, source))}")
+    path = Path(source)
+    if source in preset_names():
+        data = (_presets() / f"{source}.toml").read_bytes()
+    elif path.is_file():
+        data = path.read_bytes()
+    else:
+        raise UsageError(
+            f"{source} is neither a preset ({', '.join(preset_names())}) nor a file"
+        )
+    try:
+        content = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source} is not valid TOML: {error}") from error
+    base = content.pop("base", None)
+    return _merge(_merged(str(base), (*seen, source)), content) if base else content
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, table by table; a `loss` is replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        deep = isinstance(value, dict) and isinstance(old, dict) and key != "loss"
+        merged[key] = _merge(old, value) if deep and old else value
+    return merged
+
+
+def _presets() -> Any:
+    return resource_files("cxrgaze.train") / "presets"

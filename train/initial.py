@@ -1,0 +1,101 @@
+"""Where a run's first weights come from: random, ImageNet, or a file."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
+from cxrgaze.files import read_regular, sha256
+from cxrgaze.spec import ModelSpec
+from cxrgaze.train import checkpoint
+from cxrgaze.train.model import VARIANTS, Network, imagenet_to_dense
+from cxrgaze.train.origin import Origin
+
+IMAGENET_URL = "https://download.pytorch.org/models/densenet201-c1103571.pth"
+"""Torchvision's DenseNet201; the name carries the first digits of its SHA-256."""
+_LIMIT = 4 << 30
+
+
+def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> tuple[Origin, ...]:
+    """Put first weights into `network` and say what they descend from.
+
+    Args:
+        source: `random`, `imagenet`, a checkpoint of cxrgaze (the whole network), or a file of
+            DenseNet weights under torchvision's names (.safetensors, .pth; the dense encoder).
+        origin: what a file without a card was trained on.
+
+    Raises:
+        UsageError: no such file. IncompatibleError: a checkpoint of another variant, ImageNet for
+            a variant without DenseNet201. IntegrityError: naming every tensor that does not fit.
+    """
+    if source == "random":
+        return ()
+    if source == "imagenet":
+        data, origin = _imagenet(spec), "ImageNet (torchvision densenet201-c1103571)"
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise UsageError(f"--init {source}: expected random, imagenet or a file of weights")
+        if path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
+            return _from_checkpoint(network, spec, path)
+        data = read_regular(path, _LIMIT)
+    weights = _tensors(data, source)
+    try:
+        checkpoint.load_weights(network.dense, imagenet_to_dense(weights), source)
+    except KeyError as error:
+        raise IntegrityError(f"{source}: {error.args[0]}") from error
+    return (Origin(trained_on=origin, weights_sha256=sha256(data)),)
+
+
+def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> tuple[Origin, ...]:
+    loaded, card = checkpoint.load(path)
+    if card.spec.variant != spec.variant:
+        raise IncompatibleError(
+            f"{path} is of variant {card.spec.variant!r}, this run trains {spec.variant!r}; "
+            "choose the same variant, or another --init"
+        )
+    checkpoint.load_weights(network, loaded.state_dict(), str(path))
+    return tuple(
+        origin.model_copy(update={"weights_sha256": origin.weights_sha256 or card.weights_sha256})
+        for origin in card.lineage
+    )
+
+
+def _imagenet(spec: ModelSpec) -> bytes:
+    sizes = VARIANTS[spec.variant]
+    if (sizes.init_features, sizes.growth_rate, sizes.block_config) != (64, 32, (6, 12, 48, 32)):
+        raise IncompatibleError(
+            f"ImageNet weights are those of DenseNet201; variant {spec.variant!r} has another "
+            "encoder: choose --init random or a file"
+        )
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        torch.hub.load_state_dict_from_url(
+            IMAGENET_URL, str(folder), check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise CxrgazeError(
+            f"ImageNet weights: {error}; download {IMAGENET_URL} to {folder} by hand"
+        ) from error
+    return read_regular(folder / IMAGENET_URL.rsplit("/", 1)[1], _LIMIT)
+
+
+def _tensors(data: bytes, name: str) -> Mapping[str, Tensor]:
+    """Tensors of a safetensors or a torch file; nothing is unpickled but tensors."""
+    try:
+        if not data.startswith((b"PK", b"\x80")):
+            return safetensors.torch.load(data)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise IntegrityError(f"{name} holds no tensors that can be read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise IntegrityError(f"{name}: expected a state dict, tensors by name")
+    return content

@@ -1,0 +1,59 @@
+"""What weights were trained on, and whether that leaks into a set's test films.
+
+EGD-CXR and REFLACX are films of MIMIC-CXR. Weights trained on MIMIC-CXR with another split, or on
+nobody knows what, may have seen the test films (training.md section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cxrgaze.errors import DataError
+from cxrgaze.samples import SetInfo
+from cxrgaze.spec import Frozen
+
+_MIMIC = ("mimic", "egd", "reflacx")
+
+
+class Origin(Frozen):
+    """One set of films that weights descend from."""
+
+    trained_on: str
+    """In words; empty where it is unknown."""
+    split_sha256: str = ""
+    """The set's split, where it was a labelled set."""
+    weights_sha256: str = ""
+    """Of the weights that were taken over; empty for a run's own films."""
+
+
+def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = False) -> None:
+    """Refuse weights that may have seen the set's test films.
+
+    Weights trained on the same split of the same set have not.
+
+    Args:
+        allow: the caller knows better.
+
+    Raises:
+        DataError: naming the origin.
+    """
+    for origin in origins:
+        if allow or (origin.split_sha256 and origin.split_sha256 == info.split_sha256):
+            continue
+        if _is_mimic(info.origin) and not origin.trained_on:
+            why = "nothing is known of what they were trained on; say it with --init-origin"
+        elif _is_mimic(info.origin) and _is_mimic(origin.trained_on):
+            why = f"they were trained on {origin.trained_on!r} with another split"
+        elif origin.trained_on == info.origin:
+            why = "they were trained on the same films with another split"
+        else:
+            continue
+        raise DataError(
+            f"possible leakage: the set is {info.origin!r}, and of the initial or teaching "
+            f"weights {origin.weights_sha256[:12]} {why}. Their test films may be training films; "
+            "choose other weights, or give --allow-leakage and report no test figures"
+        )
+
+
+def _is_mimic(text: str) -> bool:
+    return any(word in text.lower() for word in _MIMIC)
