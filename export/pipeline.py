@@ -44,6 +44,7 @@ class Source:
     """File name of the checkpoint, or how random weights were made."""
     sha256: str
     trained_on: str
+    decision: bundle.Decision = bundle.Decision()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,15 @@ class Options:
 def source_from_checkpoint(path: Path) -> Source:
     """The network of a checkpoint (`checkpoint.load` says what can be wrong)."""
     network, card = checkpoint.load(path)
-    return Source(network, card.spec, card.name, path.name, card.weights_sha256, card.trained_on)
+    return Source(
+        network,
+        card.spec,
+        card.name,
+        path.name,
+        card.weights_sha256,
+        card.trained_on,
+        card.decision,
+    )
 
 
 def source_from_random(variant: str, seed: int) -> Source:
@@ -137,6 +146,7 @@ def _manifest(
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
         float32_nodes=kept,
+        decision=source.decision,
         self_test={"onnxruntime": parity.LIMITS[options.precision]},
         parity=found,
         gate=_gate(source.spec, options.precision),

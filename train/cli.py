@@ -1,95 +1,29 @@
-"""cxrgaze-train: make a labelled set, or the demo checkpoint."""
+"""cxrgaze-train: make a labelled set, train, evaluate."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cxrgaze import command
+from cxrgaze.train import prepare_cli
+
+_SEED = command.bounded(0, 2**31 - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `cxrgaze-train`."""
-    parser = command.parser("cxrgaze-train", "Train the network.")
+    parser = command.parser("cxrgaze-train", "Make a labelled set, train the network, evaluate it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train the demo network on phantoms",
-        description="Draw phantoms, train `tiny` on both heads at once, evaluate it on held-out "
-        "phantoms and write demo.safetensors and demo.json. This one command reproduces the "
-        "checkpoint that ships with the package; about two minutes on one core.",
-    )
-    demo.add_argument("--output", type=Path, default=Path("demo-checkpoint"), metavar="DIR")
-    demo.add_argument("--films", type=int, default=900, help="training phantoms (default 900)")
-    demo.add_argument("--epochs", type=int, default=14, help="(default 14)")
-    demo.add_argument("--seed", type=command.bounded(0, 2**31 - 1), default=0, help="(default 0)")
-    demo.add_argument(
-        "--shuffle-targets",
-        action="store_true",
-        help="negative control: labels and gaze maps of other films; must learn nothing",
-    )
-    demo.set_defaults(run=_demo)
-    prepare = commands.add_parser(
-        "prepare",
-        help="make a labelled set from a folder of films",
-        description="Check every film, leave out those that cannot or must not be read (and say "
-        "so), deal patients to train, val and test, and write one folder with films, tables and "
-        "hashes: the format for training, calibration, gate and evaluation.",
-    )
-    prepare.add_argument("--films", type=Path, required=True, metavar="DIR")
-    source = prepare.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--labels",
-        type=Path,
-        metavar="CSV",
-        help="column file (below DIR); used if there: patient, label, view, age, sex, split",
-    )
-    source.add_argument(
-        "--egd",
-        type=Path,
-        metavar="EGD",
-        help="folder of EGD-CXR 1.0.0 (master_sheet.csv, fixations.csv, eye_gaze.csv); DIR then "
-        "holds the MIMIC-CXR films, DICOM or JPG",
-    )
-    source.add_argument(
-        "--reflacx",
-        type=Path,
-        metavar="REFLACX",
-        help="folder of REFLACX 1.0.0 (main_data/); DIR then holds the MIMIC-CXR films; films are "
-        "unlabelled but for findings given by --map, 'No finding' among them",
-    )
-    prepare.add_argument(
-        "--gaze",
-        type=Path,
-        metavar="CSV",
-        help="with --labels, gaze of any eye tracker: columns film, reader, kind (sample or "
-        "fixation), x_px, y_px (pixels of the film), duration_ms; optional sigma_x_px, sigma_y_px",
-    )
-    prepare.add_argument("--output", type=Path, required=True, metavar="SET")
-    prepare.add_argument("--origin", default="", help="where the films come from, in a sentence")
-    prepare.add_argument(
-        "--map",
-        action="append",
-        default=[],
-        metavar="LABEL=CLASS",
-        help="a label of the CSV as one of normal, heart_failure, pneumonia; LABEL= leaves such "
-        "films unlabelled; may be given several times",
-    )
-    prepare.add_argument(
-        "--split",
-        default="train=0.7,val=0.1,test=0.2",
-        metavar="SHARES",
-        help="where the CSV has no split (default train=0.7,val=0.1,test=0.2)",
-    )
-    prepare.add_argument(
-        "--seed", type=command.bounded(0, 2**31 - 1), default=0, help="of the split (default 0)"
-    )
-    prepare.add_argument(
-        "--patient-per-film", action="store_true", help="where the CSV has no patients"
-    )
-    prepare.set_defaults(run=_prepare)
+    prepare_cli.add(commands)
+    _add_fit(commands)
+    _add_evaluate(commands)
+    _add_phantom(commands)
+    _add_demo(commands)
     return command.execute(parser, _run, argv)
 
 
@@ -98,74 +32,228 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    from cxrgaze.errors import UsageError
-    from cxrgaze.samples import SPLITS
-    from cxrgaze.train.egd import read_egd
-    from cxrgaze.train.prepare import Options, prepare, read_table, summary
-    from cxrgaze.train.reflacx import read_reflacx
-
-    if not args.films.is_dir():
-        raise UsageError(f"{args.films} is not a folder")
-    if args.labels and not args.labels.is_file():
-        raise UsageError(f"{args.labels} does not exist")
-    if args.gaze and not (args.labels and args.gaze.is_file()):
-        raise UsageError(f"--gaze {args.gaze}: expected a file, together with --labels")
-    for folder in filter(None, (args.egd, args.reflacx)):
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder")
-    if bad := [pair for pair in args.map if "=" not in pair]:
-        raise UsageError(f"--map {bad[0]}: expected LABEL=CLASS")
-    try:
-        shares = {k: float(v) for k, v in (pair.split("=") for pair in args.split.split(","))}
-    except ValueError:
-        shares = {}
-    if not shares or not set(shares) <= set(SPLITS):
-        raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
-    label_map = dict(pair.rsplit("=", 1) for pair in args.map)
-    if args.egd:
-        source, origin = read_egd(args.egd, args.films), "EGD-CXR 1.0.0, MIMIC-CXR"
-    elif args.reflacx:
-        source, origin = read_reflacx(args.reflacx, args.films, label_map), "REFLACX, MIMIC-CXR"
-    else:
-        source, origin = (
-            read_table(args.films, args.labels, args.gaze),
-            str(args.films),
-        )
-    options = Options(
-        output=args.output,
-        origin=args.origin or origin,
-        label_map=label_map,
-        shares={split: shares[split] for split in SPLITS if split in shares},
-        seed=args.seed,
-        patient_per_film=args.patient_per_film,
+def _add_fit(commands: Any) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="train on a labelled set",
+        description="Train stage by stage on the set's split train, choose epochs, temperature and "
+        "operating points on val; test is not opened. Presets: paper (the paper's multi-stage "
+        "cooperative learning), joint, distill (a student, with --teacher), demo. Writes "
+        "RUN/NAME.safetensors with its card NAME.json, RUN/config.toml, RUN/epochs.csv and a "
+        "TensorBoard log. Several processes: --devices, --nodes (each with --batch of the config).",
     )
-    made = prepare(source, options)
-    print(summary(made))
-    print(f"set      {made.folder} ({len(made.rows)} films, split {made.info.split_sha256[:12]})")
+    fit.add_argument("set", type=Path, metavar="SET", help="labelled set made by prepare")
+    fit.add_argument("--config", metavar="PRESET|TOML", help="(default: paper)")
+    fit.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the config, as variant=tiny, stages.fusion.epochs=5 or "
+        "stages.contrastive=false; may be given several times",
+    )
+    fit.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder of the run")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    fit.add_argument(
+        "--init",
+        default="random",
+        metavar="random|imagenet|FILE",
+        help="first weights: a cxrgaze checkpoint, or DenseNet weights under torchvision's names",
+    )
+    fit.add_argument(
+        "--init-origin", default="", metavar="TEXT", help="what a FILE without a card was trained on"
+    )
+    fit.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="for preset distill")
+    fit.add_argument(
+        "--allow-leakage",
+        action="store_true",
+        help="take weights that may have seen the set's test films",
+    )
+    fit.add_argument("--accelerator", default="auto", help="cpu, gpu, auto (default)")
+    fit.add_argument("--devices", type=command.bounded(1, 1024), default=1, metavar="N")
+    fit.add_argument("--nodes", type=command.bounded(1, 1024), default=1, metavar="N")
+    command.add_threads(fit)
+    fit.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep preprocessed films here, for sets that do not fit into memory and for later "
+        "runs (they are films: keep them where the set may be)",
+    )
+    fit.set_defaults(run=_fit)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate a checkpoint or a bundle on a labelled set",
+        description="Diagnosis and gaze with intervals, beside the centre prior: report.json, "
+        "report.md, report.html and films.csv. Changes neither model nor set; a look at a test "
+        "split is logged in SET/looks.jsonl.",
+    )
+    evaluate.add_argument("model", type=Path, metavar="CHECKPOINT|BUNDLE")
+    evaluate.add_argument("set", type=Path, metavar="SET")
+    evaluate.add_argument(
+        "--split", choices=("train", "val", "test"), default="test", help="(default test)"
+    )
+    evaluate.add_argument("--output", type=Path, required=True, metavar="DIR")
+    evaluate.add_argument(
+        "--heatmap",
+        metavar="PRESET",
+        help="how gaze becomes a density (default: the checkpoint's; a bundle does not say)",
+    )
+    evaluate.add_argument(
+        "--resamples", type=command.bounded(200, 100_000), default=2000, help="(default 2000)"
+    )
+    evaluate.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
+    command.add_threads(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_phantom(commands: Any) -> None:
+    phantom = commands.add_parser(
+        "phantom",
+        help="draw a labelled set of phantoms",
+        description="Synthetic drawings with labels and two simulated readers, for trying things. "
+        "A phantom is given by its number: the same first seed draws the same set.",
+    )
+    phantom.add_argument("--output", type=Path, required=True, metavar="SET")
+    phantom.add_argument("--train", type=command.bounded(0, 10**6), default=900)
+    phantom.add_argument("--val", type=command.bounded(0, 10**6), default=150)
+    phantom.add_argument("--test", type=command.bounded(0, 10**6), default=300)
+    phantom.add_argument("--difficulty", type=float, default=0.0, help="0 (default) to 1")
+    phantom.add_argument("--first-seed", type=_SEED, default=0)
+    phantom.set_defaults(run=_phantom)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train the demo network on phantoms",
+        description="Draw phantoms, train `tiny` by preset demo (the stages of preset paper), "
+        "evaluate it on held-out phantoms. This one command reproduces the checkpoint that ships "
+        "with the package; about two minutes on one core.",
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo-run"), metavar="RUN")
+    demo.add_argument("--films", type=int, default=900, help="training phantoms (default 900)")
+    demo.add_argument("--config", default="demo", metavar="PRESET|TOML", help="(default demo)")
+    demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    demo.add_argument(
+        "--shuffle-targets",
+        action="store_true",
+        help="negative control: labels and gaze maps of other films; must learn nothing",
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from cxrgaze.errors import UsageError
+    from cxrgaze.samples import LabelledSet
+    from cxrgaze.train.config import load_config
+    from cxrgaze.train.fit import Machine, Start, fit, resumed_config
+
+    if args.resume and not args.config and not args.overrides:
+        config = resumed_config(args.output)
+    else:
+        config = load_config(args.config or "paper", args.overrides)
+    if args.teacher and not args.teacher.is_file():
+        raise UsageError(f"--teacher {args.teacher} does not exist")
+    start = Start(args.init, args.init_origin, args.teacher, args.allow_leakage)
+    machine = Machine(args.accelerator, args.devices, args.nodes, args.threads, args.cache)
+    card = fit(
+        LabelledSet.open(args.set),
+        config,
+        args.output,
+        start=start,
+        machine=machine,
+        resume=args.resume,
+        command=_command_of(args, "fit", str(args.set)),
+    )
+    if card:
+        _print_card(args.output / f"{config.name}.safetensors", card.results["validation"], card)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from cxrgaze.train.assess import Options, assess
+
+    return assess(
+        Options(
+            model=args.model,
+            labelled=args.set,
+            split=args.split,
+            output=args.output,
+            heatmap=args.heatmap,
+            resamples=args.resamples,
+            seed=args.seed,
+            threads=args.threads,
+        )
+    )
+
+
+def _phantom(args: argparse.Namespace) -> int:
+    from cxrgaze.errors import UsageError
+    from cxrgaze.phantom import write_phantom_set
+
+    sizes = {name: getattr(args, name) for name in ("train", "val", "test") if getattr(args, name)}
+    if not sizes or not 0 <= args.difficulty <= 1:
+        raise UsageError("expected at least one phantom and a difficulty from 0 to 1")
+    made = write_phantom_set(
+        args.output, sizes, difficulty=args.difficulty, first_seed=args.first_seed
+    )
+    print(f"set      {made.folder} ({len(made.rows)} phantoms: synthetic drawings)")
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
-    from cxrgaze.files import make_output_folder
+    from cxrgaze.train.config import load_config
     from cxrgaze.train.demo_run import train_demo
-    from cxrgaze.train.fit import FitConfig
 
-    if args.films < 64 or args.epochs < 1:
-        raise UsageError("--films must be at least 64 and --epochs at least 1")
-    output = make_output_folder(args.output)
-    config = FitConfig(epochs=args.epochs, seed=args.seed)
+    if args.films < 64:
+        raise UsageError("--films must be at least 64")
+    config = load_config(args.config, args.overrides)
     card = train_demo(
-        output / "demo.safetensors", config, films=args.films, shuffle=args.shuffle_targets
+        args.output,
+        config,
+        films=args.films,
+        shuffle=args.shuffle_targets,
+        command=_command_of(args, "demo", "--films", str(args.films))
+        + (" --shuffle-targets" if args.shuffle_targets else ""),
     )
-    easy = card.results["held_out"]
-    print(f"checkpoint  {output / 'demo.safetensors'} ({card.parameters:,} parameters)")
-    print(
-        f"held-out phantoms (synthetic, {easy['films']}): macro AUC {easy['auc_macro']:.3f}, "
-        f"CC {easy['cc']:.3f}, centre-prior CC {easy['cc_centre_prior']:.3f}"
-    )
+    _print_card(args.output / f"{config.name}.safetensors", card.results["held_out"], card)
     return 0
+
+
+def _command_of(args: argparse.Namespace, *words: str) -> str:
+    """The command line that makes this checkpoint, without what belongs to the machine."""
+    line = ["cxrgaze-train", *words]
+    if args.config:
+        line += ["--config", args.config]
+    for text in args.overrides:
+        line += ["--set", text]
+    for flag in ("init", "init_origin", "teacher"):
+        value = getattr(args, flag, "")
+        if value and value != "random":
+            line += [f"--{flag.replace('_', '-')}", str(value)]
+    return shlex.join(line)
+
+
+def _print_card(path: Path, figures: dict[str, Any], card: Any) -> None:
+    synthetic = "phantoms (synthetic)" if card.spec.domain == "phantom" else "films"
+    print(f"checkpoint  {path} ({card.parameters:,} parameters)")
+    shown = [
+        f"{name} {figures[key]:.3f}"
+        for key, name in (
+            ("auc_macro", "macro AUC"),
+            ("cc", "CC"),
+            ("cc_centre_prior", "centre-prior CC"),
+        )
+        if key in figures
+    ]
+    which = "held-out" if "held_out" in card.results else "validation"
+    print(f"{figures['films']} {which} {synthetic}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

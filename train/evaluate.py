@@ -1,4 +1,4 @@
-"""Evaluation of both heads on arrays: AUC beside accuracy, CC beside the centre prior."""
+"""Point figures of both heads: AUC beside accuracy, CC beside the centre prior."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cxrgaze.train.model import Network
 
 
 def predict(
-    network: Network, images: NDArray[np.float32], batch: int = 64
+    network: Network, images: NDArray[np.float32], batch: int = 16
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits `(N, C)` and log-densities `(N, 1, H, W)` of the network in evaluation mode."""
     network.eval()
     logits, densities = [], []
     with torch.inference_mode():
         for start in range(0, len(images), batch):
-            out = network(torch.from_numpy(images[start : start + batch]))
+            out = network(torch.from_numpy(np.ascontiguousarray(images[start : start + batch])))
             logits.append(out.logits.numpy())
             densities.append(out.log_density.numpy())
     return np.concatenate(logits), np.concatenate(densities)
@@ -36,56 +36,93 @@ def evaluate(
     """Metrics of both heads on `arrays`.
 
     Args:
-        prior: centre prior `(H, W)` of the *training* films on the canvas.
+        prior: centre prior `(H, W)` of the *training* films on the canvas; None where they have
+            no gaze.
         preset: how the readers' own maps are made, for the inter-reader CC.
 
     Returns:
-        Plain numbers: films, auc_<class>, auc_macro, auc_micro, accuracy, and means over films of
-        cc, sim, kld, nss, auc_judd, cc_centre_prior, and cc_between_readers where two have read.
+        Plain numbers: films; where there are labels, auc_per_class (by index, of the classes that
+        some and not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
+        gaze, means over films of `saliency_rows`.
     """
     logits, log_density = predict(network, arrays.images)
     result: dict[str, Any] = {"films": len(arrays.films)}
     labelled = arrays.labels != UNLABELLED
-    if labelled.any():
+    labels = arrays.labels[labelled]
+    present = present_classes(labels, logits.shape[1])
+    if present:
         # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
         probabilities = torch.from_numpy(logits[labelled]).softmax(dim=1).numpy()
-        labels = arrays.labels[labelled]
-        result["auc_per_class"] = metrics.auc_per_class(probabilities, labels).tolist()
-        result["auc_macro"] = metrics.macro_auc(probabilities, labels)
+        aucs = {c: metrics.auc(probabilities[:, c], labels == c) for c in present}
+        result["auc_per_class"] = aucs
+        result["auc_macro"] = float(np.mean(list(aucs.values())))
         result["auc_micro"] = metrics.micro_auc(probabilities, labels)
         result["accuracy"] = metrics.accuracy(probabilities, labels)
-    rows = [
-        _saliency(arrays, index, np.exp(log_density[index, 0]), prior, preset)
-        for index in np.flatnonzero(arrays.has_gaze).tolist()
-    ]
-    for key in rows[0] if rows else ():
-        result[key] = float(np.nanmean([row[key] for row in rows]))
+    rows = saliency_rows(arrays, log_density[:, 0], prior, preset)
+    for key in next(iter(rows.values()), {}):
+        values = np.array([row[key] for row in rows.values()])
+        if not np.isnan(values).all():
+            result[key] = float(np.nanmean(values))
     return result
+
+
+def present_classes(labels: NDArray[np.integer], classes: int) -> list[int]:
+    """Classes that some and not all of `labels` have: those that an AUC exists for."""
+    return [c for c in range(classes) if 0 < (labels == c).sum() < len(labels)]
+
+
+def saliency_rows(
+    arrays: Arrays,
+    log_density: NDArray[np.float32],
+    prior: NDArray[np.floating] | None,
+    preset: heatmaps.HeatmapPreset,
+) -> dict[int, dict[str, float]]:
+    """Saliency metrics of every film with gaze, over the film's area, by the film's index.
+
+    Args:
+        log_density: `(N, H, W)`. prior, preset: as in `evaluate`.
+
+    Returns:
+        cc, sim, kld, nss, auc_judd of the prediction; the same of the centre prior
+        (`..._centre_prior`); cc_between_readers of the first two readers, NaN with one; pad_mass.
+    """
+    return {
+        index: _saliency(arrays, index, np.exp(log_density[index]), prior, preset)
+        for index in np.flatnonzero(arrays.has_gaze).tolist()
+    }
 
 
 def _saliency(
     arrays: Arrays,
     index: int,
     predicted: NDArray[np.floating],
-    prior: NDArray[np.floating],
+    prior: NDArray[np.floating] | None,
     preset: heatmaps.HeatmapPreset,
 ) -> dict[str, float]:
     geometry, gaze = arrays.geometries[index], arrays.gaze[index]
     assert gaze is not None
-    prediction, truth, centre = (
-        geometry.crop(m) for m in (predicted, arrays.densities[index, 0], prior)
-    )
+    prediction, truth = (geometry.crop(m) for m in (predicted, arrays.densities[index, 0]))
     points = np.rint(geometry.to_canvas(gaze.points) - (geometry.left, geometry.top)).astype(int)
-    inside = ((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)
+    inside = points[((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)]
+    found = _against(prediction, truth, inside)
+    if prior is not None:
+        centre = _against(geometry.crop(prior), truth, inside)
+        found |= {f"{key}_centre_prior": value for key, value in centre.items()}
     readers = sorted(set(gaze.readers))[:2]
     maps = [geometry.crop(canvas_density(gaze.select(reader=r), geometry, preset)) for r in readers]
+    found["cc_between_readers"] = metrics.cc(*maps) if len(maps) == 2 else float("nan")
+    found["pad_mass"] = float(1 - prediction.sum())
+    return found
+
+
+def _against(
+    prediction: NDArray[np.floating], truth: NDArray[np.floating], fixations: NDArray[np.integer]
+) -> dict[str, float]:
+    seen = len(fixations) > 0  # a density can reach in from fixations beside the film
     return {
         "cc": metrics.cc(prediction, truth),
         "sim": metrics.sim(prediction, truth),
         "kld": metrics.kld(prediction, truth),
-        "nss": metrics.nss(prediction, points[inside]),
-        "auc_judd": metrics.auc_judd(prediction, points[inside]),
-        "cc_centre_prior": metrics.cc(centre, truth),
-        "cc_between_readers": metrics.cc(*maps) if len(maps) == 2 else float("nan"),
-        "pad_mass": float(1 - prediction.sum()),
+        "nss": metrics.nss(prediction, fixations) if seen else float("nan"),
+        "auc_judd": metrics.auc_judd(prediction, fixations) if seen else float("nan"),
     }

@@ -78,6 +78,33 @@ def accuracy(probabilities: Array, labels: NDArray[np.integer]) -> float:
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
+def reliability(
+    probabilities: Array, labels: NDArray[np.integer], bins: int = 15
+) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Mean confidence, accuracy and films of each non-empty bin, `(b,)` each.
+
+    Confidence is the largest probability; bins are of equal width, closed on the right.
+    Source: Guo et al., arXiv 1706.04599, equations 1 and 2.
+    """
+    confidence = np.asarray(probabilities, dtype=np.float64).max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
+    some = counts > 0
+    confidences, hits = (np.bincount(bin_of, v, bins)[some] for v in (confidence, right))
+    return confidences / counts[some], hits / counts[some], counts[some]
+
+
+def ece(probabilities: Array, labels: NDArray[np.integer], bins: int = 15) -> float:
+    """Expected calibration error of the largest probability, in [0, 1].
+
+    Formula: sum over bins of films / n |accuracy - confidence|.
+    Source: Guo et al., arXiv 1706.04599, equation 3.
+    """
+    confidence, hits, counts = reliability(probabilities, labels, bins)
+    return float((counts * np.abs(hits - confidence)).sum() / counts.sum())
+
+
 def cc(prediction: Array, truth: Array) -> float:
     """Pearson correlation over pixels, in [-1, 1]; 0 if just one map is constant, NaN if both are.
 

@@ -1,0 +1,132 @@
+"""The one renderer of reports: a list of blocks, as Markdown and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; background: #fff; }
+figcaption { font-size: .9rem; opacity: .8; }
+@media print { body { max-width: none; margin: 0; font-size: 11px; }
+  table, figure { break-inside: avoid; } }
+@page { size: A4; margin: 15mm; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A second-level heading."""
+
+    text: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"## {self.text}"
+
+    def html(self) -> str:
+        """As HTML."""
+        return f"<h2>{html.escape(self.text)}</h2>"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph of plain text."""
+
+    text: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return self.text
+
+    def html(self) -> str:
+        """As HTML."""
+        return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of plain lines."""
+
+    lines: Sequence[str]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return "\n".join(f"- {line}" for line in self.lines)
+
+    def html(self) -> str:
+        """As HTML."""
+        return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in self.lines) + "</ul>"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are shown as text."""
+
+    header: Sequence[object]
+    rows: Sequence[Sequence[object]]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+    def html(self) -> str:
+        """As HTML."""
+        head, *body = (
+            "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in line)
+            for tag, line in [("th", self.header), *(("td", row) for row in self.rows)]
+        )
+        rows = "".join(f"<tr>{row}</tr>" for row in body)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: its file name (.svg or .png), its bytes and what it shows."""
+
+    name: str
+    data: bytes
+    caption: str
+
+    def markdown(self) -> str:
+        """As Markdown; the picture is a file beside the page."""
+        return f"![{self.caption}]({self.name})"
+
+    def html(self) -> str:
+        """As HTML with the picture inside."""
+        media = "image/svg+xml" if self.name.endswith(".svg") else "image/png"
+        data, caption = base64.b64encode(self.data).decode(), html.escape(self.caption)
+        return (
+            f'<figure><img alt="{caption}" src="data:{media};base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+
+Block = Heading | Paragraph | Bullets | Table | Figure
+
+
+def markdown_page(title: str, blocks: Sequence[Block]) -> str:
+    """The page as Markdown; its figures are files beside it."""
+    return "\n\n".join([f"# {title}", *(block.markdown() for block in blocks)]) + "\n"
+
+
+def html_page(title: str, blocks: Sequence[Block]) -> str:
+    """The page as HTML that needs nothing else: no network, light and dark, prints on A4."""
+    title = html.escape(title)
+    body = "\n".join(block.html() for block in blocks)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n"
+        f"<h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
