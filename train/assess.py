@@ -198,7 +198,7 @@ def evaluate_split(
         raise DataError(
             f"{labelled.folder}: no film of split {options.split} has a label or gaze"
         )
-    for count, what in (((~known).sum(), "a label"), (len(known) - len(films), "gaze")):
+    for count, what in (((~known).sum(), "label"), (len(known) - len(films), "gaze")):
         if count:
             left_out.append(f"{count} of {len(known)} films have no {what}")
     probabilities = softmax(logits.astype(np.float64) / model.decision.temperature, axis=1)

@@ -143,7 +143,7 @@ def _cached(
                 (new / _GEOMETRIES).write_bytes(render_json({"geometries": geometries}))
         except UsageError as error:
             raise UsageError(f"cache {cache}: {error}") from error
-    images, densities = (np.load(folder / f"{k}.npy", mmap_mode="r") for k in _MAPS)
+    images, densities = (np.load(folder / f"{k}.npy", mmap_mode="c") for k in _MAPS)
     content = parse_json((folder / _GEOMETRIES).read_bytes(), _GEOMETRIES)
     return images, densities, [Geometry(*values) for values in content["geometries"]]
 

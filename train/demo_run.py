@@ -56,10 +56,14 @@ def train_demo(
             for part in (easy.split("train"), easy.split("test"), hard)
         )
         prior = heatmaps.centre_prior(train.densities[:, 0])
+    names = card.spec.class_names
     results: dict[str, Any] = {
         **card.results,
-        "held_out": evaluate(network, test, prior, preset),
-        "held_out_hard": {"difficulty": HARD, **evaluate(network, test_hard, prior, preset)},
+        "held_out": evaluate(network, test, prior, preset, names),
+        "held_out_hard": {
+            "difficulty": HARD,
+            **evaluate(network, test_hard, prior, preset, names),
+        },
         "note": "synthetic (phantom) figures: they say nothing of clinical performance",
     }
     card = card.model_copy(update={"results": results})

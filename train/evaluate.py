@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def predict(
     logits, densities = [], []
     with torch.inference_mode():
         for start in range(0, len(images), batch):
-            out = network(torch.from_numpy(np.ascontiguousarray(images[start : start + batch])))
+            out = network(torch.tensor(images[start : start + batch]))
             logits.append(out.logits.numpy())
             densities.append(out.log_density.numpy())
     return np.concatenate(logits), np.concatenate(densities)
@@ -32,6 +33,7 @@ def evaluate(
     arrays: Arrays,
     prior: NDArray[np.floating] | None,
     preset: heatmaps.HeatmapPreset,
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     """Metrics of both heads on `arrays`.
 
@@ -39,10 +41,11 @@ def evaluate(
         prior: centre prior `(H, W)` of the *training* films on the canvas; None where they have
             no gaze.
         preset: how the readers' own maps are made, for the inter-reader CC.
+        classes: names in the order of the logits.
 
     Returns:
-        Plain numbers: films; where there are labels, auc_per_class (by index, of the classes that
-        some and not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
+        Plain numbers: films; where there are labels, auc_per_class (of the classes that some and
+        not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
         gaze, means over films of `saliency_rows`.
     """
     logits, log_density = predict(network, arrays.images)
@@ -53,7 +56,7 @@ def evaluate(
     if present:
         # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
         probabilities = torch.from_numpy(logits[labelled]).softmax(dim=1).numpy()
-        aucs = {c: metrics.auc(probabilities[:, c], labels == c) for c in present}
+        aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
         result["auc_per_class"] = aucs
         result["auc_macro"] = float(np.mean(list(aucs.values())))
         result["auc_micro"] = metrics.micro_auc(probabilities, labels)

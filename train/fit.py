@@ -182,7 +182,7 @@ def fit(
         config=config.model_dump(mode="json"),
         results={
             "stages": done,
-            "validation": evaluate(network, films.val, prior, preset),
+            "validation": evaluate(network, films.val, prior, preset, spec.class_names),
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
     )
@@ -412,6 +412,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", ".*lightning.*")
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", "Grad strides do not match")
             warnings.filterwarnings("ignore", ".*heckpoint directory.*exists.*")
             yield
     finally:

@@ -79,6 +79,8 @@ class Options:
     seed: int = 0
     patient_per_film: bool = False
     """Treat every film as a patient of its own where the source has no patients."""
+    synthetic: bool = False
+    """The films are drawings; every figure of the set will say so."""
 
 
 def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
@@ -117,7 +119,7 @@ def prepare(source: Source, options: Options) -> LabelledSet:
     info = SetInfo(
         name=options.output.name,
         origin=options.origin,
-        domain="clinical",
+        domain="phantom" if options.synthetic else "clinical",
         classes=tuple(c.name for c in CLASSES),
     )
     used = {row.film for row in rows}

@@ -69,6 +69,9 @@ def add(commands: Any) -> None:
     prepare.add_argument(
         "--patient-per-film", action="store_true", help="where the CSV has no patients"
     )
+    prepare.add_argument(
+        "--synthetic", action="store_true", help="the films are drawings; all figures will say so"
+    )
     prepare.set_defaults(run=_prepare)
 
 
@@ -108,11 +111,13 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     options = Options(
         output=args.output,
-        origin=args.origin or origin,
+        # A data set's own name stays in the origin: possible leakage is judged by it.
+        origin=args.origin if args.labels and args.origin else f"{origin} {args.origin}".strip(),
         label_map=label_map,
         shares={split: shares[split] for split in SPLITS if split in shares},
         seed=args.seed,
         patient_per_film=args.patient_per_film,
+        synthetic=args.synthetic,
     )
     made = prepare(source, options)
     print(summary(made))

@@ -136,13 +136,12 @@ class StageModule(lightning.LightningModule):
 
     # Steps -----------------------------------------------------------------------------------
 
-    def on_train_epoch_start(self) -> None:
-        """Dropout and augmentation of this epoch and process."""
-        rank = self.trainer.global_rank
-        torch.manual_seed(_seed_of(*self._stream, self.current_epoch, rank))
-
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss over the films of all processes."""
+        # Dropout and augmentation are drawn from the step's own seed: the state of torch's random
+        # numbers is not the same after a resumption.
+        where = (self.current_epoch, index, self.trainer.global_rank)
+        torch.manual_seed(_seed_of(*self._stream, *where))
         if self._augment.any:
             maps = [batch.density, batch.teacher_density]
             image, (density, teacher) = augmented(batch.image, maps, self._augment)
@@ -198,7 +197,7 @@ class StageModule(lightning.LightningModule):
         if not np.isnan(correlations).all():
             shown["val_cc"] = torch.tensor(np.nanmean(correlations))
         if np.isnan(float(shown.get("val_auc", 0))):
-            del shown["val_auc"]  # validation films of one class alone
+            del shown["val_auc"]  # validation films of one class alone, or a network gone astray
         for name, value in shown.items():
             self.log(name, value.float().to(self.device), sync_dist=True)  # the same everywhere
 
@@ -315,7 +314,9 @@ class _Batches(Dataset[Batch]):
             nothing if logits is None else logits[films],
             nothing if densities is None else densities[films],
         )
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns))
+        # A copy in C order: torch takes the strides of an axis of length one at their word, and
+        # picks another convolution, with other rounding, by them.
+        return Batch(*(torch.from_numpy(np.array(c, order="C")) for c in columns))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
@@ -330,6 +331,8 @@ def _in_chunks(name: str, rows: Tensor, labels: Tensor, seed: int) -> Tensor:
 
 def _macro_auc(logits: Tensor, labels: Tensor) -> float:
     """Macro AUC over the classes that have films with and without them; NaN if there is none."""
+    if not torch.isfinite(logits).all():
+        return float("nan")
     known = (labels != UNLABELLED).cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()[known]
     truth = labels.cpu().numpy()[known]

@@ -24,7 +24,7 @@ _STREAM = 20240316970
 SHAPES = ((96, 96), (96, 80), (80, 96))  # (H, W): square, portrait, landscape
 READERS = ("reader-1", "reader-2")
 EASY = 0.0
-HARD = 0.59
+HARD = 0.57
 """The difficulty at which the demo network's macro AUC is near 0.90 (measured, see the card)."""
 
 

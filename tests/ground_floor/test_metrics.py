@@ -142,3 +142,21 @@ def test_shapes_and_densities_are_checked():
     for metric in (metrics.sim, metrics.kld):
         with pytest.raises(ValueError, match="non-negative"):
             metric(np.zeros((2, 2)), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("bins", [10, 15])
+def test_ece_equals_torchmetrics(bins):
+    torch = pytest.importorskip("torch")
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    scores, labels = _scores(n=500)
+    expected = multiclass_calibration_error(
+        torch.from_numpy(scores), torch.from_numpy(labels), num_classes=3, n_bins=bins, norm="l1"
+    )
+    assert metrics.ece(scores, labels, bins) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_ece_by_hand():
+    sure = np.array([[0.9, 0.1]] * 10)
+    assert metrics.ece(sure, np.array([0] * 9 + [1])) == pytest.approx(0)
+    assert metrics.ece(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)
