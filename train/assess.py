@@ -62,9 +62,7 @@ class Model:
     decision: Decision
     identity: dict[str, str]
     heatmap: str | None
-    predict: Callable[
-        [NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]
-    ]
+    predict: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
     """Images `(N, 1, H, W)` to logits `(N, C)` and log-densities `(N, 1, H, W)`."""
 
 
@@ -103,9 +101,7 @@ def assess(options: Options) -> int:
             f"({', '.join(heatmaps.PRESETS)})"
         )
     if heatmap is not None and heatmap not in heatmaps.PRESETS:
-        raise UsageError(
-            f"--heatmap {heatmap}: expected one of {', '.join(heatmaps.PRESETS)}"
-        )
+        raise UsageError(f"--heatmap {heatmap}: expected one of {', '.join(heatmaps.PRESETS)}")
     output = make_output_folder(options.output)
     outcome = evaluate_split(labelled, model, heatmap or "paper", options)
     outcome.report["look"] = _log_look(options, labelled, model)
@@ -176,9 +172,7 @@ def open_model(path: Path, threads: int | None = None) -> Model:
     )
 
 
-def evaluate_split(
-    labelled: LabelledSet, model: Model, heatmap: str, options: Options
-) -> Outcome:
+def evaluate_split(labelled: LabelledSet, model: Model, heatmap: str, options: Options) -> Outcome:
     """All figures of one split.
 
     Raises:
@@ -195,9 +189,7 @@ def evaluate_split(
     films = saliency_rows(arrays, log_density[:, 0], prior, preset)
     known = arrays.labels != UNLABELLED
     if not known.any() and not films:
-        raise DataError(
-            f"{labelled.folder}: no film of split {options.split} has a label or gaze"
-        )
+        raise DataError(f"{labelled.folder}: no film of split {options.split} has a label or gaze")
     for count, what in (((~known).sum(), "label"), (len(known) - len(films), "gaze")):
         if count:
             left_out.append(f"{count} of {len(known)} films have no {what}")
@@ -361,9 +353,7 @@ def _aucs(
             [intervals.weighted_auc(scores[:, c], labels == c, w) for c in present], axis=1
         )
     )
-    rows = {
-        names[c]: (single[c][0], single[c][1], samples[:, k]) for k, c in enumerate(present)
-    }
+    rows = {names[c]: (single[c][0], single[c][1], samples[:, k]) for k, c in enumerate(present)}
     classes = scores.shape[1]
     rows["macro"] = (
         float(np.mean([value for value, _ in single.values()])),
@@ -373,9 +363,7 @@ def _aucs(
     indicator = (np.arange(classes)[None, :] == labels[:, None]).ravel()
     value, influence = intervals.auc_influence(scores.ravel(), indicator)
     micro = boot(
-        lambda w: intervals.weighted_auc(
-            scores.ravel(), indicator, np.repeat(w, classes, axis=1)
-        )
+        lambda w: intervals.weighted_auc(scores.ravel(), indicator, np.repeat(w, classes, axis=1))
     )
     rows["micro"] = (value, influence.reshape(-1, classes).sum(axis=1), micro)
     return {

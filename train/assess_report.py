@@ -67,7 +67,10 @@ def _head(report: Mapping[str, Any]) -> list[Block]:
                 ("model", f"{model['kind']} {model['name']}, {model['sha256'][:16]}"),
                 ("computed by", f"{model['backend']}, {model['precision']}"),
                 ("trained on", model["trained_on"]),
-                ("set", f"{where['origin']}, split {where['split']} ({where['split_sha256'][:12]})"),
+                (
+                    "set",
+                    f"{where['origin']}, split {where['split']} ({where['split_sha256'][:12]})",
+                ),
                 ("films, patients", f"{where['films']}, {where['patients']}"),
                 ("intervals", report["intervals"]),
             ),
@@ -162,9 +165,7 @@ def _roc(outcome: Outcome) -> Figure:
 
 def _reliability(outcome: Outcome) -> Figure:
     labels = outcome.arrays.labels[outcome.labelled]
-    confidence, hits, counts = metrics.reliability(
-        outcome.probabilities[outcome.labelled], labels
-    )
+    confidence, hits, counts = metrics.reliability(outcome.probabilities[outcome.labelled], labels)
     plot = Plot(figsize=(4.6, 4.2), layout="constrained")
     axes = plot.add_subplot(
         xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"

@@ -62,7 +62,10 @@ def _add_fit(commands: Any) -> None:
         help="first weights: a cxrgaze checkpoint, or DenseNet weights under torchvision's names",
     )
     fit.add_argument(
-        "--init-origin", default="", metavar="TEXT", help="what a FILE without a card was trained on"
+        "--init-origin",
+        default="",
+        metavar="TEXT",
+        help="what a FILE without a card was trained on",
     )
     fit.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="for preset distill")
     fit.add_argument(
@@ -195,8 +198,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _phantom(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.phantom import write_phantom_set
+    from cxrgaze.samples import SPLITS
 
-    sizes = {name: getattr(args, name) for name in ("train", "val", "test") if getattr(args, name)}
+    sizes = {split: size for split in SPLITS if (size := getattr(args, split))}
     if not sizes or not 0 <= args.difficulty <= 1:
         raise UsageError("expected at least one phantom and a difficulty from 0 to 1")
     made = write_phantom_set(

@@ -236,9 +236,7 @@ def _merged(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     elif path.is_file():
         data = path.read_bytes()
     else:
-        raise UsageError(
-            f"{source} is neither a preset ({', '.join(preset_names())}) nor a file"
-        )
+        raise UsageError(f"{source} is neither a preset ({', '.join(preset_names())}) nor a file")
     try:
         content = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

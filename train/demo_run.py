@@ -78,8 +78,6 @@ def _shuffled(labelled: LabelledSet, folder: Path, seed: int) -> LabelledSet:
     changed = [
         row.model_copy(update={"label": rows[i].label}) for row, i in zip(rows, order, strict=True)
     ]
-    gaze = {
-        row.film: labelled.gaze[rows[i].film] for row, i in zip(rows, order, strict=True)
-    }
+    gaze = {row.film: labelled.gaze[rows[i].film] for row, i in zip(rows, order, strict=True)}
     films = ((row.film, labelled.film_bytes(row)) for row in rows)
     return write_set(folder, labelled.info, changed, gaze, films)

@@ -1,11 +1,11 @@
 """A training run: stages in their order, hand-over by name, resumable after every epoch.
 
-    RUN/config.toml           the resolved config
-    RUN/run.json              what the run was started from; a resumed run must be the same
-    RUN/epochs.csv            a row an epoch: losses, validation AUC and CC, learning rate
-    RUN/tensorboard/          the same for TensorBoard
-    RUN/stages/               weights after each finished stage; the running stage's state
-    RUN/NAME.safetensors      the checkpoint, and NAME.json its card
+RUN/config.toml           the resolved config
+RUN/run.json              what the run was started from; a resumed run must be the same
+RUN/epochs.csv            a row an epoch: losses, validation AUC and CC, learning rate
+RUN/tensorboard/          the same for TensorBoard
+RUN/stages/               weights after each finished stage; the running stage's state
+RUN/NAME.safetensors      the checkpoint, and NAME.json its card
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def fit(
         "init": start.init,
         "teacher_sha256": teacher[1].weights_sha256 if teacher else "",
     }
-    if rank_zero_only.rank == 0:
+    first = _is_first_process()
+    if first:
         _open_run(run, config, identity, resume)
         for text in config.not_evaluated:
             say(f"note: {text} was not evaluated on gaze data")
@@ -155,7 +156,7 @@ def fit(
         done[name] = _run_stage(network, stage, films, run, number, name, config, machine)
     if all("left_out" in made for made in done.values()):
         raise DataError(f"{labelled.folder}: no stage has anything to learn from: {done}")
-    if rank_zero_only.rank:
+    if not first:
         return None
     if config.store == "float16":
         checkpoint.round_to_half(network)
@@ -172,9 +173,7 @@ def fit(
         trained_on=labelled.info.origin,
         lineage=(
             *origins,
-            Origin(
-                trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256
-            ),
+            Origin(trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256),
         ),
         centre_prior=config.centre_prior,
         decision=decision,
@@ -186,6 +185,11 @@ def fit(
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
     )
+
+
+def _is_first_process() -> bool:
+    """Whether this is process 0 of all, as Lightning reads it from the environment."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
 def _spec(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
@@ -270,9 +274,7 @@ def _run_stage(
         checkpoint.load_weights(network, safetensors.torch.load(data), str(finished))
         return made
     state = run / "stages" / f"{number}-{name}"
-    module = StageModule(
-        network, stage, films, number=number, seed=config.seed, aug=config.augment
-    )
+    module = StageModule(network, stage, films, number=number, seed=config.seed, aug=config.augment)
     best = ModelCheckpoint(
         dirpath=state,
         filename="best",
@@ -308,9 +310,7 @@ def _run_stage(
         )
         module.train()
         try:
-            trainer.fit(
-                module, ckpt_path=last if last.is_file() else None, weights_only=True
-            )
+            trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
         except SystemExit:  # Lightning's answer to an interrupt
             say(f"interrupted in stage {name}; go on with: --output {run} --resume")
             raise KeyboardInterrupt from None
@@ -366,9 +366,7 @@ class _EpochRows(Callback):
             with self._path.open(newline="") as file:
                 before = list(csv.DictReader(file))
             first = trainer.current_epoch + 1
-            self._rows = [
-                r for r in before if r["stage"] != self._stage or int(r["epoch"]) < first
-            ]
+            self._rows = [r for r in before if r["stage"] != self._stage or int(r["epoch"]) < first]
             trainer.strategy.barrier()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: Any) -> None:

@@ -174,7 +174,8 @@ class CentrePrior(nn.Module):
 
     def start_from(self, prior: Tensor) -> None:
         """Take the log of the centre prior `(H, W)` of the training films as starting value."""
-        small = F.adaptive_avg_pool2d(prior[None, None], self.log_prior.shape[-2:])
+        size = (self.log_prior.shape[-2], self.log_prior.shape[-1])
+        small = F.adaptive_avg_pool2d(prior[None, None], size)
         with torch.no_grad():
             self.log_prior.copy_(small.clamp(min=1e-4 * float(small.max())).log())
 
@@ -215,6 +216,7 @@ class Network(nn.Module):
 
     def __init__(self, variant: Variant, classes: int = len(CLASSES)) -> None:
         super().__init__()
+        self.classes = classes
         self.dense = DenseEncoder(variant)
         widths = variant.skip_channels
         self.skips = nn.ModuleList(

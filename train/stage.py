@@ -78,11 +78,8 @@ class StageModule(lightning.LightningModule):
             module.requires_grad_(False)
         self.head: nn.Linear | None = None
         if set(stage.loss) & set(ENCODER):
-            classes = network.classifier[-1].out_features
-            self.head = nn.Linear(network.dense.out_channels, int(classes))
-        self.log_sigma = (
-            nn.Parameter(torch.zeros(())) if stage.weighting == "uncertainty" else None
-        )
+            self.head = nn.Linear(network.dense.out_channels, network.classes)
+        self.log_sigma = nn.Parameter(torch.zeros(())) if stage.weighting == "uncertainty" else None
 
     def train(self, mode: bool = True) -> StageModule:
         """Training mode for what learns; what is frozen stays in evaluation mode."""
@@ -229,7 +226,7 @@ class StageModule(lightning.LightningModule):
         return torch.stack([self.stage.loss[k] * terms[k] for k in terms]).sum()
 
     def _correlations(self, batch: Batch, out: Outputs) -> Tensor:
-        """CC over the film's area of films with gaze, where this stage teaches the map; else NaN."""
+        """CC over the film's area where there is gaze and the stage teaches the map; else NaN."""
         found = torch.full((len(batch.film),), torch.nan, dtype=torch.float64)
         if "saliency" in self.stage.train and self.stage.shrink == 1:
             arrays = self._films.val
@@ -243,7 +240,7 @@ class StageModule(lightning.LightningModule):
 
     # Optimisation ----------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The stage's optimizer and schedule."""
         stage = self.stage
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[stage.optimizer]

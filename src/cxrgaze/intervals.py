@@ -131,7 +131,7 @@ def weighted_auc(scores: Array, positive: NDArray[np.bool_], weights: Array) -> 
     below = np.add.reduceat(weights * ~positive, starts, axis=1)
     wins = (above * (np.cumsum(below, axis=1) - below / 2)).sum(axis=1)
     total = above.sum(axis=1) * below.sum(axis=1)
-    return np.divide(wins, total, out=np.full(len(wins), np.nan), where=total > 0)
+    return _ratio(wins, total)
 
 
 def weighted_share(hit: NDArray[np.bool_], among: NDArray[np.bool_], weights: Array) -> Array:
@@ -144,7 +144,14 @@ def weighted_mean(values: NDArray[np.floating], weights: Array) -> Array:
     known = np.isfinite(values)
     total = weights[:, known].sum(axis=1)
     summed = weights[:, known] @ values[known]
-    return np.divide(summed, total, out=np.full(len(summed), np.nan), where=total > 0)
+    return _ratio(summed, total)
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """The ratio, NaN where the denominator is zero."""
+    nan: Array = np.full(len(numerator), np.nan)
+    np.divide(numerator, denominator, out=nan, where=denominator > 0)
+    return nan
 
 
 def _mid_ranks(values: Array) -> Array:

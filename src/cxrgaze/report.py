@@ -1,4 +1,4 @@
-"""The one renderer of reports: a list of blocks, as Markdown and as one self-contained HTML page."""
+"""The one renderer of reports: blocks as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 

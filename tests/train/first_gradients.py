@@ -1,7 +1,7 @@
 """Gradients of the first step of a stage, after the processes have averaged them.
 
-Run by test_fit.py as: first_gradients.py SET DEVICES BATCH OUTPUT; writes OUTPUT-STAGE.npz. Lightning starts it again
-for every further process.
+Run by test_fit.py as: first_gradients.py SET DEVICES BATCH OUTPUT; writes OUTPUT-STAGE.npz.
+Lightning starts it again for every further process.
 """
 
 from __future__ import annotations

@@ -217,7 +217,9 @@ def test_an_unknown_heatmap_is_refused(labelled, tmp_path, capsys):
     assert code == ExitCode.USAGE and "egd-authors" in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_say_its_heatmap_must_be_told(labelled, tmp_path, monkeypatch, capsys):
+def test_a_model_that_does_not_say_its_heatmap_must_be_told(
+    labelled, tmp_path, monkeypatch, capsys
+):
     """As a bundle of clinical films does not."""
     model = replace(assess.open_model(checkpoint.demo_path(), 1), heatmap=None)
     monkeypatch.setattr(assess, "open_model", lambda path, threads: model)

@@ -288,9 +288,7 @@ def test_balanced_sampling_evens_the_classes(small):
     module = _module(small, "demo", "stages.contrastive.balanced=true")
     labels = module._films.train.labels.copy()
     labels[:30] = 0
-    module._films = stage.Films(
-        replace(module._films.train, labels=labels), module._films.val
-    )
+    module._films = stage.Films(replace(module._films.train, labels=labels), module._films.val)
     drawn = np.concatenate([labels[module._order(np.random.default_rng(i))] for i in range(200)])
     shares = np.bincount(drawn) / len(drawn)
     assert (labels == 0).mean() > 0.7 and np.abs(shares - 1 / len(shares)).max() < 0.03
@@ -300,9 +298,7 @@ def test_films_without_the_target_are_not_drawn(small):
     module = _module(small, "demo")
     labels = module._films.train.labels.copy()
     labels[5:15] = UNLABELLED
-    module._films = stage.Films(
-        replace(module._films.train, labels=labels), module._films.val
-    )
+    module._films = stage.Films(replace(module._films.train, labels=labels), module._films.val)
     order = module._order(np.random.default_rng(0))
     assert sorted(order) == sorted(set(range(40)) - set(range(5, 15)))
 
@@ -451,7 +447,9 @@ def test_a_checkpoint_gives_all_first_weights(small, finished, tmp_path):
     config = _config("stages.contrastive=false", "stages.encoder=false", "stages.saliency=false")
     start = fit.Start(init=str(run / "demo.safetensors"))
     made = fit.fit(small, config, tmp_path / "run", start=start)
-    old, new = (safetensors.torch.load_file(p / "demo.safetensors") for p in (run, tmp_path / "run"))
+    old, new = (
+        safetensors.torch.load_file(p / "demo.safetensors") for p in (run, tmp_path / "run")
+    )
     assert all(torch.equal(old[k], new[k]) for k in old if not k.startswith("classifier."))
     assert [o.weights_sha256 for o in made.lineage] == [card.weights_sha256, ""]
 
@@ -463,9 +461,9 @@ def test_a_checkpoint_of_another_variant_is_refused(small, tmp_path):
 
 
 def _torchvision_names(dense):
-    return {
-        k.replace(".layers.", "."): v for k, v in dense.state_dict().items()
-    } | {"classifier.weight": torch.zeros(3)}
+    return {k.replace(".layers.", "."): v for k, v in dense.state_dict().items()} | {
+        "classifier.weight": torch.zeros(3)
+    }
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -587,7 +585,9 @@ def test_a_student_learns_from_a_teacher_without_labels_or_gaze(small, finished,
     lines = (tmp_path / "run" / "epochs.csv").read_text().splitlines()
     losses = [float(r["val_loss"]) for r in csv.DictReader(lines)]
     assert min(losses) < 0.7 * losses[0]
-    assert card.lineage[0].weights_sha256 == checkpoint.load(checkpoint.demo_path())[1].weights_sha256
+    assert (
+        card.lineage[0].weights_sha256 == checkpoint.load(checkpoint.demo_path())[1].weights_sha256
+    )
 
 
 def test_the_teachers_map_lies_over_the_film_on_the_students_canvas(small):
@@ -605,10 +605,12 @@ def test_the_teachers_map_lies_over_the_film_on_the_students_canvas(small):
         density = found.teacher_densities[index, 0]
         assert geometry.crop(density).sum() == pytest.approx(1, abs=1e-5)
         assert density.sum() == pytest.approx(1, abs=1e-5)
-        theirs = np.unravel_index(np.argmax(own.geometries[index].crop(log_density[index, 0])),
-                                  (own.geometries[index].height, own.geometries[index].width))  # fmt: skip
-        mine = np.unravel_index(geometry.crop(density).argmax(), (geometry.height, geometry.width))
-        scale = geometry.height / own.geometries[index].height
+        there = own.geometries[index]
+        theirs, mine = (
+            np.unravel_index(g.crop(m).argmax(), (g.height, g.width))
+            for g, m in ((there, log_density[index, 0]), (geometry, density))
+        )
+        scale = geometry.height / there.height
         assert np.abs(np.array(mine) - (np.array(theirs) + 0.5) * scale + 0.5).max() <= 1.5 * scale
 
 

@@ -78,9 +78,7 @@ def _slow(name, out, batch):
                 "soft_labels": lambda i=i, soft=soft: (
                     t**2 * scipy.stats.entropy(softmax(soft / t), softmax(logits[i] / t))
                 ),
-                "soft_saliency": lambda i=i: scipy.stats.entropy(
-                    teacher[i].ravel(), p[i].ravel()
-                ),
+                "soft_saliency": lambda i=i: scipy.stats.entropy(teacher[i].ravel(), p[i].ravel()),
             }[name]()
         )
     return values
@@ -101,9 +99,7 @@ def test_a_loss_over_films_equals_its_slow_form(name, out, batch):
 
 def _rows(embeddings, labels):
     known = [i for i, label in enumerate(labels) if label != UNLABELLED]
-    return [
-        (embeddings[i] / np.linalg.norm(embeddings[i]), int(labels[i])) for i in known
-    ]
+    return [(embeddings[i] / np.linalg.norm(embeddings[i]), int(labels[i])) for i in known]
 
 
 def _slow_triplet(embeddings, labels):
