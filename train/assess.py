@@ -354,18 +354,13 @@ def _aucs(
         )
     )
     rows = {names[c]: (single[c][0], single[c][1], samples[:, k]) for k, c in enumerate(present)}
-    classes = scores.shape[1]
-    rows["macro"] = (
-        float(np.mean([value for value, _ in single.values()])),
-        np.mean([influence for _, influence in single.values()], axis=0),
-        samples.mean(axis=1),
-    )
-    indicator = (np.arange(classes)[None, :] == labels[:, None]).ravel()
-    value, influence = intervals.auc_influence(scores.ravel(), indicator)
+    chosen = scores[:, list(present)].ravel()
+    indicator = (np.array(present)[None, :] == labels[:, None]).ravel()
+    value, influence = intervals.auc_influence(chosen, indicator)
     micro = boot(
-        lambda w: intervals.weighted_auc(scores.ravel(), indicator, np.repeat(w, classes, axis=1))
+        lambda w: intervals.weighted_auc(chosen, indicator, np.repeat(w, len(present), axis=1))
     )
-    rows["micro"] = (value, influence.reshape(-1, classes).sum(axis=1), micro)
+    rows["micro"] = (value, influence.reshape(len(labels), -1).sum(axis=1), micro)
     return {
         name: {
             "delong": intervals.from_influence(value, influence).model_dump(),

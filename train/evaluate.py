@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxrgaze import heatmaps, metrics
+from cxrgaze.command import counted
 from cxrgaze.train.dataset import UNLABELLED, Arrays, canvas_density
 from cxrgaze.train.model import Network
 
@@ -21,7 +22,8 @@ def predict(
     network.eval()
     logits, densities = [], []
     with torch.inference_mode():
-        for start in range(0, len(images), batch):
+        starts = range(0, len(images), batch)
+        for start in counted(starts, len(starts), "batch"):
             out = network(torch.tensor(images[start : start + batch]))
             logits.append(out.logits.numpy())
             densities.append(out.log_density.numpy())
@@ -59,7 +61,7 @@ def evaluate(
         aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
         result["auc_per_class"] = aucs
         result["auc_macro"] = float(np.mean(list(aucs.values())))
-        result["auc_micro"] = metrics.micro_auc(probabilities, labels)
+        result["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
         result["accuracy"] = metrics.accuracy(probabilities, labels)
     rows = saliency_rows(arrays, log_density[:, 0], prior, preset)
     for key in next(iter(rows.values()), {}):

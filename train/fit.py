@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from cxrgaze import heatmaps
-from cxrgaze.command import say
+from cxrgaze.command import say, steps
 from cxrgaze.errors import CxrgazeError, DataError, UsageError
 from cxrgaze.files import make_output_folder, parse_json, render_json, sha256, write_atomic
 from cxrgaze.samples import LabelledSet
@@ -338,7 +338,7 @@ def _run_stage(
 
 
 class _EpochRows(Callback):
-    """A row an epoch in a CSV file and a line an epoch on standard error."""
+    """A row an epoch in a CSV file, a line an epoch and a bar within it on standard error."""
 
     def __init__(self, path: Path, stage: str, epochs: int) -> None:
         self._path = path
@@ -370,11 +370,17 @@ class _EpochRows(Callback):
             trainer.strategy.barrier()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Start the clock."""
+        """Start the clock and the bar."""
         self._started = time.perf_counter()
+        self._bar = steps(trainer.num_training_batches, trainer.is_global_zero)
+
+    def on_train_batch_end(self, *anything: Any) -> None:
+        """A step further."""
+        self._bar.update()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Write the epoch's row."""
+        self._bar.close()
         found = {k: float(v) for k, v in trainer.callback_metrics.items()}
         row: dict[str, Any] = {
             "stage": self._stage,

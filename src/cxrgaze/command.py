@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cxrgaze.errors import CxrgazeError, ExitCode
 
@@ -111,6 +111,13 @@ def counted(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
 
     bar: Iterator[T] = iter(tqdm(items, total=total, unit=unit, disable=None, leave=False))
     return bar
+
+
+def steps(total: int | float, shown: bool = True) -> Any:
+    """A bar of steps on standard error where that is a terminal; `update()` it, `close()` it."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", disable=None if shown else True, leave=False)
 
 
 class Steps:

@@ -156,6 +156,15 @@ def test_ece_equals_torchmetrics(bins):
     assert metrics.ece(scores, labels, bins) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_micro_auc_takes_no_credit_for_a_class_that_nobody_has():
+    scores, labels = _scores()
+    labels = np.minimum(labels, 1)
+    scores[:, 2] = 0
+    two = sklearn.metrics.roc_auc_score(np.eye(2)[labels].ravel(), scores[:, :2].ravel())
+    assert metrics.micro_auc(scores, labels, [0, 1]) == pytest.approx(two)
+    assert metrics.micro_auc(scores, labels) > two
+
+
 def test_ece_by_hand():
     sure = np.array([[0.9, 0.1]] * 10)
     assert metrics.ece(sure, np.array([0] * 9 + [1])) == pytest.approx(0)
