@@ -354,6 +354,11 @@ def _aucs(
         )
     )
     rows = {names[c]: (single[c][0], single[c][1], samples[:, k]) for k, c in enumerate(present)}
+    rows["macro"] = (
+        float(np.mean([value for value, _ in single.values()])),
+        np.mean([influence for _, influence in single.values()], axis=0),
+        samples.mean(axis=1),
+    )
     chosen = scores[:, list(present)].ravel()
     indicator = (np.array(present)[None, :] == labels[:, None]).ravel()
     value, influence = intervals.auc_influence(chosen, indicator)

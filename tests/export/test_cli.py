@@ -30,7 +30,7 @@ def test_the_manifest_records_what_was_made(bundles):
         half.provenance.checkpoint_sha256
         == checkpoint.load(checkpoint.demo_path())[1].weights_sha256
     )
-    assert "phantoms" in half.provenance.trained_on
+    assert "phantom" in half.provenance.trained_on
     report = (bundles / "demo-fp16.cxrgaze/report/parity.md").read_text()
     assert "not a medical device" in report and "drawings" in report
 

@@ -198,3 +198,20 @@ def test_random_networks_are_seeded_sane_and_calibrated():
 def test_the_spec_of_an_untrained_network_says_so():
     spec = spec_of("paper", model_version="r", pixel_source="image-8bit", domain="none")
     assert (spec.height, spec.width) == (640, 512) and "Untrained" in (spec.caution or "")
+
+
+@pytest.mark.parametrize(
+    ("variant", "gmac", "parameters"),
+    [("paper", 275.29, 66_637_380), ("edge", 5.03, 3_971_188), ("small", 1.03, 4_000_808)],
+)
+def test_cost_of_a_variant(variant, gmac, parameters):
+    """As the documents say; edge within 12 GMAC and 5 M parameters (design.md section 5)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = Network(VARIANTS[variant]).eval()
+        image = torch.empty(1, 1, VARIANTS[variant].height, VARIANTS[variant].width)
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.01)
+    assert _count(network) == parameters
