@@ -125,7 +125,7 @@ def test_from_egd_to_a_report_and_a_bundle(egd, capsys):
     assert report["saliency"]["prediction"]["cc"] and report["saliency"]["centre_prior"]["cc"]
     assert report["synthetic"] and report["look"]["number"] == 1
 
-    arguments = ["--checkpoint", str(run / "paper.safetensors"), "--precision", "fp16"]
+    arguments = [str(run / "paper.safetensors"), "--precision", "fp16"]
     assert export_cli.main([*arguments, "--output", str(egd / "bundle")]) == 0
     manifest = Bundle.open(egd / "bundle" / "paper-fp16.cxrgaze").manifest
     assert manifest.decision == card.decision and manifest.decision.operating_points
