@@ -23,6 +23,8 @@ HEAVY = (
     "torch",
     "torchvision",
     "monai",
+    "lightning",
+    "matplotlib",
     "safetensors",
     "onnx",
     "onnxsim",

@@ -1,0 +1,225 @@
+"""Plans: what a device built from a bundle, kept in a cache of its owner.
+
+    CACHE/<key>.plan    the serialized engine, as TensorRT wrote it
+    CACHE/<key>.json    the record: inputs of the build, what was built, SHA-256 of the plan
+
+The key is made of the build's inputs. Whether a plan fits this device is a question to the record,
+answered before anything is deserialized. A plan is executable content: the cache must belong to the
+user and be writable by nobody else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
+from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
+from cxrgaze.spec import NOTICE, Frozen, complaint
+
+SCHEMA_VERSION = 1
+_RECORD_LIMIT = 1 << 20
+_PLAN_LIMIT = 4 << 30
+_CACHE_VARIABLE = "CXRGAZE_CACHE"
+
+BuiltPrecision = Literal["proven", "contradicted", "opaque"]
+
+
+class PlanInputs(Frozen):
+    """Everything that a build depends on; the plan's key is their hash."""
+
+    bundle_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    library_version: str = Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$")
+    architecture: tuple[str, ...]
+    """Compute capabilities that the plan is for, such as "86"; more than one ahead of time only."""
+    platform: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Operating system and machine, such as "linux-x86_64"."""
+    batch: tuple[int, int, int]
+    """Smallest, best and largest batch."""
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    workspace_bytes: int | None = Field(default=None, gt=0)
+    version_compatible: bool = False
+    tf32: bool = False
+
+    @property
+    def key(self) -> str:
+        """32 hex digits that name the plan."""
+        return sha256(render_json(self.model_dump(mode="json")))[:32]
+
+
+class PlanRecord(Frozen):
+    """What was built, beside the plan."""
+
+    schema_version: int = SCHEMA_VERSION
+    notice: str = NOTICE
+    bundle_name: str
+    inputs: PlanInputs
+    plan_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    plan_bytes: int = Field(gt=0, le=_PLAN_LIMIT)
+    built_precision: BuiltPrecision
+    built_precision_why: str
+    build_seconds: float = Field(ge=0)
+    created_utc: str
+    built_on: dict[str, str]
+    """Facts about the machine: GPU or "none", driver, library."""
+
+
+class Cache:
+    """An owner-only folder of plans.
+
+    Args:
+        folder: None takes `CXRGAZE_CACHE`, else `XDG_CACHE_HOME` or `~/.cache`, `/cxrgaze/plans`.
+
+    Raises:
+        IntegrityError: the folder belongs to somebody else, or others can write it.
+        UsageError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or _default_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UsageError(
+                f"the plan cache {self.folder} cannot be made: {error.strerror}; choose another "
+                f"with --cache or {_CACHE_VARIABLE}"
+            ) from error
+        status = self.folder.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise IntegrityError(f"the plan cache {self.folder} is not a folder (a link is none)")
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            raise IntegrityError(
+                f"the plan cache {self.folder} can be written by others than you: a plan is "
+                f"executable content. Run: chmod 700 {self.folder}, or choose another folder"
+            )
+
+    def plan_path(self, inputs: PlanInputs) -> Path:
+        """Where the plan of these inputs is or would be."""
+        return self.folder / f"{inputs.key}.plan"
+
+    def find(self, inputs: PlanInputs) -> PlanRecord | None:
+        """The record of exactly these inputs, or None.
+
+        Raises:
+            IntegrityError: a record is there and malformed, or another build's.
+        """
+        path = self.plan_path(inputs).with_suffix(".json")
+        if not path.exists() and not path.is_symlink():
+            return None
+        record = read_record(path)
+        if record.inputs != inputs:
+            raise IntegrityError(f"{path} is the record of another build; run: cxrgaze-build")
+        return record
+
+    def records(self, bundle_sha256: str) -> Iterator[PlanRecord | IntegrityError]:
+        """Records of a bundle's plans, and what is wrong with those that cannot be read."""
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                record = read_record(path)
+            except IntegrityError as error:
+                yield error
+                continue
+            if record.inputs.bundle_sha256 == bundle_sha256:
+                yield record
+
+    def store(self, record: PlanRecord, plan: bytes) -> None:
+        """Write the plan, then its record: a record never lies about a plan that is not there."""
+        path = self.plan_path(record.inputs)
+        write_atomic(path, plan)
+        write_atomic(path.with_suffix(".json"), render_json(record.model_dump(mode="json")))
+
+    def read(self, record: PlanRecord) -> bytes:
+        """The plan's bytes, verified; deserialize these and never the path.
+
+        Raises:
+            IntegrityError: missing, of another size, altered.
+        """
+        path = self.plan_path(record.inputs)
+        try:
+            plan = read_regular(path, record.plan_bytes)
+        except OSError as error:
+            raise IntegrityError(
+                f"{path} cannot be read ({error.strerror}); run: cxrgaze-build --rebuild"
+            ) from error
+        if len(plan) != record.plan_bytes or sha256(plan) != record.plan_sha256:
+            raise IntegrityError(
+                f"{path} was altered: {len(plan)} bytes, SHA-256 {sha256(plan)[:12]}..., its "
+                f"record says {record.plan_bytes} bytes, {record.plan_sha256[:12]}...; run: "
+                "cxrgaze-build --rebuild"
+            )
+        return plan
+
+
+def read_record(path: Path) -> PlanRecord:
+    """A record from its file.
+
+    Raises:
+        IntegrityError: too large, a link, no record, of another schema version or another name.
+    """
+    try:
+        content = parse_json(read_regular(path, _RECORD_LIMIT), str(path))
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{path}: schema version {content.get('schema_version')!r}, this cxrgaze reads "
+            f"{SCHEMA_VERSION}; run: cxrgaze-build --rebuild"
+        )
+    try:
+        record = PlanRecord.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not a plan's record: {complaint(error)}") from error
+    if path.stem != record.inputs.key:
+        raise IntegrityError(f"{path} is not the record of the plan of its name")
+    return record
+
+
+def require_fit(
+    record: PlanRecord, *, library: str, library_version: str, capability: str, platform: str
+) -> None:
+    """Refuse a plan that was built for something else; nothing is deserialized.
+
+    Args:
+        capability: compute capability of the GPU here, such as "87".
+
+    Raises:
+        IncompatibleError: saying what it was built for, what is here, and what to run.
+    """
+    built = record.inputs
+    here = f"{library} {library_version}, compute capability {capability}, {platform}"
+    was = (
+        f"{built.library} {built.library_version}, compute capability "
+        f"{'/'.join(built.architecture)}, {built.platform}"
+    )
+    same_library = built.library == library and (
+        built.library_version == library_version
+        or (built.version_compatible and _major(built.library_version) == _major(library_version))
+    )
+    if not same_library or capability not in built.architecture or built.platform != platform:
+        raise IncompatibleError(
+            f"the plan was built for {was}; here is {here}. Run: cxrgaze-build "
+            f"{record.bundle_name}.cxrgaze"
+        )
+
+
+def now_utc() -> str:
+    """The time for a record."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _major(version: str) -> str:
+    return version.split(".", 1)[0]
+
+
+def _default_folder() -> Path:
+    if given := os.environ.get(_CACHE_VARIABLE):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cxrgaze" / "plans"
