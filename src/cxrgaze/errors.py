@@ -2,6 +2,7 @@
 
     CxrgazeError                    1  failure
     ├── UsageError(ValueError)      2  a request that cannot be carried out as given
+    ├── BuildError                  3  TensorRT could not build the plan, or built something else
     ├── ParityError                 4  converted graph and network disagree, NaN, overflow
     ├── IncompatibleError           6  device, library, backend or target does not fit
     ├── IntegrityError              7  malformed, altered or foreign file (bundle, checkpoint)
@@ -46,6 +47,12 @@ class UsageError(CxrgazeError, ValueError):
     """The request cannot be carried out as given; nothing was started."""
 
     exit_code = ExitCode.USAGE
+
+
+class BuildError(CxrgazeError):
+    """TensorRT could not build the plan, or built another precision than was asked for."""
+
+    exit_code = ExitCode.BUILD
 
 
 class ParityError(CxrgazeError):
