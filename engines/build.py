@@ -14,6 +14,7 @@ from cxrgaze.command import say, steps
 from cxrgaze.errors import BuildError, IncompatibleError, UsageError
 from cxrgaze.files import sha256
 from cxrgaze.runtime import plans
+from cxrgaze.runtime.host import host_platform
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 
@@ -49,13 +50,8 @@ def plan_inputs(bundle: Bundle, library: Library, options: Options) -> plans.Pla
 
     Raises:
         UsageError: an option that this library does not have.
-        IncompatibleError: the bundle is for another target; a capability that it cannot compile for.
+        IncompatibleError: no GPU here and no `--sm`; a capability that it cannot compile for.
     """
-    manifest = bundle.manifest
-    if manifest.target != "tensorrt" and manifest.precision not in ("fp32", "fp16"):
-        raise IncompatibleError(
-            f"{bundle.path} is for target {manifest.target}; export it with --target tensorrt"
-        )
     if library.is_rtx:
         for name, value in (
             ("--workspace", options.workspace_bytes),
@@ -124,11 +120,6 @@ def build(
     )
     cache.store(record, plan)
     return Built(record, was_cached=False)
-
-
-def host_platform() -> str:
-    """Operating system and machine, as plans are tied to both: "linux-x86_64"."""
-    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 def _serialized(graph: bytes, library: Library, options: Options, bundle: Bundle) -> bytes:

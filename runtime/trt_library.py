@@ -1,10 +1,10 @@
 """The three TensorRTs behind one face: where they differ, and nowhere else.
 
 `tensorrt` 10.3 to 10.x (JetPack 6), `tensorrt` 11.x (workstations, JetPack 7.2.2 and later) and
-`tensorrt_rtx` 1.x. Networks are always strongly typed and I/O goes by name, so that what is left are
-a few flags: TensorRT 11 and RTX have no other kind of network than a strongly typed one, TensorRT-RTX
-compiles ahead of time for given compute capabilities and knows no workspace, timing cache or
-hardware compatibility worth asking for (toolchain.md sections 4 and 7).
+`tensorrt_rtx` 1.x. Networks are always strongly typed and I/O goes by name, so that what is left
+are a few flags: TensorRT 11 has no other kind of network; TensorRT-RTX compiles ahead of time for
+given compute capabilities and has no workspace, timing cache or version compatibility to ask for
+(toolchain.md sections 4 and 7).
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ NAMES = ("tensorrt", "tensorrt_rtx")
 
 SUPPORTED = {"tensorrt": ((10, 3), (12, 0)), "tensorrt_rtx": ((1, 0), (2, 0))}
 """First version that is supported and first that is not, by module."""
-
-RTX_CAPABILITIES = ("75", "80", "86", "89", "120", "121")
-"""Compute capabilities that TensorRT-RTX 1.7 compiles for: no Orin (87), no Hopper (90)."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,23 @@ class Library:
         known = getattr(self.module, "ComputeCapability", None)
         found = getattr(known, f"SM{sm}", None)
         if found is None:
-            can = sorted(
-                (n[2:] for n in dir(known) if re.fullmatch(r"SM\d+", n)), key=int
-            )
+            can = sorted((n[2:] for n in dir(known) if re.fullmatch(r"SM\d+", n)), key=int)
             raise IncompatibleError(
                 f"{self.name} {self.version} cannot compile for compute capability {sm}; it can "
                 f"for {', '.join(can) or 'none ahead of time'}"
             )
         return found
+
+
+def versions() -> dict[str, str]:
+    """Version by module of the libraries that can be imported here, supported or not."""
+    found = {}
+    for name in NAMES:
+        try:
+            found[name] = str(importlib.import_module(name).__version__)
+        except ImportError:
+            continue
+    return found
 
 
 def find(name: str = "auto") -> Library:

@@ -21,7 +21,7 @@ from cxrgaze.errors import CxrgazeError, ExitCode
 T = TypeVar("T")
 
 _EXIT_HELP = (
-    "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 4 parity, "
+    "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 3 build, 4 parity, "
     "6 incompatible, 7 integrity, 10 out of memory, 11 data, 130 interrupted. "
     "Research software, not a medical device."
 )

@@ -1,0 +1,259 @@
+"""Real builds with TensorRT-RTX, ahead of time and without a GPU: accepted and built, not run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import types
+
+import onnx
+import pytest
+
+from cxrgaze.bundle import GRAPH, Bundle
+from cxrgaze.engines import build as engine
+from cxrgaze.engines import cli, inspect_cli
+from cxrgaze.errors import BuildError, ExitCode, IncompatibleError, UsageError
+from cxrgaze.export import cli as export_cli
+from cxrgaze.runtime import plans, trt_library
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return plans.Cache(tmp_path / "plans")
+
+
+def _build(bundle, tmp_path, *more):
+    arguments = [str(bundle), "--cpu-only", "--sm", "86,89", "--cache", str(tmp_path / "plans")]
+    return cli.main([*arguments, *more])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_bundle_is_built_recorded_and_cached(bundles, tmp_path, precision, capsys):
+    bundle = bundles / f"demo-{precision}.cxrgaze"
+    assert _build(bundle, tmp_path) == 0
+    first = capsys.readouterr()
+    assert "built in" in first.out and "opaque" in first.out
+    assert "Building engine" in first.err  # a line a phase without a terminal
+    (record_path,) = (tmp_path / "plans").glob("*.json")
+    record = plans.read_record(record_path)
+    assert record.inputs.bundle_sha256 == Bundle.open(bundle).sha256
+    assert record.inputs.architecture == ("86", "89") and record.inputs.library == "tensorrt_rtx"
+    plan = record_path.with_suffix(".plan")
+    before = plan.stat().st_mtime_ns
+    assert _build(bundle, tmp_path) == 0
+    assert "cached: the same bundle" in capsys.readouterr().out
+    assert plan.stat().st_mtime_ns == before
+    assert _build(bundle, tmp_path, "--rebuild") == 0
+    assert "built in" in capsys.readouterr().out
+    assert len(list((tmp_path / "plans").iterdir())) == 2
+
+
+def test_fp16_makes_a_smaller_plan(bundles, cache):
+    library = trt_library.find("tensorrt_rtx")
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        bundle = Bundle.open(bundles / f"demo-{precision}.cxrgaze")
+        made = engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+        sizes[precision] = made.record.plan_bytes
+    assert sizes["fp16"] < sizes["fp32"]
+
+
+def test_a_profile_is_another_plan(bundles, tmp_path):
+    assert _build(bundles / "demo-fp16.cxrgaze", tmp_path, "--batch", "1:4:16") == 0
+    assert _build(bundles / "demo-fp16.cxrgaze", tmp_path) == 0
+    records = [plans.read_record(p) for p in (tmp_path / "plans").glob("*.json")]
+    assert {r.inputs.batch for r in records} == {(1, 4, 16), (1, 1, 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_paper_network_is_built(tmp_path, precision):
+    arguments = ["--variant", "paper", "--random-weights", "--precision", precision]
+    assert export_cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert _build(tmp_path / f"paper-random-{precision}.cxrgaze", tmp_path) == 0
+
+
+REFUSED = {
+    "no GPU and no --sm": ([], ExitCode.INCOMPATIBLE, "--cpu-only --sm"),
+    "an Orin": (["--cpu-only", "--sm", "87"], ExitCode.INCOMPATIBLE, "75, 80, 86"),
+    "a Hopper": (["--cpu-only", "--sm", "86,90"], ExitCode.INCOMPATIBLE, "capability 90"),
+    "--cpu-only alone": (["--cpu-only"], ExitCode.USAGE, "go together"),
+    "no such library": (["--library", "tensorrt"], ExitCode.INCOMPATIBLE, "no TensorRT here"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_built_is_refused(bundles, tmp_path, capsys, name):
+    arguments, code, message = REFUSED[name]
+    bundle = str(bundles / "demo-fp16.cxrgaze")
+    assert cli.main([bundle, "--cache", str(tmp_path / "plans"), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "plans").glob("*"))
+
+
+@pytest.mark.parametrize("text", ["0", "1:2", "4:2:8", "x", "1:1:5000"])
+def test_a_bad_batch_is_a_usage_error(bundles, tmp_path, text):
+    with pytest.raises(SystemExit) as caught:
+        _build(bundles / "demo-fp16.cxrgaze", tmp_path, "--batch", text)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_an_altered_bundle_is_not_built(bundles, tmp_path):
+    bundle = shutil.copytree(bundles / "demo-fp16.cxrgaze", tmp_path / "b.cxrgaze")
+    data = bytearray((bundle / GRAPH).read_bytes())
+    data[1000] ^= 1
+    (bundle / GRAPH).write_bytes(data)
+    assert _build(bundle, tmp_path) == ExitCode.INTEGRITY
+    assert not list((tmp_path / "plans").glob("*"))
+
+
+def test_an_altered_plan_is_not_taken_from_the_cache(bundles, tmp_path, capsys):
+    bundle = bundles / "demo-fp16.cxrgaze"
+    assert _build(bundle, tmp_path) == 0
+    (plan,) = (tmp_path / "plans").glob("*.plan")
+    plan.write_bytes(plan.read_bytes()[:-1] + b"?")
+    assert _build(bundle, tmp_path) == ExitCode.INTEGRITY
+    assert "--rebuild" in capsys.readouterr().err
+    assert _build(bundle, tmp_path, "--rebuild") == 0
+
+
+def test_a_cache_that_others_can_write_is_refused(bundles, tmp_path):
+    (tmp_path / "plans").mkdir(mode=0o777)
+    (tmp_path / "plans").chmod(0o777)
+    assert _build(bundles / "demo-fp16.cxrgaze", tmp_path) == ExitCode.INTEGRITY
+
+
+class _Fake:
+    """A bundle whose graph is given; the library and its builder are real."""
+
+    def __init__(self, bundle, graph):
+        self.path, self.manifest, self.sha256 = bundle.path, bundle.manifest, bundle.sha256
+        self._graph = graph
+
+    def verify(self, leave=()):
+        pass
+
+    def read(self, name):
+        return self._graph
+
+
+def _graph(bundle, change):
+    model = onnx.load_from_string(bundle.read(GRAPH))
+    change(model)
+    return model.SerializeToString()
+
+
+def _unknown_operator(model):
+    next(n for n in model.graph.node if n.op_type == "Relu").op_type = "Rleu"
+
+
+def _renamed_output(model):
+    model.graph.output[0].name = "other"
+    for node in model.graph.node:
+        node.output[:] = ["other" if o == "logits" else o for o in node.output]
+
+
+GRAPHS = {
+    "an operator that it does not know": (_unknown_operator, "does not accept the graph"),
+    "another output": (_renamed_output, "expected image"),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_that_the_library_refuses_is_a_build_error_with_its_words(bundles, cache, name):
+    change, message = GRAPHS[name]
+    bundle = Bundle.open(bundles / "demo-fp32.cxrgaze")
+    fake = _Fake(bundle, _graph(bundle, change))
+    library = trt_library.find("tensorrt_rtx")
+    with pytest.raises(BuildError, match=message) as caught:
+        engine.build(fake, library, engine.Options(capabilities=("86",)), cache)
+    assert caught.value.exit_code == ExitCode.BUILD
+    assert not list(cache.folder.iterdir())
+
+
+def test_ctrl_c_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch):
+    """As the interrupt arrives while the library reports a step."""
+    seen = []
+
+    def interrupting(total, shown):
+        def update():
+            seen.append(1)
+            if len(seen) == 20:
+                raise KeyboardInterrupt
+
+        return types.SimpleNamespace(
+            update=update, close=lambda: None, set_description=lambda name: None
+        )
+
+    monkeypatch.setattr(engine, "steps", interrupting)
+    bundle = Bundle.open(bundles / "demo-fp32.cxrgaze")
+    library = trt_library.find("tensorrt_rtx")
+    with pytest.raises(KeyboardInterrupt):
+        engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+    assert not list(cache.folder.iterdir())
+
+
+def test_progress_advances(bundles, cache, monkeypatch):
+    made = []
+    real = engine._monitor
+
+    def kept(trt):
+        made.append(real(trt))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "_monitor", kept)
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    library = trt_library.find("tensorrt_rtx")
+    engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+    assert made[0].steps > 100
+
+
+def test_options_that_a_library_lacks_are_refused(bundles):
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    rtx = trt_library.find("tensorrt_rtx")
+    for options in (
+        engine.Options(capabilities=("86",), workspace_bytes=1 << 30),
+        engine.Options(capabilities=("86",), version_compatible=True),
+    ):
+        with pytest.raises(UsageError, match="has no --"):
+            engine.plan_inputs(bundle, rtx, options)
+    real = trt_library.Library("tensorrt", "10.3.0", rtx.module)
+    with pytest.raises(UsageError, match="--sm is for tensorrt_rtx"):
+        engine.plan_inputs(bundle, real, engine.Options(capabilities=("86",)))
+
+
+@pytest.mark.parametrize("version", ["9.9.0", "10.2.0", "12.0.0"])
+def test_an_unsupported_version_is_refused(monkeypatch, version):
+    module = types.SimpleNamespace(__version__=version)
+    monkeypatch.setattr(trt_library.importlib, "import_module", lambda name: module)
+    with pytest.raises(IncompatibleError, match=f"tensorrt {version} is not supported"):
+        trt_library.find("tensorrt")
+
+
+def test_tensorrt_11_has_no_flag_for_what_is_always_so():
+    enumeration = types.SimpleNamespace()
+    module = types.SimpleNamespace(NetworkDefinitionCreationFlag=enumeration)
+    assert trt_library.Library("tensorrt", "11.4.1", module).network_flags == 0
+    enumeration.STRONGLY_TYPED = 1
+    assert trt_library.Library("tensorrt", "10.3.0", module).network_flags == 2
+
+
+def test_inspect_lists_plans_without_loading_them(bundles, tmp_path, capsys):
+    bundle, cache = str(bundles / "demo-fp16.cxrgaze"), str(tmp_path / "plans")
+    assert _build(bundle, tmp_path) == 0
+    capsys.readouterr()
+    assert inspect_cli.main([bundle, "--device", "--cache", cache, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bundle"]["parity"] == "pass" and "onnxruntime" in found["device"]["libraries"]
+    (plan,) = found["plans"]
+    assert plan["precision"] == "opaque" and "86, 89" in plan["for"]
+    (tmp_path / "plans" / f"{plan['plan']}.json").write_text("{}")
+    assert inspect_cli.main([bundle, "--cache", cache]) == 0
+    assert "refused" in capsys.readouterr().out
+
+
+def test_inspect_needs_something_to_inspect(capsys):
+    assert inspect_cli.main([]) == ExitCode.USAGE
+    assert inspect_cli.main(["nowhere.cxrgaze"]) == ExitCode.USAGE

@@ -1,0 +1,236 @@
+"""The plan cache against accidents and attacks: nothing here is ever deserialized."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
+from cxrgaze.files import sha256
+from cxrgaze.runtime.plans import Cache, PlanInputs, PlanRecord, read_record, require_fit
+
+PLAN = b"not executable" * 100
+HERE = {
+    "library": "tensorrt",
+    "library_version": "10.3.0",
+    "capability": "87",
+    "platform": "linux-aarch64",
+}
+
+
+def _inputs(**changes):
+    made = {
+        "bundle_sha256": "a" * 64,
+        "library": "tensorrt",
+        "library_version": "10.3.0",
+        "architecture": ("87",),
+        "platform": "linux-aarch64",
+        "batch": (1, 1, 1),
+    }
+    return PlanInputs(**(made | changes))
+
+
+def _record(inputs, plan=PLAN):
+    return PlanRecord(
+        bundle_name="demo-fp16",
+        inputs=inputs,
+        plan_sha256=sha256(plan),
+        plan_bytes=len(plan),
+        built_precision="opaque",
+        built_precision_why="a test",
+        build_seconds=1.0,
+        created_utc="2026-11-23T00:00:00+00:00",
+        built_on={"gpu": "none"},
+    )
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "plans")
+
+
+@pytest.fixture
+def stored(cache):
+    record = _record(_inputs())
+    cache.store(record, PLAN)
+    return record
+
+
+def _json(cache, record):
+    return cache.plan_path(record.inputs).with_suffix(".json")
+
+
+def test_what_was_stored_is_found_and_read(cache, stored):
+    assert cache.find(stored.inputs) == stored
+    assert cache.read(stored) == PLAN
+    assert cache.find(_inputs(batch=(1, 4, 8))) is None
+    assert [*cache.records("a" * 64)] == [stored] and [*cache.records("b" * 64)] == []
+
+
+def test_every_input_changes_the_key():
+    changes = {
+        "bundle_sha256": "b" * 64,
+        "library": "tensorrt_rtx",
+        "library_version": "10.3.1",
+        "architecture": ("86",),
+        "platform": "linux-x86_64",
+        "batch": (1, 2, 2),
+        "optimization_level": 3,
+        "workspace_bytes": 1 << 30,
+        "version_compatible": True,
+        "tf32": True,
+    }
+    assert set(changes) == set(PlanInputs.model_fields)
+    keys = {_inputs(**{name: value}).key for name, value in changes.items()}
+    assert len(keys) == len(changes) and _inputs().key not in keys
+
+
+def test_the_folder_is_the_owners_alone(cache, tmp_path, monkeypatch):
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o770, 0o707, 0o722):
+        cache.folder.chmod(mode)
+        with pytest.raises(IntegrityError, match="chmod 700"):
+            Cache(cache.folder)
+    cache.folder.chmod(0o755)
+    Cache(cache.folder)  # others may look
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(IntegrityError, match="by others than you"):
+        Cache(cache.folder)
+
+
+def test_a_link_or_a_file_is_no_cache(cache, tmp_path):
+    (tmp_path / "link").symlink_to(cache.folder)
+    with pytest.raises(IntegrityError, match="not a folder"):
+        Cache(tmp_path / "link")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        Cache(tmp_path / "file")
+
+
+def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXRGAZE_CACHE", str(tmp_path / "here"))
+    assert Cache().folder == tmp_path / "here"
+    monkeypatch.delenv("CXRGAZE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert Cache().folder == tmp_path / "xdg" / "cxrgaze" / "plans"
+
+
+PLANS = {
+    "text": b"hello",
+    "truncated": PLAN[:-1],
+    "trailing bytes": PLAN + b"\0",
+    "one byte changed": PLAN[:-1] + b"X",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_an_altered_plan_is_refused(cache, stored, name):
+    cache.plan_path(stored.inputs).write_bytes(PLANS[name])
+    with pytest.raises(IntegrityError):
+        cache.read(stored)
+
+
+def test_a_plan_behind_a_link_or_gone_is_refused(cache, stored, tmp_path):
+    path = cache.plan_path(stored.inputs)
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        cache.read(stored)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="is a link"):
+        cache.read(stored)
+
+
+def _edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+RECORDS = {
+    "another schema": (lambda c: c.update(schema_version=9), "schema version 9"),
+    "unknown key": (lambda c: c.update(extra=1), "extra"),
+    "a key is missing": (lambda c: c.pop("plan_sha256"), "plan_sha256"),
+    "no hash": (lambda c: c.update(plan_sha256="../" * 20), "plan_sha256"),
+    "negative size": (lambda c: c.update(plan_bytes=-1), "plan_bytes"),
+    "inputs of another plan": (lambda c: c["inputs"].update(tf32=True), "of its name"),
+    "a path as platform": (lambda c: c["inputs"].update(platform="../../etc"), "platform"),
+    "an absolute path": (lambda c: c["inputs"].update(platform="/etc"), "platform"),
+    "unknown library": (lambda c: c["inputs"].update(library="torch"), "library"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_an_altered_record_is_refused(cache, stored, name):
+    change, message = RECORDS[name]
+    _edit(_json(cache, stored), change)
+    with pytest.raises(IntegrityError, match=message):
+        cache.find(stored.inputs)
+    (refused,) = cache.records("a" * 64)
+    assert isinstance(refused, IntegrityError)
+
+
+TEXTS = {
+    "empty": b"",
+    "no JSON": b"plan",
+    "a list": b"[]",
+    "duplicate keys": b'{"schema_version": 1, "schema_version": 1}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_record_that_is_no_object_is_refused(cache, stored, name):
+    _json(cache, stored).write_bytes(TEXTS[name])
+    with pytest.raises(IntegrityError):
+        cache.find(stored.inputs)
+
+
+def test_a_record_of_a_gigabyte_is_refused_before_it_is_read(cache, stored):
+    with _json(cache, stored).open("r+b") as file:
+        file.truncate(1 << 30)  # sparse
+    with pytest.raises(IntegrityError, match="expected at most"):
+        cache.find(stored.inputs)
+
+
+def test_a_record_behind_a_link_is_refused(cache, stored, tmp_path):
+    path = _json(cache, stored)
+    path.rename(tmp_path / path.name)
+    path.symlink_to(tmp_path / path.name)
+    with pytest.raises(IntegrityError, match="is a link"):
+        read_record(path)
+
+
+def test_the_plan_is_used_from_the_bytes_that_were_checked(cache, stored):
+    """A file swapped after the check changes nothing: `read` gives bytes, not a path."""
+    plan = cache.read(stored)
+    cache.plan_path(stored.inputs).write_bytes(b"swapped")
+    assert sha256(plan) == stored.plan_sha256
+
+
+def test_a_plan_that_fits_is_accepted():
+    require_fit(_record(_inputs()), **HERE)
+    newer = HERE | {"library_version": "10.9.0"}
+    require_fit(_record(_inputs(version_compatible=True)), **newer)
+
+
+MISFITS = {
+    "another version": {"library_version": "10.9.0"},
+    "another library": {"library": "tensorrt_rtx"},
+    "another GPU": {"capability": "86"},
+    "another platform": {"platform": "linux-x86_64"},
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_plan_for_something_else_is_refused_with_what_to_run(name):
+    with pytest.raises(IncompatibleError, match=r"built for .*; here is .*cxrgaze-build demo-fp16"):
+        require_fit(_record(_inputs()), **(HERE | MISFITS[name]))
+
+
+def test_version_compatible_does_not_cross_a_major_version():
+    record = _record(_inputs(version_compatible=True))
+    with pytest.raises(IncompatibleError):
+        require_fit(record, **(HERE | {"library_version": "11.4.1"}))
