@@ -125,7 +125,7 @@ def bundle_facts(path: Path, cache: Path | None) -> tuple[dict[str, Any], list[d
                 "for": f"{built.library} {built.library_version}, compute capability "
                 f"{', '.join(built.architecture)}, {built.platform}",
                 "batch": ":".join(map(str, built.batch)),
-                "bytes": record.plan_bytes,
+                "bytes": str(record.plan_bytes),
                 "precision": record.built_precision,
                 "here": verdict,
             }

@@ -45,6 +45,8 @@ class Source:
     sha256: str
     trained_on: str
     decision: bundle.Decision = bundle.Decision()
+    untrained: tuple[bundle.Head, ...] = ()
+    training_split_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def source_from_checkpoint(path: Path) -> Source:
         card.weights_sha256,
         card.trained_on,
         card.decision,
+        card.untrained,
+        card.lineage[-1].split_sha256 if card.lineage else "",
     )
 
 
@@ -147,6 +151,7 @@ def _manifest(
         ir_version=model.ir_version,
         float32_nodes=kept,
         decision=source.decision,
+        untrained=source.untrained,
         self_test={"onnxruntime": parity.LIMITS[options.precision]},
         parity=found,
         gate=_gate(source.spec, options.precision),
@@ -154,6 +159,7 @@ def _manifest(
             checkpoint=source.origin,
             checkpoint_sha256=source.sha256,
             trained_on=source.trained_on,
+            training_split_sha256=source.training_split_sha256,
             created_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             versions={
                 "cxrgaze": version("cxrgaze"),

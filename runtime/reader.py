@@ -186,6 +186,7 @@ class Reader:
         """What every reading of this bundle must say."""
         manifest = self.bundle.manifest
         warnings = [manifest.spec.caution] if manifest.spec.caution else []
+        warnings += [f"nothing taught the output {head}: ignore it" for head in manifest.untrained]
         if manifest.gate.verdict != "pass":
             warnings.append(f"gate: {manifest.gate.verdict} ({manifest.gate.reason})")
         return tuple(warnings)

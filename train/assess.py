@@ -10,7 +10,7 @@ import csv
 import datetime
 import io
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,19 +23,19 @@ from scipy.special import softmax
 from cxrgaze import heatmaps, intervals, metrics
 from cxrgaze.bundle import MANIFEST, Bundle, Decision
 from cxrgaze.command import say
-from cxrgaze.errors import DataError, UsageError
+from cxrgaze.errors import DataError, ParityError, UsageError
 from cxrgaze.files import make_output_folder, render_json, write_atomic
 from cxrgaze.intervals import Interval
 from cxrgaze.runtime import backends
-from cxrgaze.samples import FilmRow, LabelledSet, Split
+from cxrgaze.samples import LOOKS, FilmRow, LabelledSet, Split
 from cxrgaze.spec import NOTICE, ModelSpec
 from cxrgaze.train import checkpoint
 from cxrgaze.train.baseline import view_and_age
 from cxrgaze.train.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.train.evaluate import predict, present_classes, saliency_rows
+from cxrgaze.train.origin import Origin, check_leakage
 
 SCHEMA_VERSION = 1
-LOOKS = "looks.jsonl"
 MIN_PER_CLASS = 10
 """Films with and without a class that a subgroup needs before it gets a figure."""
 
@@ -62,6 +62,8 @@ class Model:
     decision: Decision
     identity: dict[str, str]
     heatmap: str | None
+    origins: tuple[Origin, ...]
+    """What it was trained on; of a bundle, the last set alone is known."""
     predict: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
     """Images `(N, 1, H, W)` to logits `(N, C)` and log-densities `(N, 1, H, W)`."""
 
@@ -147,7 +149,9 @@ def open_model(path: Path, threads: int | None = None) -> Model:
             "trained_on": manifest.provenance.trained_on,
         }
         known = "phantom" if manifest.spec.domain == "phantom" else None
-        return Model(manifest.spec, manifest.decision, identity, known, run)
+        source = manifest.provenance
+        origin = Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256)
+        return Model(manifest.spec, manifest.decision, identity, known, (origin,), run)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} is neither a checkpoint (.safetensors) nor a bundle (a folder)")
     import torch
@@ -168,6 +172,7 @@ def open_model(path: Path, threads: int | None = None) -> Model:
         card.decision,
         identity,
         card.config.get("heatmap"),
+        card.lineage,
         lambda images: predict(network, images),
     )
 
@@ -184,6 +189,10 @@ def evaluate_split(labelled: LabelledSet, model: Model, heatmap: str, options: O
         raise DataError(f"{labelled.folder}: no films in split {options.split}")
     arrays = load_arrays(part, model.spec, preset)
     logits, log_density = model.predict(arrays.images)
+    if not (np.isfinite(logits).all() and np.isfinite(log_density).all()):
+        raise ParityError(
+            f"{options.model} gives NaN or infinity on these films: its weights are damaged"
+        )
     left_out: list[str] = []
     prior = _prior(labelled, model.spec, preset, left_out) if arrays.has_gaze.any() else None
     films = saliency_rows(arrays, log_density[:, 0], prior, preset)
@@ -199,6 +208,7 @@ def evaluate_split(labelled: LabelledSet, model: Model, heatmap: str, options: O
         "notice": NOTICE,
         "synthetic": labelled.info.domain == "phantom",
         "caution": model.spec.caution,
+        "leakage": _leakage(labelled, model),
         "model": model.identity,
         "set": {
             "name": labelled.info.name,
@@ -240,6 +250,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{report['model']['name']} on {where['split']} of {where['name']}{kind}: "
         f"{where['films']} films, {where['patients']} patients"
     )
+    if report["leakage"]:
+        lines.insert(0, f"WARNING: {report['leakage']}")
     diagnosis, saliency = report["diagnosis"], report["saliency"]
     if diagnosis and diagnosis["auc"]:
         macro = Interval(**diagnosis["auc"]["macro"]["bootstrap"])
@@ -257,6 +269,15 @@ def summary(report: dict[str, Any]) -> list[str]:
         lines.append(f"CC {Interval(**saliency['prediction']['cc'])}, {beside}")
     lines += [f"left out: {text}" for text in report["left_out"]]
     return lines
+
+
+def _leakage(labelled: LabelledSet, model: Model) -> str | None:
+    """Why these films may be films that the model was trained on, or None."""
+    try:
+        check_leakage(labelled.info, model.origins)
+    except DataError as error:
+        return str(error).split(" Their test films")[0]
+    return None
 
 
 def _prior(
@@ -301,23 +322,29 @@ def _diagnosis(
             patients, statistic, resamples=options.resamples, seed=options.seed
         )
 
+    count = len(set(patients))
+
     def share(hit: NDArray[np.bool_], among: NDArray[np.bool_]) -> dict[str, Any]:
-        value = float(hit[among].mean()) if among.any() else float("nan")
+        value = float(hit[among].mean())
+        if value in (0, 1):  # the bootstrap is blind there
+            n = len({p for p, a in zip(patients, among, strict=True) if a})
+            return exact_share(int(value), n).model_dump()
         samples = boot(lambda w: intervals.weighted_share(hit, among, w))
-        return intervals.percentile_interval(value, samples).model_dump()
+        return intervals.percentile_interval(value, samples, count).model_dump()
 
     everyone = np.ones(len(labels), dtype=bool)
     found: dict[str, Any] = {
         "films": {name: int((labels == i).sum()) for i, name in enumerate(names)},
-        "auc": _aucs(p, labels, present, names, boot) if present else None,
+        "auc": _aucs(p, labels, present, names, boot, count) if present else None,
         "accuracy": share(p.argmax(axis=1) == labels, everyone),
         "temperature": decision.temperature,
         "ece": {
-            key: _bootstrapped_ece(q, labels, boot) for key, q in (("before", raw), ("after", p))
+            key: _bootstrapped_ece(q, labels, boot, count)
+            for key, q in (("before", raw), ("after", p))
         },
         "operating_points": {},
         "view_and_age": None,
-        "within_view": _within_views(p, labels, rows, names, options, outcome.left_out),
+        "within_view": {},
     }
     for name, at in decision.operating_points.items():
         positive = labels == names.index(name)
@@ -329,13 +356,23 @@ def _diagnosis(
         }
     if not decision.operating_points:
         outcome.left_out.append("operating points: the model has none")
+    blind: NDArray[np.float64] | None = None
     if options.split != "train" and present:
         training = [row for row in labelled.split("train").rows if row.label]
         scores = view_and_age(training, rows, names)
         if isinstance(scores, str):
             outcome.left_out.append(f"view-and-age baseline: {scores}")
         else:
-            found["view_and_age"] = _aucs(scores, labels, present, names, boot)
+            blind = scores
+            found["view_and_age"] = _aucs(scores, labels, present, names, boot, count)
+    found["within_view"] = _within_views(
+        {"macro": p} | ({} if blind is None else {"view_and_age": blind}),
+        labels, rows, names, options, outcome.left_out,
+    )  # fmt: skip
+    if options.split == "val":
+        outcome.left_out.append(
+            "an honest figure for temperature and operating points: they were fitted on these films"
+        )
     return found
 
 
@@ -345,6 +382,7 @@ def _aucs(
     present: Sequence[int],
     names: Sequence[str],
     boot: Callable[[Callable[[intervals.Array], intervals.Array]], intervals.Array],
+    patients: int,
 ) -> dict[str, Any]:
     """AUC per class, macro and micro, each with DeLong's and the bootstrap's interval."""
     single = {c: intervals.auc_influence(scores[:, c], labels == c) for c in present}
@@ -369,16 +407,27 @@ def _aucs(
     return {
         name: {
             "delong": intervals.from_influence(value, influence).model_dump(),
-            "bootstrap": intervals.percentile_interval(value, drawn).model_dump(),
+            "bootstrap": intervals.percentile_interval(value, drawn, patients).model_dump(),
         }
         for name, (value, influence, drawn) in rows.items()
     }
+
+
+def exact_share(value: int, patients: int) -> Interval:
+    """A share of 0 or 1 over so many patients with its Clopper-Pearson interval.
+
+    Source: Clopper & Pearson, Biometrika 26 (1934) 404; one trial a patient.
+    """
+    edge = float((0.5 - intervals.LEVEL / 2) ** (1 / patients))
+    low, high = (edge, 1.0) if value else (0.0, 1 - edge)
+    return Interval(value=value, low=low, high=high)
 
 
 def _bootstrapped_ece(
     p: NDArray[np.float64],
     labels: NDArray[np.integer],
     boot: Callable[[Callable[[intervals.Array], intervals.Array]], intervals.Array],
+    patients: int,
 ) -> dict[str, Any]:
     def resampled(weights: intervals.Array) -> intervals.Array:
         return np.array(
@@ -388,18 +437,19 @@ def _bootstrapped_ece(
             ]
         )
 
-    return intervals.percentile_interval(metrics.ece(p, labels), boot(resampled)).model_dump()
+    value = metrics.ece(p, labels)
+    return intervals.percentile_interval(value, boot(resampled), patients).model_dump()
 
 
 def _within_views(
-    p: NDArray[np.float64],
+    scores: Mapping[str, NDArray[np.float64]],
     labels: NDArray[np.integer],
     rows: Sequence[FilmRow],
     names: Sequence[str],
     options: Options,
     left_out: list[str],
 ) -> dict[str, Any]:
-    """AUC among the films of one view: what the view itself cannot explain."""
+    """Macro AUC among the films of one view, of the model and of age alone."""
     found: dict[str, Any] = {}
     views = np.array([row.view or "" for row in rows])
     for view in sorted(set(views) - {""}):
@@ -423,8 +473,10 @@ def _within_views(
                 patients, statistic, resamples=options.resamples, seed=options.seed
             )
 
-        aucs = _aucs(p[here], labels[here], enough, names, boot)
-        found[view] = {"films": int(here.sum()), "macro": aucs["macro"]}
+        found[view] = {"films": int(here.sum())}
+        for key, p in scores.items():
+            aucs = _aucs(p[here], labels[here], enough, names, boot, len(set(patients)))
+            found[view][key] = aucs["macro"]
     return found
 
 
@@ -444,7 +496,8 @@ def _saliency(outcome: Outcome, heatmap: str, options: Options) -> dict[str, Any
             resamples=options.resamples,
             seed=options.seed,
         )
-        return intervals.percentile_interval(float(np.nanmean(values)), samples).model_dump()
+        mean = float(np.nanmean(values))
+        return intervals.percentile_interval(mean, samples, len(set(patients))).model_dump()
 
     plain = ("cc", "sim", "kld", "nss", "auc_judd")
     if np.isnan(table["cc_between_readers"]).all():

@@ -23,6 +23,7 @@ from cxrgaze.report import (
     html_page,
     markdown_page,
 )
+from cxrgaze.samples import LOOKS
 from cxrgaze.train.assess import Outcome
 from cxrgaze.train.evaluate import present_classes
 
@@ -54,12 +55,14 @@ def _head(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Paragraph(report["notice"])]
     if report["synthetic"]:
         blocks.append(Paragraph("Synthetic: drawings, not films. Says nothing of clinical use."))
+    if report["leakage"]:
+        blocks.append(Paragraph(f"WARNING: {report['leakage']}"))
     if report["caution"]:
         blocks.append(Paragraph(report["caution"]))
     look = report.get("look")
     if look:
         text = f"look number {look['number']}" if look["logged"] else "a look that was not logged"
-        blocks.append(Paragraph(f"This is {text} at this set's test split ({'looks.jsonl'})."))
+        blocks.append(Paragraph(f"This is {text} at this set's test split ({LOOKS})."))
     blocks.append(
         Table(
             ("", ""),
@@ -96,10 +99,11 @@ def _diagnosis(outcome: Outcome, found: Mapping[str, Any]) -> list[Block]:
         blocks += [Table(columns, rows), _roc(outcome)]
     if found["within_view"]:
         rows = [
-            [view, row["films"], _text(row["macro"]["bootstrap"])]
+            [view, row["films"]]
+            + [_text(row.get(key, {}).get("bootstrap")) for key in ("macro", "view_and_age")]
             for view, row in found["within_view"].items()
         ]
-        blocks.append(Table(("within view", "films", "macro AUC"), rows))
+        blocks.append(Table(("within view", "films", "macro AUC", "age alone"), rows))
     if found["operating_points"]:
         rows = [
             [name, f"{point['threshold']:.3f}"]

@@ -24,8 +24,8 @@ def view_and_age(
         return "the training films have fewer than two classes"
     views = sorted({row.view or "" for row in labelled})
     ages = [row.age for row in labelled if row.age is not None]
-    if len(views) < 2 and not ages:
-        return "the set has neither view nor age"
+    if len(views) < 2 and len(set(ages)) < 2:
+        return "view and age do not vary or are not there"
     mean, spread = (np.mean(ages), np.std(ages) + 1e-9) if ages else (0.0, 1.0)
 
     def columns(rows: Sequence[FilmRow]) -> NDArray[np.float64]:

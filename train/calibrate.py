@@ -8,7 +8,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from cxrgaze.bundle import Decision
+from cxrgaze.command import say
 
+MIN_FILMS = 30
+"""Labelled validation films that a temperature needs."""
 _LOG_TEMPERATURE = (np.log(0.05), np.log(20.0))
 
 
@@ -26,12 +29,18 @@ def fit_decision(
             largest Youden's J.
 
     Returns:
-        The defaults where there is nothing to fit: temperature 1 without films, no operating
+        The defaults where there is nothing to fit: temperature 1 with fewer than `MIN_FILMS` films,
+        one class alone or films that are all right (any sharper would be better), no operating
         point for a class that all or none of the films have.
     """
     if not len(labels):
         return Decision()
-    temperature = fit_temperature(logits, labels)
+    all_right = bool((logits.argmax(axis=1) == labels).all())
+    if len(labels) < MIN_FILMS or len(set(labels.tolist())) < 2 or all_right:
+        say("note: temperature 1: too few validation films, one class alone, or all are right")
+        temperature = 1.0
+    else:
+        temperature = fit_temperature(logits, labels)
     probabilities = softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
     points = {}
     for index, name in enumerate(classes):

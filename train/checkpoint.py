@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from cxrgaze.bundle import Decision
+from cxrgaze.bundle import Decision, Head
 from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
 from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
@@ -43,6 +43,8 @@ class Card(Frozen):
     """Origin of the training films, in a sentence."""
     lineage: tuple[Origin, ...]
     """All sets that these weights descend from: initial weights, teachers, the run's own films."""
+    untrained: tuple[Head, ...] = ()
+    """Outputs that nothing has taught; they mean nothing."""
     centre_prior: bool = False
     """Whether the network has the learnable centre prior."""
     decision: Decision = Decision()
@@ -53,6 +55,14 @@ class Card(Frozen):
     results: dict[str, Any]
     """Figures on held-out films, each with its centre-prior CC; says synthetic where it is."""
     environment: dict[str, str]
+
+    @property
+    def descent(self) -> tuple[Origin, ...]:
+        """The lineage as one that goes on from these weights has to record it."""
+        return tuple(
+            o.model_copy(update={"weights_sha256": o.weights_sha256 or self.weights_sha256})
+            for o in self.lineage
+        )
 
 
 def save(path: Path, network: Network, **card: Any) -> Card:

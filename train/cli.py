@@ -40,7 +40,8 @@ def _add_fit(commands: Any) -> None:
         "operating points on val; test is not opened. Presets: paper (the paper's multi-stage "
         "cooperative learning), joint, distill (a student, with --teacher), demo. Writes "
         "RUN/NAME.safetensors with its card NAME.json, RUN/config.toml, RUN/epochs.csv and a "
-        "TensorBoard log. Several processes: --devices, --nodes (each with --batch of the config).",
+        "TensorBoard log.",
+        epilog=command.EXIT_HELP,
     )
     fit.add_argument("set", type=Path, metavar="SET", help="labelled set made by prepare")
     fit.add_argument("--config", metavar="PRESET|TOML", help="(default: paper)")
@@ -73,10 +74,29 @@ def _add_fit(commands: Any) -> None:
         action="store_true",
         help="take weights that may have seen the set's test films",
     )
-    fit.add_argument("--accelerator", default="auto", help="cpu, gpu, auto (default)")
-    fit.add_argument("--devices", type=command.bounded(1, 1024), default=1, metavar="N")
-    fit.add_argument("--nodes", type=command.bounded(1, 1024), default=1, metavar="N")
-    command.add_threads(fit)
+    fit.add_argument(
+        "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="(default auto)"
+    )
+    fit.add_argument(
+        "--devices",
+        type=command.bounded(1, 1024),
+        default=1,
+        metavar="N",
+        help="processes on this machine, one a GPU; each takes the config's batch (default 1)",
+    )
+    fit.add_argument(
+        "--nodes",
+        type=command.bounded(1, 1024),
+        default=1,
+        metavar="N",
+        help="machines, started by torchrun or a scheduler (default 1)",
+    )
+    fit.add_argument(
+        "--threads",
+        type=command.bounded(1, 1024),
+        metavar="N",
+        help="torch threads of each process; 1 gives the same weights each time (default: all)",
+    )
     fit.add_argument(
         "--cache",
         type=Path,
@@ -94,6 +114,7 @@ def _add_evaluate(commands: Any) -> None:
         description="Diagnosis and gaze with intervals, beside the centre prior: report.json, "
         "report.md, report.html and films.csv. Changes neither model nor set; a look at a test "
         "split is logged in SET/looks.jsonl.",
+        epilog=command.EXIT_HELP,
     )
     evaluate.add_argument("model", type=Path, metavar="CHECKPOINT|BUNDLE")
     evaluate.add_argument("set", type=Path, metavar="SET")
@@ -119,7 +140,9 @@ def _add_phantom(commands: Any) -> None:
         "phantom",
         help="draw a labelled set of phantoms",
         description="Synthetic drawings with labels and two simulated readers, for trying things. "
-        "A phantom is given by its number: the same first seed draws the same set.",
+        "A phantom is given by its number: the same first seed draws the same set. The demo "
+        "network was trained on numbers from 0: to evaluate that one, take --first-seed 500000.",
+        epilog=command.EXIT_HELP,
     )
     phantom.add_argument("--output", type=Path, required=True, metavar="SET")
     phantom.add_argument("--train", type=command.bounded(0, 10**6), default=900)
@@ -137,6 +160,7 @@ def _add_demo(commands: Any) -> None:
         description="Draw phantoms, train `tiny` by preset demo (the stages of preset paper), "
         "evaluate it on held-out phantoms. This one command reproduces the checkpoint that ships "
         "with the package; about two minutes on one core.",
+        epilog=command.EXIT_HELP,
     )
     demo.add_argument("--output", type=Path, default=Path("demo-run"), metavar="RUN")
     demo.add_argument("--films", type=int, default=900, help="training phantoms (default 900)")
@@ -154,15 +178,28 @@ def _fit(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.samples import LabelledSet
     from cxrgaze.train.config import load_config
-    from cxrgaze.train.fit import Machine, Start, fit, resumed_config
+    from cxrgaze.train.fit import fit
+    from cxrgaze.train.run import Start, read_run
+    from cxrgaze.train.trainer import Machine
 
-    if args.resume and not args.config and not args.overrides:
-        config = resumed_config(args.output)
+    if args.resume:
+        if args.config or args.overrides or args.init != "random" or args.teacher:
+            raise UsageError(
+                "a resumed run takes its config and its weights from its folder: leave out "
+                "--config, --set, --init and --teacher"
+            )
+        record = read_run(args.output)
+        config, start = record.config, record.start
     else:
         config = load_config(args.config or "paper", args.overrides)
-    if args.teacher and not args.teacher.is_file():
-        raise UsageError(f"--teacher {args.teacher} does not exist")
-    start = Start(args.init, args.init_origin, args.teacher, args.allow_leakage)
+        start = Start(
+            init=args.init if args.init in ("random", "imagenet") else str(Path(args.init)),
+            origin=args.init_origin,
+            teacher=args.teacher,
+            allow_leakage=args.allow_leakage,
+        )
+    if start.teacher and not start.teacher.is_file():
+        raise UsageError(f"--teacher {start.teacher} does not exist")
     machine = Machine(args.accelerator, args.devices, args.nodes, args.threads, args.cache)
     card = fit(
         LabelledSet.open(args.set),
@@ -241,6 +278,8 @@ def _command_of(args: argparse.Namespace, *words: str) -> str:
         value = getattr(args, flag, "")
         if value and value != "random":
             line += [f"--{flag.replace('_', '-')}", str(value)]
+    if getattr(args, "allow_leakage", False):
+        line.append("--allow-leakage")
     return shlex.join(line)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resource_files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,8 @@ else:
     import tomli as tomllib
 
 Part = Literal["dense", "skips", "decoder", "saliency", "classifier"]
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 NOT_EVALUATED = {
     "supcon": "loss supcon",
@@ -94,6 +96,11 @@ class Stage(Frozen):
         return self
 
     @property
+    def teaches_diagnosis(self) -> bool:
+        """Whether a loss looks at the network's logits."""
+        return bool({"cross_entropy", "soft_labels"} & set(self.loss))
+
+    @property
     def on_encoder(self) -> bool:
         """Whether the losses look at the dense encoder's embedding alone."""
         return not set(self.loss) & set(NETWORK)
@@ -120,7 +127,7 @@ class Augment(Frozen):
 class TrainConfig(Frozen):
     """One run; saved in the checkpoint's card and as `config.toml` in the run's folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME)
     variant: str
     canvas: tuple[int, int] | None = None
     """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
@@ -137,7 +144,14 @@ class TrainConfig(Frozen):
     augment: Augment = Augment()
     operating_sensitivity: float | None = Field(default=None, gt=0, lt=1)
     """Operating points reach this sensitivity on validation; none: Youden's J is largest."""
-    stages: dict[str, Stage] = Field(min_length=1)
+    stages: dict[Annotated[str, Field(pattern=_NAME)], Stage] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, value: str) -> str:
+        if value == "run":
+            raise ValueError("run.json is the run's own record; choose another name")
+        return value
 
     @field_validator("variant")
     @classmethod
@@ -205,7 +219,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
         if not equals:
             raise UsageError(f"--set {text}: expected KEY=VALUE")
         try:
-            content = _merge(content, tomllib.loads(f"{key}={value}"))
+            content = _merge(content, tomllib.loads(f"{key}={value}"), whole=key.endswith(".loss"))
         except tomllib.TOMLDecodeError:
             try:  # a bare word is a string
                 content = _merge(content, tomllib.loads(f'{key}="{value}"'))
@@ -245,13 +259,15 @@ def _merged(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     return _merge(_merged(str(base), (*seen, source)), content) if base else content
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, table by table; a `loss` is replaced whole."""
+def _merge(
+    below: Mapping[str, Any], above: Mapping[str, Any], whole: bool = True
+) -> dict[str, Any]:
+    """`above` over `below`, table by table; a `loss` is replaced whole, or likewise merged."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        deep = isinstance(value, dict) and isinstance(old, dict) and key != "loss"
-        merged[key] = _merge(old, value) if deep and old else value
+        deep = isinstance(value, dict) and isinstance(old, dict) and (key != "loss" or not whole)
+        merged[key] = _merge(old, value, whole) if deep and old else value
     return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from cxrgaze import heatmaps
 from cxrgaze.command import counted
-from cxrgaze.errors import DataError, UsageError
+from cxrgaze.errors import DataError, IntegrityError
 from cxrgaze.files import new_folder, parse_json, render_json, sha256
 from cxrgaze.runtime.canvas import Geometry, to_canvas
 from cxrgaze.runtime.film import film_from_bytes
@@ -126,24 +127,23 @@ def _cached(
     folder = cache / _cache_key(labelled, spec, preset)
     if not (folder / _GEOMETRIES).is_file():
         shape = (len(labelled.rows), 1, spec.height, spec.width)
-        try:
-            with new_folder(folder, _GEOMETRIES) as new:
-                maps = [
-                    np.lib.format.open_memmap(new / f"{k}.npy", "w+", np.float32, shape)
-                    for k in _MAPS
-                ]
-                geometries = []
-                for index, row in enumerate(_counted(labelled.rows)):
-                    placed = _place(labelled, row, spec, preset)
-                    for target, name in zip(maps, _MAPS, strict=True):
-                        target[index, 0] = getattr(placed, name)
-                    geometries.append(astuple(placed.geometry))
-                for target in maps:
-                    target.flush()
-                (new / _GEOMETRIES).write_bytes(render_json({"geometries": geometries}))
-        except UsageError as error:
-            raise UsageError(f"cache {cache}: {error}") from error
-    images, densities = (np.load(folder / f"{k}.npy", mmap_mode="c") for k in _MAPS)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with new_folder(folder, _GEOMETRIES) as new, contextlib.ExitStack() as stack:
+            # Ordinary writes: a full disk is an error then, and not a signal as in a mapped file.
+            files = {k: stack.enter_context((new / f"{k}.npy").open("wb")) for k in _MAPS}
+            for file in files.values():
+                np.lib.format.write_array_header_1_0(file, header)
+            geometries = []
+            for row in _counted(labelled.rows):
+                placed = _place(labelled, row, spec, preset)
+                for name, file in files.items():
+                    file.write(getattr(placed, name).astype("<f4").tobytes())
+                geometries.append(astuple(placed.geometry))
+            (new / _GEOMETRIES).write_bytes(render_json({"geometries": geometries}))
+    try:
+        images, densities = (np.load(folder / f"{k}.npy", mmap_mode="c") for k in _MAPS)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cache {folder} is damaged ({error}); delete it") from error
     content = parse_json((folder / _GEOMETRIES).read_bytes(), _GEOMETRIES)
     return images, densities, [Geometry(*values) for values in content["geometries"]]
 

@@ -16,7 +16,8 @@ from cxrgaze.train import checkpoint
 from cxrgaze.train.config import TrainConfig
 from cxrgaze.train.dataset import load_arrays
 from cxrgaze.train.evaluate import evaluate
-from cxrgaze.train.fit import Start, fit
+from cxrgaze.train.fit import fit
+from cxrgaze.train.run import Start
 
 HELD_OUT = 300
 HARD_FIRST_SEED = 100_000  # apart from the seeds that training and the easy test use

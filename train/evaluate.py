@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 
 from cxrgaze import heatmaps, metrics
 from cxrgaze.command import counted
+from cxrgaze.errors import DataError
+from cxrgaze.runtime.canvas import Geometry
+from cxrgaze.samples import Gaze
 from cxrgaze.train.dataset import UNLABELLED, Arrays, canvas_density
 from cxrgaze.train.model import Network
 
@@ -88,7 +92,8 @@ def saliency_rows(
         log_density: `(N, H, W)`. prior, preset: as in `evaluate`.
 
     Returns:
-        cc, sim, kld, nss, auc_judd of the prediction; the same of the centre prior
+        cc, sim, kld, nss, auc_judd of the prediction (the last two at fixations, or at samples
+        where a film has no fixations); the same of the centre prior
         (`..._centre_prior`); cc_between_readers of the first two readers, NaN with one; pad_mass.
     """
     return {
@@ -107,17 +112,30 @@ def _saliency(
     geometry, gaze = arrays.geometries[index], arrays.gaze[index]
     assert gaze is not None
     prediction, truth = (geometry.crop(m) for m in (predicted, arrays.densities[index, 0]))
-    points = np.rint(geometry.to_canvas(gaze.points) - (geometry.left, geometry.top)).astype(int)
+    # A sample of the eye tracker is no fixation: NSS and AUC-Judd take fixations where there are.
+    fixations = gaze.select(kind="fixation" if "fixation" in gaze.kinds else None).points
+    points = np.rint(geometry.to_canvas(fixations) - (geometry.left, geometry.top)).astype(int)
     inside = points[((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)]
     found = _against(prediction, truth, inside)
     if prior is not None:
         centre = _against(geometry.crop(prior), truth, inside)
         found |= {f"{key}_centre_prior": value for key, value in centre.items()}
-    readers = sorted(set(gaze.readers))[:2]
-    maps = [geometry.crop(canvas_density(gaze.select(reader=r), geometry, preset)) for r in readers]
-    found["cc_between_readers"] = metrics.cc(*maps) if len(maps) == 2 else float("nan")
+    maps = _reader_maps(gaze, geometry, preset)
+    found["cc_between_readers"] = metrics.cc(*maps[:2]) if len(maps) > 1 else float("nan")
     found["pad_mass"] = float(1 - prediction.sum())
     return found
+
+
+def _reader_maps(
+    gaze: Gaze, geometry: Geometry, preset: heatmaps.HeatmapPreset
+) -> list[NDArray[np.floating]]:
+    """Each reader's own map over the film's area; a reader who looked elsewhere has none."""
+    maps = []
+    for reader in sorted(set(gaze.readers)):
+        with contextlib.suppress(DataError):
+            density = canvas_density(gaze.select(reader=reader), geometry, preset)
+            maps.append(geometry.crop(density))
+    return maps
 
 
 def _against(

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -23,9 +24,27 @@ from cxrgaze.train.origin import Origin
 IMAGENET_URL = "https://download.pytorch.org/models/densenet201-c1103571.pth"
 """Torchvision's DenseNet201; the name carries the first digits of its SHA-256."""
 _LIMIT = 4 << 30
+_UNREADABLE = (
+    SafetensorError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    IndexError,
+    KeyError,
+    ValueError,
+)
 
 
-def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> tuple[Origin, ...]:
+class Before(NamedTuple):
+    """What first weights bring along."""
+
+    origins: tuple[Origin, ...] = ()
+    """What they descend from."""
+    trained_heads: frozenset[str] = frozenset()
+    """Outputs of the network that were taught before."""
+
+
+def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> Before:
     """Put first weights into `network` and say what they descend from.
 
     Args:
@@ -38,7 +57,7 @@ def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> t
             a variant without DenseNet201. IntegrityError: naming every tensor that does not fit.
     """
     if source == "random":
-        return ()
+        return Before()
     if source == "imagenet":
         data, origin = _imagenet(spec), "ImageNet (torchvision densenet201-c1103571)"
     else:
@@ -51,12 +70,14 @@ def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> t
     weights = _tensors(data, source)
     try:
         checkpoint.load_weights(network.dense, imagenet_to_dense(weights), source)
-    except KeyError as error:
-        raise IntegrityError(f"{source}: {error.args[0]}") from error
-    return (Origin(trained_on=origin, weights_sha256=sha256(data)),)
+    except (KeyError, IndexError) as error:
+        raise IntegrityError(
+            f"{source}: names are not those of torchvision's DenseNet: {error.args[0]}"
+        ) from error
+    return Before((Origin(trained_on=origin, weights_sha256=sha256(data)),))
 
 
-def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> tuple[Origin, ...]:
+def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> Before:
     loaded, card = checkpoint.load(path)
     if card.spec.variant != spec.variant:
         raise IncompatibleError(
@@ -64,10 +85,7 @@ def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> tuple[Ori
             "choose the same variant, or another --init"
         )
     checkpoint.load_weights(network, loaded.state_dict(), str(path))
-    return tuple(
-        origin.model_copy(update={"weights_sha256": origin.weights_sha256 or card.weights_sha256})
-        for origin in card.lineage
-    )
+    return Before(card.descent, frozenset({"logits", "log_density"}) - set(card.untrained))
 
 
 def _imagenet(spec: ModelSpec) -> bytes:
@@ -82,11 +100,15 @@ def _imagenet(spec: ModelSpec) -> bytes:
         torch.hub.load_state_dict_from_url(
             IMAGENET_URL, str(folder), check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CxrgazeError(
             f"ImageNet weights: {error}; download {IMAGENET_URL} to {folder} by hand"
         ) from error
-    return read_regular(folder / IMAGENET_URL.rsplit("/", 1)[1], _LIMIT)
+    path = folder / IMAGENET_URL.rsplit("/", 1)[1]
+    data = read_regular(path, _LIMIT)
+    if not sha256(data).startswith(path.stem.rsplit("-", 1)[1]):  # torch checks downloads alone
+        raise IntegrityError(f"{path} is not torchvision's file: its SHA-256 differs; delete it")
+    return data
 
 
 def _tensors(data: bytes, name: str) -> Mapping[str, Tensor]:
@@ -97,8 +119,10 @@ def _tensors(data: bytes, name: str) -> Mapping[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats: what counts is the content
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except _UNREADABLE as error:
         raise IntegrityError(f"{name} holds no tensors that can be read: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
+    ):
         raise IntegrityError(f"{name}: expected a state dict, tensors by name")
     return content

@@ -6,13 +6,14 @@ nobody knows what, may have seen the test films (training.md section 5).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cxrgaze.errors import DataError
 from cxrgaze.samples import SetInfo
 from cxrgaze.spec import Frozen
 
-_MIMIC = ("mimic", "egd", "reflacx")
+_MIMIC = re.compile(r"\b(mimic|egd|reflacx)", re.IGNORECASE)
 
 
 class Origin(Frozen):
@@ -56,4 +57,4 @@ def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = Fal
 
 
 def _is_mimic(text: str) -> bool:
-    return any(word in text.lower() for word in _MIMIC)
+    return bool(_MIMIC.search(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def add(commands: Any) -> None:
         description="Check every film, leave out those that cannot or must not be read (and say "
         "so), deal patients to train, val and test, and write one folder with films, tables and "
         "hashes: the format for training, calibration, gate and evaluation.",
+        epilog=command.EXIT_HELP,
     )
     prepare.add_argument("--films", type=Path, required=True, metavar="DIR")
     source = prepare.add_mutually_exclusive_group(required=True)
@@ -94,10 +96,12 @@ def _prepare(args: argparse.Namespace) -> int:
     if bad := [pair for pair in args.map if "=" not in pair]:
         raise UsageError(f"--map {bad[0]}: expected LABEL=CLASS")
     try:
-        shares = {k: float(v) for k, v in (pair.split("=") for pair in args.split.split(","))}
+        pairs = [(k, float(v)) for k, v in (pair.split("=") for pair in args.split.split(","))]
     except ValueError:
-        shares = {}
-    if not shares or not set(shares) <= set(SPLITS):
+        pairs = []
+    shares = dict(pairs)
+    good = all(0 < share < math.inf for share in shares.values()) and len(shares) == len(pairs)
+    if not shares or not good or not set(shares) <= set(SPLITS):
         raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
     label_map = dict(pair.rsplit("=", 1) for pair in args.map)
     if args.egd:
@@ -107,7 +111,7 @@ def _prepare(args: argparse.Namespace) -> int:
     else:
         source, origin = (
             read_table(args.films, args.labels, args.gaze),
-            str(args.films),
+            str(args.films.resolve()),
         )
     options = Options(
         output=args.output,

@@ -35,6 +35,7 @@ _FILE_LIMIT = 4 << 30
 Precision = Literal["fp32", "fp16"]
 Target = Literal["tensorrt", "cpu"]
 Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
+Head = Literal["logits", "log_density"]
 
 
 class FileRecord(Frozen):
@@ -110,6 +111,8 @@ class Provenance(Frozen):
     checkpoint: str
     checkpoint_sha256: str
     trained_on: str
+    training_split_sha256: str = ""
+    """Split of the set that it was trained on, where that was a labelled set."""
     created_utc: str
     versions: dict[str, str]
 
@@ -130,6 +133,8 @@ class Manifest(Frozen):
     float32_nodes: int
     """Nodes of a low-precision graph that stay float32 on purpose."""
     decision: Decision = Decision()
+    untrained: tuple[Head, ...] = ()
+    """Outputs that nothing has taught; every reading says so."""
     self_test: dict[str, Tolerance]
     """Tolerances of the golden input by backend, for this bundle's precision."""
     parity: Parity

@@ -20,9 +20,9 @@ from cxrgaze.errors import CxrgazeError, ExitCode
 
 T = TypeVar("T")
 
-_EXIT_HELP = (
-    "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 3 build, 4 parity, "
-    "6 incompatible, 7 integrity, 10 out of memory, 11 data, 130 interrupted. "
+EXIT_HELP = (
+    "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 3 build, "
+    "4 parity, 6 incompatible, 7 integrity, 10 out of memory, 11 data, 130 interrupted. "
     "Research software, not a medical device."
 )
 
@@ -32,7 +32,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     from importlib.metadata import version
 
     made = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=_EXIT_HELP, allow_abbrev=False
+        prog=prog, description=description, epilog=EXIT_HELP, allow_abbrev=False
     )
     made.add_argument("--version", action="version", version=f"%(prog)s {version('cxrgaze')}")
     return made

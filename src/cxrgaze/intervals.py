@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 _CHUNK = 1 << 22  # weights held at once
 _DEFINED = 0.9  # share of resamples that must give a value
+MIN_PATIENTS = 10
+"""Fewer patients get no interval: a bootstrap of so few says next to nothing."""
 
 
 class Interval(Frozen):
@@ -105,14 +107,16 @@ def bootstrap(
     return np.concatenate(found)
 
 
-def percentile_interval(value: float, samples: Array) -> Interval:
+def percentile_interval(value: float, samples: Array, patients: int) -> Interval:
     """The percentile interval of bootstrap `samples` `(resamples,)` around an estimate.
 
-    Resamples without a value (a class that was not drawn) are dropped; no bounds where they are
-    more than a tenth.
+    Resamples without a value (a class that was not drawn) are dropped. No bounds where they are
+    more than a tenth, where all resamples give the same (the bootstrap is blind at the edge of what
+    can be), or with fewer than `MIN_PATIENTS` patients.
     """
     defined = samples[np.isfinite(samples)]
-    if len(defined) < _DEFINED * len(samples) or not np.isfinite(value):
+    few = len(defined) < _DEFINED * len(samples) or patients < MIN_PATIENTS
+    if few or not np.isfinite(value) or np.ptp(defined) == 0:
         return Interval(value=value)
     low, high = np.quantile(defined, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return Interval(value=value, low=float(low), high=float(high))

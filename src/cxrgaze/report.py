@@ -77,7 +77,7 @@ class Table:
     def markdown(self) -> str:
         """As Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+        cells = [[_markdown_cell(str(cell)) for cell in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
     def html(self) -> str:
@@ -110,6 +110,10 @@ class Figure:
             f'<figure><img alt="{caption}" src="data:{media};base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 Block = Heading | Paragraph | Bullets | Table | Figure

@@ -36,6 +36,8 @@ from cxrgaze.spec import Domain, Frozen, PixelSource, complaint
 
 SCHEMA_VERSION = 1
 MARKER = "set.json"
+LOOKS = "looks.jsonl"
+"""Log of the looks at the test split, kept when a set is made again."""
 FILM_LIMIT = 1 << 30  # bytes of one film file
 
 Split = Literal["train", "val", "test"]
@@ -229,6 +231,8 @@ def write_set(
         columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
         _write_csv(new / "fixations.csv", columns, _gaze_records(gaze))
         (new / MARKER).write_bytes(render_json(info.model_dump(mode="json")))
+        if (folder / LOOKS).is_file():
+            (new / LOOKS).write_bytes((folder / LOOKS).read_bytes())
         written = LabelledSet.open(new)
     return replace(written, folder=folder)
 

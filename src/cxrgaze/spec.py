@@ -36,7 +36,7 @@ class Frozen(BaseModel):
 def complaint(error: ValidationError) -> str:
     """The first complaint of a validation error, on one line."""
     detail = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, detail['loc'])) or 'record'}: {detail['msg']}"
+    return f"{'.'.join(map(str, detail['loc'])) or 'as a whole'}: {detail['msg']}"
 
 
 class DiseaseClass(Frozen):

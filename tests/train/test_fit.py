@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from cxrgaze import phantom
-from cxrgaze.errors import DataError, ExitCode, IncompatibleError, IntegrityError, UsageError
+from cxrgaze.errors import (
+    CxrgazeError,
+    DataError,
+    ExitCode,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
 from cxrgaze.samples import LabelledSet
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, cli, fit, stage
@@ -25,6 +32,8 @@ from cxrgaze.train.config import Augment, load_config
 from cxrgaze.train.dataset import UNLABELLED, load_arrays
 from cxrgaze.train.model import VARIANTS, Network, network_of
 from cxrgaze.train.origin import Origin, check_leakage
+from cxrgaze.train.run import Start
+from cxrgaze.train.trainer import Machine
 
 SHORT = [
     "stages.contrastive.epochs=2",
@@ -188,18 +197,19 @@ def test_another_seed_gives_other_weights_and_the_same_one_the_same(small, tmp_p
 
 
 def test_an_interrupt_is_130_and_the_run_can_go_on(small, tmp_path, monkeypatch, capsys):
-    arguments = ["fit", str(small.folder), "--config", "demo", "--threads", "1"]
-    arguments += [part for text in SHORT for part in ("--set", text)]
-    arguments += ["--output", str(tmp_path / "run")]
+    arguments = ["fit", str(small.folder), "--threads", "1", "--output", str(tmp_path / "run")]
+    config = ["--config", "demo", *(part for text in SHORT for part in ("--set", text))]
 
     def interrupt(module):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(stage.StageModule, "on_train_epoch_start", interrupt)
-        assert cli.main(arguments) == ExitCode.INTERRUPTED
+        assert cli.main([*arguments, *config]) == ExitCode.INTERRUPTED
     assert "--resume" in capsys.readouterr().err
+    assert cli.main([*arguments, *config, "--resume"]) == ExitCode.USAGE
     assert cli.main([*arguments, "--resume"]) == ExitCode.OK
+    assert "--config demo" in _card(tmp_path / "run").command
 
 
 def test_early_stopping_happens(small, tmp_path):
@@ -429,13 +439,16 @@ def test_an_altered_stage_is_refused(small, finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     path = run / "stages" / "2-encoder.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(DataError, match="was altered"):
+    with pytest.raises(IntegrityError, match="was altered"):
+        fit.fit(small, _config(), run, resume=True)
+    path.unlink()
+    with pytest.raises(IntegrityError, match="start the run again"):
         fit.fit(small, _config(), run, resume=True)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(small, tmp_path):
     config = _config("stages.contrastive=false", "stages.encoder.learning_rate=1e30")
-    with pytest.raises(fit.CxrgazeError, match="loss is not finite"):
+    with pytest.raises(CxrgazeError, match="loss is not finite"):
         fit.fit(small, config, tmp_path / "run")
 
 
@@ -445,7 +458,7 @@ def test_a_loss_that_is_not_finite_is_an_error(small, tmp_path):
 def test_a_checkpoint_gives_all_first_weights(small, finished, tmp_path):
     run, card = finished
     config = _config("stages.contrastive=false", "stages.encoder=false", "stages.saliency=false")
-    start = fit.Start(init=str(run / "demo.safetensors"))
+    start = Start(init=str(run / "demo.safetensors"))
     made = fit.fit(small, config, tmp_path / "run", start=start)
     old, new = (
         safetensors.torch.load_file(p / "demo.safetensors") for p in (run, tmp_path / "run")
@@ -455,7 +468,7 @@ def test_a_checkpoint_gives_all_first_weights(small, finished, tmp_path):
 
 
 def test_a_checkpoint_of_another_variant_is_refused(small, tmp_path):
-    start = fit.Start(init=str(checkpoint.demo_path()))
+    start = Start(init=str(checkpoint.demo_path()))
     with pytest.raises(IncompatibleError, match="of variant 'tiny', this run trains 'small'"):
         fit.fit(small, _config("variant=small"), tmp_path / "run", start=start)
 
@@ -478,7 +491,8 @@ def test_weights_under_torchvisions_names_go_to_the_encoder(tmp_path, suffix):
     else:
         safetensors.torch.save_file(weights, path)
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
-    (origin,) = initial.start(network, spec, str(path), "ImageNet")
+    ((origin,), heads) = initial.start(network, spec, str(path), "ImageNet")
+    assert not heads
     assert origin.trained_on == "ImageNet" and len(origin.weights_sha256) == 64
     assert torch.equal(
         source.dense.state_dict()["features.conv0.weight"],
@@ -575,12 +589,12 @@ def test_a_student_learns_from_a_teacher_without_labels_or_gaze(small, finished,
         [
             "variant=tiny",
             "heatmap=phantom",
-            "stages.distill.epochs=8",
+            "stages.distill.epochs=16",
             "stages.distill.batch=8",
             "stages.distill.learning_rate=4e-3",
         ],
     )
-    start = fit.Start(teacher=checkpoint.demo_path(), allow_leakage=True)
+    start = Start(teacher=checkpoint.demo_path(), allow_leakage=True)
     card = fit.fit(labelled, config, tmp_path / "run", start=start)
     lines = (tmp_path / "run" / "epochs.csv").read_text().splitlines()
     losses = [float(r["val_loss"]) for r in csv.DictReader(lines)]
@@ -618,7 +632,7 @@ def test_a_teacher_is_asked_for_where_it_is_needed_and_only_there(small, tmp_pat
     with pytest.raises(UsageError, match="give --teacher"):
         fit.fit(small, load_config("distill", ["heatmap=phantom"]), tmp_path / "a")
     with pytest.raises(UsageError, match="no stage of this config learns from a teacher"):
-        start = fit.Start(teacher=checkpoint.demo_path())
+        start = Start(teacher=checkpoint.demo_path())
         fit.fit(small, _config(), tmp_path / "b", start=start)
 
 
@@ -644,7 +658,7 @@ def test_the_cache_holds_the_same_arrays_and_follows_its_inputs(small, tmp_path)
 
 
 def test_a_run_from_the_cache_is_the_same_run(small, finished, tmp_path):
-    machine = fit.Machine(cache=tmp_path / "cache")
+    machine = Machine(cache=tmp_path / "cache")
     card = fit.fit(small, _config(), tmp_path / "run", machine=machine)
     assert card.weights_sha256 == finished[1].weights_sha256
 
@@ -698,10 +712,10 @@ def test_float16_weights_are_rounded_before_they_are_stored():
     assert torch.equal(stored["weight"].float(), network.weight)
     with torch.no_grad():
         network.weight[0, 0] = 1e30
-    with pytest.raises(fit.CxrgazeError, match="beyond float16"):
+    with pytest.raises(CxrgazeError, match="beyond float16"):
         checkpoint.round_to_half(network)
 
 
 def test_run_json_says_what_the_run_was_started_from(finished, small):
     record = json.loads((finished[0] / "run.json").read_text())
-    assert record["split_sha256"] == small.info.split_sha256 and record["init"] == "random"
+    assert record["set_origin"] == small.info.origin and record["start"]["init"] == "random"
