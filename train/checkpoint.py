@@ -6,7 +6,9 @@ SHA-256 of the weights, how they were trained and what was measured. Nothing is 
 
 from __future__ import annotations
 
+import pickle
 import platform
+import struct
 from importlib.metadata import version
 from importlib.resources import files as resource_files
 from pathlib import Path
@@ -28,6 +30,17 @@ from cxrgaze.train.origin import Origin
 SCHEMA_VERSION = 1
 _WEIGHTS_LIMIT = 4 << 30
 _CARD_LIMIT = 16 << 20
+UNREADABLE = (
+    SafetensorError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    IndexError,
+    KeyError,
+    ValueError,
+    struct.error,
+)
+"""What reading a file of tensors raises when it is none."""
 
 
 class Card(Frozen):

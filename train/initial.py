@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
@@ -24,15 +23,6 @@ from cxrgaze.train.origin import Origin
 IMAGENET_URL = "https://download.pytorch.org/models/densenet201-c1103571.pth"
 """Torchvision's DenseNet201; the name carries the first digits of its SHA-256."""
 _LIMIT = 4 << 30
-_UNREADABLE = (
-    SafetensorError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    IndexError,
-    KeyError,
-    ValueError,
-)
 
 
 class Before(NamedTuple):
@@ -119,7 +109,7 @@ def _tensors(data: bytes, name: str) -> Mapping[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats: what counts is the content
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except checkpoint.UNREADABLE as error:
         raise IntegrityError(f"{name} holds no tensors that can be read: {error}") from error
     if not isinstance(content, dict) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()

@@ -7,7 +7,6 @@ import csv
 import io
 import logging
 import math
-import pickle
 import shutil
 import time
 import warnings
@@ -173,9 +172,9 @@ class _State:
                 for key, state in content["callbacks"].items()
                 if key.startswith("EarlyStopping")
             ]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        except checkpoint.UNREADABLE as error:
             raise IntegrityError(
-                f"{path} cannot be read ({str(error).splitlines()[0][:80]}); delete the folder "
+                f"{path} cannot be read ({type(error).__name__}); delete the folder "
                 f"{path.parent} to start this stage again"
             ) from error
         stopped = bool(stage.patience) and any(w >= stage.patience for w in waited)

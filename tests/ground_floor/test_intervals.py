@@ -99,9 +99,15 @@ def test_one_film_of_a_class_gives_no_delong_interval():
 
 
 def test_too_few_defined_resamples_give_no_interval():
-    samples = np.array([0.5] * 80 + [np.nan] * 20)
-    assert intervals.percentile_interval(0.5, samples).low is None
-    assert intervals.percentile_interval(0.5, samples[:85]).low == 0.5
+    samples = np.array([0.4, 0.6] * 40 + [np.nan] * 20)
+    assert intervals.percentile_interval(0.5, samples, 50).low is None
+    assert intervals.percentile_interval(0.5, samples[:85], 50).low == pytest.approx(0.4)
+    assert intervals.percentile_interval(0.5, samples[:85], 9).low is None
+
+
+def test_resamples_that_are_all_the_same_give_no_interval():
+    """As for an AUC of 1: the bootstrap does not see what it did not draw."""
+    assert intervals.percentile_interval(1.0, np.ones(100), 50).low is None
 
 
 def test_a_class_must_be_there():
@@ -142,7 +148,7 @@ def test_both_intervals_cover_the_truth():
         )
         found = {
             "clustered": intervals.from_influence(value, summed),
-            "bootstrap": intervals.percentile_interval(value, samples),
+            "bootstrap": intervals.percentile_interval(value, samples, 60),
             "independent": intervals.from_influence(value, influence),
         }
         for key, interval in found.items():

@@ -52,6 +52,8 @@ def test_html_is_whole_self_contained_and_escaped():
 def test_markdown_keeps_tables_whole():
     page = markdown_page("T", BLOCKS)
     assert "| a\\|b | 1 |" in page and "![a map](map.png)" in page
+    assert "\\n" not in Table(("a",), [("x\ny <script>",)]).markdown().splitlines()[2]
+    assert "| x y &lt;script> |" in Table(("a",), [("x\ny <script>",)]).markdown()
     assert page.startswith("# T\n\n## Heads & <tails>\n\na < b\n\n- one\n")
 
 

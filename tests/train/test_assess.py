@@ -190,7 +190,7 @@ def test_the_baseline_is_blind_where_view_and_age_say_nothing(labelled):
     assert p.sum(axis=1) == pytest.approx(1)
     assert 0.3 < metrics.macro_auc(p, truth) < 0.7
     same = [row.model_copy(update={"view": "PA", "age": None}) for row in rows]
-    assert "neither view nor age" in view_and_age(same[:40], same, names)
+    assert "do not vary" in view_and_age(same[:40], same, names)
 
 
 WRONG = {
@@ -244,3 +244,78 @@ def test_the_phantom_command_draws_the_same_set_twice(tmp_path):
     one, two = (LabelledSet.open(tmp_path / name) for name in ("a", "b"))
     assert one.rows == two.rows and len(one.rows) == 5
     assert cli.main(["phantom", "--output", str(tmp_path / "c"), "--difficulty", "2"]) == 2
+
+
+def test_films_that_the_model_may_have_been_trained_on_are_pointed_out(tmp_path, capsys):
+    """Phantoms from number 0 are the demo's own training films."""
+    own = phantom.write_phantom_set(tmp_path / "set", {"train": 5, "val": 2, "test": 12})
+    assert _evaluate(own.folder, tmp_path / "out") == 0
+    assert "WARNING: possible leakage" in capsys.readouterr().out
+    assert "WARNING: possible leakage" in (tmp_path / "out" / "report.md").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "same films with another split" in report["leakage"]
+
+
+def test_films_of_the_same_split_are_not(labelled, tmp_path, monkeypatch):
+    origin = assess.Origin(trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256)
+    model = replace(assess.open_model(checkpoint.demo_path(), 1), origins=(origin,))
+    monkeypatch.setattr(assess, "open_model", lambda path, threads: model)
+    assert _evaluate(labelled.folder, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["leakage"] is None
+
+
+def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypatch, capsys):
+    model = assess.open_model(checkpoint.demo_path(), 1)
+
+    def broken(images):
+        logits, log_density = model.predict(images)
+        logits[0, 0] = np.nan
+        return logits, log_density
+
+    damaged = replace(model, predict=broken)
+    monkeypatch.setattr(assess, "open_model", lambda path, threads: damaged)
+    assert _evaluate(labelled.folder, tmp_path / "out") == ExitCode.PARITY
+    assert "NaN or infinity" in capsys.readouterr().err
+
+
+def test_samples_beside_fixations_do_not_change_nss(labelled):
+    from cxrgaze import heatmaps
+    from cxrgaze.samples import Gaze
+    from cxrgaze.train.dataset import load_arrays
+    from cxrgaze.train.evaluate import saliency_rows
+
+    model = assess.open_model(checkpoint.demo_path(), 1)
+    preset = heatmaps.PRESETS["phantom"]
+    arrays = load_arrays(labelled.split("val"), model.spec, preset)
+    _, log_density = model.predict(arrays.images)
+
+    def with_samples(gaze):
+        corner = np.full((500, 9), np.nan)
+        corner[:, :3] = (1.0, 1.0, 16.0)
+        return Gaze(
+            (*gaze.readers, *["reader-1"] * 500),
+            (*gaze.kinds, *["sample"] * 500),
+            np.concatenate([gaze.values, corner]),
+        )
+
+    mixed = replace(arrays, gaze=tuple(with_samples(g) for g in arrays.gaze))
+    plain, other = (saliency_rows(a, log_density[:, 0], None, preset) for a in (arrays, mixed))
+    assert all(plain[i]["nss"] == other[i]["nss"] for i in plain)
+
+
+@pytest.mark.parametrize("patients", [1, 7, 300])
+def test_a_share_of_one_has_its_exact_interval(patients):
+    from scipy.stats import beta
+
+    found = assess.exact_share(1, patients)
+    assert found.low == pytest.approx(beta.ppf(0.025, patients, 1)) and found.high == 1
+    none = assess.exact_share(0, patients)
+    assert none.high == pytest.approx(beta.ppf(0.975, 1, patients)) and none.low == 0
+
+
+def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
+    sizes = {"train": 3, "val": 2, "test": 12}
+    made = phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
+    assert len((made.folder / assess.LOOKS).read_text().splitlines()) == 1

@@ -62,5 +62,10 @@ def test_a_class_that_no_film_or_every_film_has_gets_no_point():
     decision = fit_decision(logits, labels, ("a", "b", "c"))
     assert set(decision.operating_points) == {"a", "b"}
     assert fit_decision(logits, np.zeros(100, int), ("a", "b", "c")).operating_points == {}
+    assert fit_decision(logits, np.zeros(100, int), ("a", "b", "c")).temperature == 1.0
+    assert fit_decision(logits[:20], labels[:20], ("a", "b", "c")).temperature == 1.0
+    sure = np.eye(3)[labels] * 2.0
+    assert fit_decision(sure, labels, ("a", "b", "c")).temperature == 1.0  # all are right
+    assert fit_decision(logits, labels, ("a", "b", "c")).temperature != 1.0
     empty = fit_decision(np.zeros((0, 3)), np.zeros(0, int), ("a", "b", "c"))
     assert empty.temperature == 1.0 and empty.operating_points == {}

@@ -65,6 +65,8 @@ BAD = {
     "canvas=[96, 96]": "cannot be shrunk by 2",
     "stages.fusion.loss={cross_entropy=-1.0}": "must be positive",
     "name=../up": "name",
+    "name=run": "the run's own record",
+    'stages."../../evil".epochs=1': "stages",
     "nonsense": "expected KEY=VALUE",
     "a..b=1": "--set",
 }
@@ -74,6 +76,14 @@ BAD = {
 def test_a_bad_value_is_refused_and_named(override):
     with pytest.raises(UsageError, match=BAD[override].replace("(", r"\(")):
         load_config("paper", [override])
+
+
+def test_a_dotted_loss_is_added_and_a_table_replaces():
+    key = "stages.saliency.loss"
+    added = load_config("paper", [f"{key}.saliency_cc=0.5"]).stages["saliency"].loss
+    assert added == {"saliency_kl": 1.0, "saliency_cc": 0.5}
+    replaced = load_config("paper", [f"{key}={{saliency_cc=0.5}}"]).stages["saliency"].loss
+    assert replaced == {"saliency_cc": 0.5}
 
 
 def test_no_such_config_lists_the_presets():

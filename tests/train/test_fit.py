@@ -26,7 +26,7 @@ from cxrgaze.errors import (
 )
 from cxrgaze.samples import LabelledSet
 from cxrgaze.spec import ModelSpec
-from cxrgaze.train import checkpoint, cli, fit, stage
+from cxrgaze.train import checkpoint, cli, fit, stage, trainer
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, load_config
 from cxrgaze.train.dataset import UNLABELLED, load_arrays
@@ -174,6 +174,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch, ep
         with pytest.raises(_Stop):
             fit.fit(small, config, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "demo.safetensors").exists()
+    for last in (tmp_path / "stopped" / "stages").rglob("last.ckpt"):  # not the last better one
+        state = torch.load(last, weights_only=True)
+        assert state["epoch"] + 1 == epochs_done - (4 if "saliency" in str(last) else 0)
     fit.fit(small, config, tmp_path / "stopped", resume=True)
     straight, stopped = (_card(tmp_path / name) for name in ("straight", "stopped"))
     assert straight.weights_sha256 == stopped.weights_sha256
@@ -187,6 +190,130 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch, ep
     assert rows[0] == rows[1]
     rates = {row["learning_rate"] for row in rows[0] if row["stage"] == "encoder"}
     assert len(rates) > 1, "the plateau did not fall: the test shows too little"
+
+
+@pytest.mark.parametrize("more", [[], ["stages.encoder.patience=1", "stages.encoder.epochs=30"]])
+def test_a_run_killed_between_a_stages_last_epoch_and_its_record_is_resumed(
+    small, tmp_path, monkeypatch, more
+):
+    overrides = ["stages.contrastive=false", "stages.saliency=false", "stages.fusion=false"]
+    overrides += ["stages.encoder.schedule=constant", "stages.encoder.learning_rate=0.05", *more]
+    config = _config(*overrides)
+    fit.fit(small, config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+
+        def stop(*anything):
+            raise _Stop
+
+        patch.setattr(trainer.checkpoint, "load_weights", stop)
+        with pytest.raises(_Stop):
+            fit.fit(small, config, tmp_path / "stopped")
+    fit.fit(small, config, tmp_path / "stopped", resume=True)
+    straight, stopped = (_card(tmp_path / name) for name in ("straight", "stopped"))
+    assert straight.weights_sha256 == stopped.weights_sha256
+    assert straight.results["stages"] == stopped.results["stages"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut short"])
+def test_a_damaged_state_says_what_to_delete(small, tmp_path, monkeypatch, content):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def stop(*anything):
+            raise _Stop
+
+        patch.setattr(trainer.checkpoint, "load_weights", stop)
+        with pytest.raises(_Stop):
+            fit.fit(small, _config(), run)
+    (run / "stages" / "1-contrastive" / "last.ckpt").write_bytes(content)
+    with pytest.raises(IntegrityError, match="delete the folder"):
+        fit.fit(small, _config(), run, resume=True)
+
+
+def test_a_start_that_failed_does_not_block_the_next(small, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(DataError):  # the phantom has no gaze samples
+        fit.fit(small, _config("heatmap=paper"), run)
+    assert not run.exists()
+    run.mkdir()
+    (run / "config.toml").write_text("left over")
+    fit.fit(small, _config("stages.contrastive.epochs=1"), run)
+
+
+def test_validation_films_of_one_class_leave_the_contrastive_stage_out(small, tmp_path, capsys):
+    """Its loss would be 0 there in every epoch."""
+    labelled = _relabelled(small, tmp_path / "set", lambda r: "normal" if r.split == "val" else "")
+    card = fit.fit(labelled, _config(), tmp_path / "run")
+    assert "no validation two films share a class" in capsys.readouterr().err
+    assert "left_out" in card.results["stages"]["contrastive"]
+    assert card.decision.temperature == 1.0
+
+
+def _relabelled(labelled, folder, label):
+    from cxrgaze.samples import write_set
+
+    rows = [r.model_copy(update={"label": label(r) or r.label}) for r in labelled.rows]
+    films = [(row.film, labelled.film_bytes(row)) for row in rows]
+    return write_set(folder, labelled.info, rows, labelled.gaze, films)
+
+
+def test_a_reader_who_looked_elsewhere_does_not_stop_the_run(small, tmp_path):
+    labelled = _without(small, tmp_path / "set")
+    path, film = labelled.folder / "fixations.csv", labelled.split("val").rows[0].film
+    lines = path.read_text().splitlines()
+    away = [
+        f"{film},reader-2,fixation,-50000,-50000,{line.split(',')[5]},,,,,,"
+        if line.startswith(f"{film},reader-2")
+        else line
+        for line in lines
+    ]
+    assert away != lines
+    path.write_text("\n".join(away) + "\n")
+    card = fit.fit(LabelledSet.open(labelled.folder), _config(), tmp_path / "run")
+    assert card.results["validation"]["cc_between_readers"] > 0
+
+
+def test_an_output_that_nothing_taught_is_named_in_the_card_and_in_every_reading(small, tmp_path):
+    import cxrgaze
+    from cxrgaze.export import cli as export_cli
+
+    labelled = _without(small, tmp_path / "set", gaze=False)
+    card = fit.fit(labelled, _config(), tmp_path / "run")
+    assert card.untrained == ("log_density",)
+    checkpoint_path = str(tmp_path / "run" / "demo.safetensors")
+    assert export_cli.main([checkpoint_path, "--output", str(tmp_path)]) == 0
+    with cxrgaze.load(tmp_path / "demo-fp32.cxrgaze") as reader:
+        warnings = reader.read(phantom.draw(1).pixels).warnings
+    assert "nothing taught the output log_density: ignore it" in warnings
+    assert _card_of_shipped().untrained == ()
+
+
+def _card_of_shipped():
+    return checkpoint.load(checkpoint.demo_path())[1]
+
+
+def test_a_joint_run_without_gaze_says_which_loss_has_no_target(small, tmp_path, capsys):
+    labelled = _without(small, tmp_path / "set", gaze=False)
+    config = load_config("joint", ["variant=tiny", "heatmap=phantom", "stages.joint.epochs=1"])
+    card = fit.fit(labelled, config, tmp_path / "run")
+    assert "loss saliency_kl of stage joint has no target" in capsys.readouterr().err
+    assert card.untrained == ("log_density",)
+
+
+def test_what_this_machine_cannot_do_is_refused_before_anything_is_written(small, tmp_path):
+    for machine, config, message in (
+        (Machine(accelerator="gpu"), _config(), "no CUDA GPU"),
+        (Machine(accelerator="cpu"), _config("precision=16-mixed"), "is for GPUs"),
+    ):
+        with pytest.raises(IncompatibleError, match=message):
+            fit.fit(small, config, tmp_path / "run", machine=machine)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_label_is_another_run(small, finished, tmp_path):
+    labelled = _relabelled(small, tmp_path / "set", lambda r: "pneumonia")
+    with pytest.raises(UsageError, match="another set_sha256"):
+        fit.fit(labelled, _config(), finished[0], resume=True)
 
 
 def test_another_seed_gives_other_weights_and_the_same_one_the_same(small, tmp_path, finished):
@@ -526,7 +653,7 @@ def test_wrapped_names_load_nothing_silently(tmp_path):
         initial.start(network, spec, str(tmp_path / "w.safetensors"))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK nonsense", b"\x80 nonsense", b"text"])
+@pytest.mark.parametrize("content", [b"", b"PK nonsense", b"\x80 nonsense", b"\x80junk", b"text"])
 def test_a_file_that_holds_no_tensors_is_refused(tmp_path, content):
     from cxrgaze.train import initial
 
@@ -534,6 +661,28 @@ def test_a_file_that_holds_no_tensors_is_refused(tmp_path, content):
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
     with pytest.raises(IntegrityError):
         initial.start(Network(VARIANTS["tiny"]), spec, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("key", ["features.denseblock1.denselayer1.norm1", "conv0.weight", 3])
+def test_names_that_are_not_torchvisions_are_refused(tmp_path, key):
+    from cxrgaze.train import initial
+
+    torch.save({key: torch.zeros(2)}, tmp_path / "w.pth")
+    spec = checkpoint.load(checkpoint.demo_path())[1].spec
+    with pytest.raises(IntegrityError):
+        initial.start(Network(VARIANTS["tiny"]), spec, str(tmp_path / "w.pth"))
+
+
+def test_an_imagenet_file_of_other_content_is_refused(tmp_path, monkeypatch):
+    """torch checks downloads alone; a file that lies there is ours to check."""
+    from cxrgaze.train import initial
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({}, tmp_path / "checkpoints" / initial.IMAGENET_URL.rsplit("/", 1)[1])
+    paper = _card_of_shipped().spec.model_copy(update={"variant": "paper"})
+    with pytest.raises(IntegrityError, match="SHA-256 differs"):
+        initial.start(Network(VARIANTS["tiny"]), paper, "imagenet")
 
 
 def test_a_pickle_is_not_executed(tmp_path):

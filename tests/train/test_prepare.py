@@ -10,10 +10,10 @@ from PIL import Image
 
 from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
+from cxrgaze.heatmaps import PRESETS
 from cxrgaze.samples import LabelledSet
 from cxrgaze.train import cli
 from cxrgaze.train.dataset import load_arrays
-from cxrgaze.train.demo_run import PRESET
 from cxrgaze.train.model import spec_of
 
 
@@ -77,7 +77,7 @@ def test_a_set_that_training_reads(folder, capsys):
     assert (first.view, first.age, first.sex, first.pixel_source) == ("PA", 61, "F", "image-8bit")
     assert made.film_bytes(first) == (folder / "films" / "f0.png").read_bytes()
     spec = spec_of("tiny", model_version="t", pixel_source="image-8bit", domain="clinical")
-    arrays = load_arrays(made.split("train"), spec, PRESET)
+    arrays = load_arrays(made.split("train"), spec, PRESETS["phantom"])
     assert arrays.images.shape[1:] == (1, 64, 64) and not arrays.has_gaze.any()
     out = capsys.readouterr().out
     assert "patients" in out and made.info.split_sha256[:12] in out
