@@ -315,7 +315,8 @@ def _diagnosis(
     present = present_classes(labels, len(names))
     for index, name in enumerate(names):
         if index not in present:
-            outcome.left_out.append(f"AUC of {name}: {(labels == index).sum()} of {len(labels)}")
+            has = (labels == index).sum()
+            outcome.left_out.append(f"AUC of {name}: {has} of {len(labels)} films have it")
 
     def boot(statistic: Callable[[intervals.Array], intervals.Array]) -> intervals.Array:
         return intervals.bootstrap(

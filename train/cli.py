@@ -193,9 +193,9 @@ def _fit(args: argparse.Namespace) -> int:
     else:
         config = load_config(args.config or "paper", args.overrides)
         start = Start(
-            init=args.init if args.init in ("random", "imagenet") else str(Path(args.init)),
+            init=args.init if args.init in ("random", "imagenet") else _absolute(args.init),
             origin=args.init_origin,
-            teacher=args.teacher,
+            teacher=args.teacher and Path(_absolute(args.teacher)),
             allow_leakage=args.allow_leakage,
         )
     if start.teacher and not start.teacher.is_file():
@@ -265,6 +265,11 @@ def _demo(args: argparse.Namespace) -> int:
     )
     _print_card(args.output / f"{config.name}.safetensors", card.results["held_out"], card)
     return 0
+
+
+def _absolute(path: str | Path) -> str:
+    """A path that a resumption from another folder finds, too."""
+    return str(Path(path).resolve())
 
 
 def _command_of(args: argparse.Namespace, *words: str) -> str:

@@ -163,7 +163,7 @@ def test_a_missing_class_is_left_out_and_named(labelled, tmp_path):
     assert _evaluate(made.folder, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["diagnosis"]["auc"]) == {"normal", "pneumonia", "macro", "micro"}
-    assert "AUC of heart_failure: 0 of 60" in report["left_out"]
+    assert "AUC of heart_failure: 0 of 60 films have it" in report["left_out"]
     assert report["diagnosis"]["operating_points"]["heart_failure"]["sensitivity"] is None
 
 
