@@ -24,20 +24,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="(default: CXRGAZE_CACHE, or in ~/.cache)"
     )
+    parser.add_argument(
+        "--verify", type=Path, metavar="PUBLIC", help="check the signature with a public key (PEM)"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     return command.execute(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from cxrgaze.bundle import Bundle
     from cxrgaze.errors import UsageError
+    from cxrgaze.signature import require_signature
 
     if not args.bundle and not args.device:
         raise UsageError("give a BUNDLE, --device, or both")
     found: dict[str, Any] = {}
     if args.device:
         found["device"] = device_facts()
+    if args.verify and not args.bundle:
+        raise UsageError("--verify needs a BUNDLE")
     if args.bundle:
-        found["bundle"], found["plans"] = bundle_facts(args.bundle, args.cache)
+        if args.verify:
+            require_signature(Bundle.open(args.bundle), args.verify)
+        found["bundle"], found["plans"] = bundle_facts(args.bundle, args.cache, bool(args.verify))
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -73,13 +82,15 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def bundle_facts(path: Path, cache: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def bundle_facts(
+    path: Path, cache: Path | None, verified: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a bundle is, and its plans with whether this machine could load each.
 
     Raises:
         UsageError, IntegrityError: as `Bundle.open` and `Bundle.verify`.
     """
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundle import SIGNATURE, Bundle
     from cxrgaze.errors import IncompatibleError, IntegrityError
     from cxrgaze.runtime import host, plans, trt_library
 
@@ -97,6 +108,11 @@ def bundle_facts(path: Path, cache: Path | None) -> tuple[dict[str, Any], list[d
         "temperature": manifest.decision.temperature,
         "operating points": manifest.decision.operating_points or "none",
         "caution": manifest.spec.caution or "none",
+        "signature": (
+            ("valid" if verified else "there, not checked (--verify PUBLIC)")
+            if (path / SIGNATURE).is_file()
+            else "none"
+        ),
         "notice": manifest.notice,
     }
     gpus, libraries = host.gpus(), trt_library.versions()

@@ -55,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="films, folders or globs for the parity check (default: phantoms)",
     )
     parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="sign the manifest with an Ed25519 private key in PEM (openssl genpkey -algorithm "
+        "ed25519)",
+    )
+    parser.add_argument(
         "--random-weights",
         action="store_true",
         help="an untrained network of --variant, for latency work; marked so in every reading",
@@ -94,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.random_weights
             else pipeline.source_from_checkpoint(args.checkpoint or demo_path())
         )
-    options = pipeline.Options(args.precision, args.target, args.output, films)
+    options = pipeline.Options(args.precision, args.target, args.output, films, args.sign)
     _summarise(pipeline.export(source, options, step))
     return 0
 

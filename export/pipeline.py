@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze import bundle, phantom
+from cxrgaze import bundle, phantom, signature
 from cxrgaze.command import Steps
 from cxrgaze.errors import DataError
 from cxrgaze.export import fp16, graph, parity
@@ -58,6 +58,8 @@ class Options:
     output: Path
     films: Sequence[Path] = ()
     """Films for parity; none: phantoms."""
+    sign: Path | None = None
+    """Private key to sign the bundle with."""
 
 
 def source_from_checkpoint(path: Path) -> Source:
@@ -97,10 +99,11 @@ def export(source: Source, options: Options, step: Steps) -> bundle.Bundle:
     """Write the bundle of a network.
 
     Raises:
-        UsageError: the output cannot be written or is something else.
+        UsageError: the output cannot be written or is something else; no key to sign with.
         ParityError: the graph does not compute what the network computes; nothing is left.
     """
     precision, spec = options.precision, source.spec
+    key = signature.read_private_key(options.sign) if options.sign else None
     name = f"{source.name}-{precision}"
     target = bundle.bundle_path(options.output, name)
     with new_folder(target, bundle.MANIFEST) as folder:
@@ -124,6 +127,8 @@ def export(source: Source, options: Options, step: Steps) -> bundle.Bundle:
                 "report/parity.md": parity_report(manifest).encode(),
             }
             bundle.fill_bundle(folder, manifest, files)
+            if key:
+                signature.sign(folder, key)
     return bundle.Bundle.open(target)
 
 

@@ -50,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
     )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="PEM",
+        help="refuse a bundle that the owner of this key did not sign (cxrgaze-export --sign)",
+    )
     command.add_threads(parser)
     return command.execute(parser, _run, argv)
 
@@ -66,7 +72,9 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--heatmap needs --output DIR")
     films = list(find_films(args.paths))
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(load(args.bundle, args.device, threads=args.threads))
+        reader = stack.enter_context(
+            load(args.bundle, args.device, threads=args.threads, public_key=args.public_key)
+        )
         decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film
         output = make_output_folder(args.output) if args.output else None
         options = Options(output, args.heatmap, as_json=args.json, force=args.force)

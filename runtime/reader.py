@@ -18,6 +18,7 @@ from cxrgaze.runtime import backends
 from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import Film, film_from_array, load_film
 from cxrgaze.runtime.reading import Reading
+from cxrgaze.signature import require_signature
 from cxrgaze.spec import PREPROCESSING
 
 MAX_BATCH = 16
@@ -25,17 +26,25 @@ MAX_BATCH = 16
 Readable = Film | Path | str | NDArray[np.generic]
 
 
-def load(bundle: Path | str, device: str = "auto", *, threads: int | None = None) -> Reader:
+def load(
+    bundle: Path | str,
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    public_key: Path | str | None = None,
+) -> Reader:
     """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
 
     Args:
         bundle: the folder that `cxrgaze-export` made.
         device: "auto" or the name of a backend (`cxrgaze.runtime.backends.NAMES`).
         threads: CPU threads of the backend; None leaves the choice to it.
+        public_key: PEM file; a bundle that its owner did not sign is refused.
 
     Raises:
         UsageError: no bundle there, no such backend.
-        IntegrityError: any file of the bundle is malformed or altered; its gate verdict is "fail".
+        IntegrityError: any file of the bundle is malformed or altered; its gate verdict is "fail";
+            it is not signed by the owner of `public_key`.
         IncompatibleError: backend or preprocessing does not fit, or the self-test failed.
 
     Example:
@@ -45,6 +54,8 @@ def load(bundle: Path | str, device: str = "auto", *, threads: int | None = None
         ('pneumonia', (1024, 1024))
     """
     opened = Bundle.open(bundle)
+    if public_key is not None:
+        require_signature(opened, Path(public_key))
     return Reader(opened, backends.choose(opened, device, threads))
 
 

@@ -27,6 +27,8 @@ from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
 SCHEMA_VERSION = 1
 SUFFIX = ".cxrgaze"
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+"""Optional signature over the manifest (`cxrgaze.signature`)."""
 GRAPH = "model.onnx"
 GOLDEN = "reference/golden.npz"
 _MANIFEST_LIMIT = 16 << 20
@@ -225,7 +227,7 @@ class Bundle:
         Raises:
             IntegrityError: as `read`, or there is a file that is not listed.
         """
-        listed = {MANIFEST, *(record.path for record in self.manifest.files)}
+        listed = {MANIFEST, SIGNATURE, *(record.path for record in self.manifest.files)}
         for file in self.path.rglob("*"):
             if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
                 raise IntegrityError(f"{file} does not belong to the bundle; remove it")

@@ -66,9 +66,10 @@ def execute(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cxrgaze"):
             raise
+        extra = "sign" if error.name == "cryptography" else _EXTRA.get(arguments.prog.split()[0])
         return _fail(
             f"the package {error.name!r} is not installed, which this command needs; "
-            f"run: pip install 'cxrgaze[{_EXTRA.get(arguments.prog.split()[0], 'export')}]'",
+            f"run: pip install 'cxrgaze[{extra or 'export'}]'",
             ExitCode.INCOMPATIBLE,
         )
     except OSError as error:
