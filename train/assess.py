@@ -64,6 +64,8 @@ class Model:
     heatmap: str | None
     origins: tuple[Origin, ...]
     """What it was trained on; of a bundle, the last set alone is known."""
+    untrained: tuple[str, ...]
+    """Outputs that nothing taught."""
     predict: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
     """Images `(N, 1, H, W)` to logits `(N, C)` and log-densities `(N, 1, H, W)`."""
 
@@ -151,7 +153,9 @@ def open_model(path: Path, threads: int | None = None) -> Model:
         known = "phantom" if manifest.spec.domain == "phantom" else None
         source = manifest.provenance
         origin = Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256)
-        return Model(manifest.spec, manifest.decision, identity, known, (origin,), run)
+        return Model(
+            manifest.spec, manifest.decision, identity, known, (origin,), manifest.untrained, run
+        )
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} is neither a checkpoint (.safetensors) nor a bundle (a folder)")
     import torch
@@ -173,6 +177,7 @@ def open_model(path: Path, threads: int | None = None) -> Model:
         identity,
         card.config.get("heatmap"),
         card.lineage,
+        card.untrained,
         lambda images: predict(network, images),
     )
 
@@ -193,7 +198,7 @@ def evaluate_split(labelled: LabelledSet, model: Model, heatmap: str, options: O
         raise ParityError(
             f"{options.model} gives NaN or infinity on these films: its weights are damaged"
         )
-    left_out: list[str] = []
+    left_out = [f"a meaning of {head}: nothing taught this output" for head in model.untrained]
     prior = _prior(labelled, model.spec, preset, left_out) if arrays.has_gaze.any() else None
     films = saliency_rows(arrays, log_density[:, 0], prior, preset)
     known = arrays.labels != UNLABELLED
