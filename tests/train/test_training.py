@@ -110,6 +110,17 @@ def test_targets_sum_to_one_over_the_film_and_move_with_the_geometry(sets):
         assert np.abs(np.array(found) - centre).max() < 2  # border truncation moves it a little
 
 
+def test_the_shipped_edge_network_reads_phantoms(tmp_path):
+    path = checkpoint.demo_path().with_name("edge.safetensors")
+    assert path.stat().st_size < 10_000_000
+    network, card = checkpoint.load(path)
+    assert card.spec.variant == "edge" and card.parameters < 5_000_000
+    assert "synthetic" in card.results["note"] and card.results["held_out"]["cc_centre_prior"] > 0.5
+    fresh = phantom.write_phantom_set(tmp_path / "set", {"test": 45}, first_seed=HELD_OUT_SEED)
+    found = evaluate(network, load_arrays(fresh, card.spec, PRESET), None, PRESET, NAMES)
+    assert found["auc_macro"] >= 0.95 and found["cc"] >= found["cc_between_readers"]
+
+
 def test_other_classes_are_refused(tmp_path, demo):
     labelled = phantom.write_phantom_set(tmp_path / "set", {"train": 2})
     spec = demo[1].spec.model_copy(update={"classes": demo[1].spec.classes[:2]})
