@@ -7,7 +7,6 @@ processes with batch b take the step of one with 2b.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,9 +313,6 @@ class _Batches(Dataset[Batch]):
         # A copy in C order: torch takes the strides of an axis of length one at their word, and
         # picks another convolution, with other rounding, by them.
         return Batch(*(torch.from_numpy(np.array(c, order="C")) for c in columns))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[number] for number in range(len(self)))
 
 
 def _in_chunks(name: str, rows: Tensor, labels: Tensor, seed: int) -> Tensor:
