@@ -19,9 +19,14 @@ from cxrgaze.train.model import Network
 
 LIMITS: dict[Precision, Tolerance] = {
     "fp32": Tolerance(logits=1e-3, log_density=1e-3),
-    "fp16": Tolerance(logits=0.05, log_density=0.05),
+    "fp16": Tolerance(logits=0.05, log_density=0.15),
 }
-"""Largest differences that pass; also the self-test's tolerances."""
+"""Largest differences that pass; also the self-test's tolerances.
+
+The largest over all pixels of all films is an extreme: with the shipped `edge` network one pixel of
+330,000 is off by 0.075 nats where the 99th percentile is 0.018 and maps agree to 0.99997. Rounding
+of every convolution's output does it, no single layer. A wrong graph is off by whole nats.
+"""
 
 AGREEMENT: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999}
 """Smallest agreement CC of any film that passes."""
