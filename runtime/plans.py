@@ -20,7 +20,14 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
-from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
+from cxrgaze.files import (
+    parse_json,
+    read_regular,
+    read_verified,
+    render_json,
+    sha256,
+    write_atomic,
+)
 from cxrgaze.spec import NOTICE, Frozen, complaint
 
 SCHEMA_VERSION = 1
@@ -141,20 +148,13 @@ class Cache:
         Raises:
             IntegrityError: missing, of another size, altered.
         """
-        path = self.plan_path(record.inputs)
-        try:
-            plan = read_regular(path, record.plan_bytes)
-        except OSError as error:
-            raise IntegrityError(
-                f"{path} cannot be read ({error.strerror}); run: cxrgaze-build --rebuild"
-            ) from error
-        if len(plan) != record.plan_bytes or sha256(plan) != record.plan_sha256:
-            raise IntegrityError(
-                f"{path} was altered: {len(plan)} bytes, SHA-256 {sha256(plan)[:12]}..., its "
-                f"record says {record.plan_bytes} bytes, {record.plan_sha256[:12]}...; run: "
-                "cxrgaze-build --rebuild"
-            )
-        return plan
+        return read_verified(
+            self.plan_path(record.inputs),
+            record.plan_bytes,
+            record.plan_sha256,
+            source="its record",
+            remedy="run: cxrgaze-build --rebuild",
+        )
 
 
 def read_record(path: Path) -> PlanRecord:

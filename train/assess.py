@@ -32,8 +32,8 @@ from cxrgaze.spec import NOTICE, ModelSpec
 from cxrgaze.train import checkpoint
 from cxrgaze.train.baseline import view_and_age
 from cxrgaze.train.dataset import UNLABELLED, Arrays, load_arrays
-from cxrgaze.train.evaluate import predict, present_classes, saliency_rows
-from cxrgaze.train.origin import Origin, check_leakage
+from cxrgaze.train.evaluate import predict, saliency_rows
+from cxrgaze.train.origin import Origin, leakage
 
 SCHEMA_VERSION = 1
 MIN_PER_CLASS = 10
@@ -213,7 +213,7 @@ def evaluate_split(labelled: LabelledSet, model: Model, heatmap: str, options: O
         "notice": NOTICE,
         "synthetic": labelled.info.domain == "phantom",
         "caution": model.spec.caution,
-        "leakage": _leakage(labelled, model),
+        "leakage": leakage(labelled.info, model.origins),
         "model": model.identity,
         "set": {
             "name": labelled.info.name,
@@ -276,15 +276,6 @@ def summary(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _leakage(labelled: LabelledSet, model: Model) -> str | None:
-    """Why these films may be films that the model was trained on, or None."""
-    try:
-        check_leakage(labelled.info, model.origins)
-    except DataError as error:
-        return str(error).split(" Their test films")[0]
-    return None
-
-
 def _prior(
     labelled: LabelledSet,
     spec: ModelSpec,
@@ -317,7 +308,7 @@ def _diagnosis(
     rows = [row for row, k in zip(outcome.rows, known, strict=True) if k]
     patients = [row.patient for row in rows]
     names = outcome.classes
-    present = present_classes(labels, len(names))
+    present = metrics.present_classes(labels, len(names))
     for index, name in enumerate(names):
         if index not in present:
             has = (labels == index).sum()

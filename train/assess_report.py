@@ -25,7 +25,6 @@ from cxrgaze.report import (
 )
 from cxrgaze.samples import LOOKS
 from cxrgaze.train.assess import Outcome
-from cxrgaze.train.evaluate import present_classes
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without colour vision (Okabe & Ito)
 _SALIENCY = {"cc": "CC", "sim": "SIM", "kld": "KLD", "nss": "NSS", "auc_judd": "AUC-Judd"}
@@ -158,7 +157,7 @@ def _roc(outcome: Outcome) -> Figure:
         xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", title="ROC"
     )
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle=":")
-    for c in present_classes(labels, p.shape[1]):
+    for c in metrics.present_classes(labels, p.shape[1]):
         false_positive, true_positive, _ = roc_curve(labels == c, p[:, c])
         area = metrics.auc(p[:, c], labels == c)
         name = f"{outcome.classes[c]} ({area:.3f})"

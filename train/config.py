@@ -13,12 +13,19 @@ from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.errors import UsageError
 from cxrgaze.heatmaps import PRESETS
 from cxrgaze.spec import STRIDE, Frozen, complaint
-from cxrgaze.train.losses import CONTRASTIVE, ENCODER, NEED_TEACHER, NETWORK
+from cxrgaze.train.losses import (
+    CONTRASTIVE,
+    FILM_LOSSES,
+    NEED_TEACHER,
+    NETWORK,
+    TEACH_DIAGNOSIS,
+    TEACH_SALIENCY,
+)
 from cxrgaze.train.model import VARIANTS
 
 if sys.version_info >= (3, 11):
@@ -36,6 +43,17 @@ NOT_EVALUATED = {
     "centre_prior": "the learnable centre prior",
 }
 """Options of ours that were not evaluated on gaze data; every run that uses one says so."""
+
+
+def _one_of(what: str, known: Mapping[str, object]) -> AfterValidator:
+    """A validator: a name of something that there is."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"no {what} {value!r}; there are {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)
 
 
 class Stage(Frozen):
@@ -70,7 +88,7 @@ class Stage(Frozen):
     @field_validator("loss")
     @classmethod
     def _losses_exist(cls, value: dict[str, float]) -> dict[str, float]:
-        known = [*CONTRASTIVE, *ENCODER, *NETWORK]
+        known = [*CONTRASTIVE, *FILM_LOSSES]
         if foreign := [name for name in value if name not in known]:
             raise ValueError(f"no loss {foreign[0]!r}; there are {', '.join(known)}")
         if min(value.values()) <= 0:
@@ -87,9 +105,9 @@ class Stage(Frozen):
             )
         if self.on_encoder and self.train != ("dense",):
             raise ValueError(f"{', '.join(self.loss)} teach the part dense alone")
-        if names <= {"saliency_kl", "saliency_cc", "soft_saliency"} and "classifier" in self.train:
+        if names <= TEACH_SALIENCY and "classifier" in self.train:
             raise ValueError(f"{', '.join(self.loss)} teach the classifier nothing")
-        if names <= {"cross_entropy", "soft_labels"} and "saliency" in self.train:
+        if names <= TEACH_DIAGNOSIS and "saliency" in self.train:
             raise ValueError(f"{', '.join(self.loss)} teach the saliency head nothing")
         if self.weighting == "uncertainty" and names != {"cross_entropy", "saliency_kl"}:
             raise ValueError("uncertainty weighting is for cross_entropy with saliency_kl")
@@ -98,7 +116,7 @@ class Stage(Frozen):
     @property
     def teaches_diagnosis(self) -> bool:
         """Whether a loss looks at the network's logits."""
-        return bool({"cross_entropy", "soft_labels"} & set(self.loss))
+        return bool(TEACH_DIAGNOSIS & set(self.loss))
 
     @property
     def on_encoder(self) -> bool:
@@ -128,10 +146,10 @@ class TrainConfig(Frozen):
     """One run; saved in the checkpoint's card and as `config.toml` in the run's folder."""
 
     name: str = Field(pattern=_NAME)
-    variant: str
+    variant: Annotated[str, _one_of("variant", VARIANTS)]
     canvas: tuple[int, int] | None = None
     """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
-    heatmap: str
+    heatmap: Annotated[str, _one_of("heatmap preset", PRESETS)]
     """How gaze becomes a density: a name of `cxrgaze.heatmaps.PRESETS`."""
     seed: int = Field(default=0, ge=0)
     deterministic: bool = False
@@ -151,20 +169,6 @@ class TrainConfig(Frozen):
     def _name_is_free(cls, value: str) -> str:
         if value == "run":
             raise ValueError("run.json is the run's own record; choose another name")
-        return value
-
-    @field_validator("variant")
-    @classmethod
-    def _variant_exists(cls, value: str) -> str:
-        if value not in VARIANTS:
-            raise ValueError(f"no variant {value!r}; there are {', '.join(VARIANTS)}")
-        return value
-
-    @field_validator("heatmap")
-    @classmethod
-    def _heatmap_exists(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(f"no heatmap preset {value!r}; there are {', '.join(PRESETS)}")
         return value
 
     @field_validator("canvas")

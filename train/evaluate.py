@@ -58,13 +58,13 @@ def evaluate(
     result: dict[str, Any] = {"films": len(arrays.films)}
     labelled = arrays.labels != UNLABELLED
     labels = arrays.labels[labelled]
-    present = present_classes(labels, logits.shape[1])
+    present = metrics.present_classes(labels, logits.shape[1])
     if present:
         # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
         probabilities = torch.from_numpy(logits[labelled]).softmax(dim=1).numpy()
         aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
         result["auc_per_class"] = aucs
-        result["auc_macro"] = float(np.mean(list(aucs.values())))
+        result["auc_macro"] = metrics.macro_auc(probabilities, labels, present)
         result["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
         result["accuracy"] = metrics.accuracy(probabilities, labels)
     rows = saliency_rows(arrays, log_density[:, 0], prior, preset)
@@ -73,11 +73,6 @@ def evaluate(
         if not np.isnan(values).all():
             result[key] = float(np.nanmean(values))
     return result
-
-
-def present_classes(labels: NDArray[np.integer], classes: int) -> list[int]:
-    """Classes that some and not all of `labels` have: those that an AUC exists for."""
-    return [c for c in range(classes) if 0 < (labels == c).sum() < len(labels)]
 
 
 def saliency_rows(

@@ -18,7 +18,13 @@ from cxrgaze.train.config import Stage, TrainConfig
 from cxrgaze.train.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.train.distill import taught
 from cxrgaze.train.evaluate import evaluate, predict
-from cxrgaze.train.losses import CONTRASTIVE, NEED_GAZE, NEED_LABELS
+from cxrgaze.train.losses import (
+    CONTRASTIVE,
+    NEED_GAZE,
+    NEED_LABELS,
+    TEACH_DIAGNOSIS,
+    TEACH_SALIENCY,
+)
 from cxrgaze.train.model import Network, network_of, spec_of
 from cxrgaze.train.origin import Origin, check_leakage
 from cxrgaze.train.run import RunRecord, Start, open_run, set_hash
@@ -202,8 +208,8 @@ def _heads(stage: Stage, train: Arrays) -> frozenset[str]:
     """Outputs of the network that a stage with targets has taught."""
     losses = {loss for loss in stage.loss if not _missing(loss, train)}
     heads = set()
-    if losses & {"cross_entropy", "soft_labels"} and "classifier" in stage.train:
+    if losses & TEACH_DIAGNOSIS and "classifier" in stage.train:
         heads.add("logits")
-    if losses & {"saliency_kl", "saliency_cc", "soft_saliency"} and "saliency" in stage.train:
+    if losses & TEACH_SALIENCY and "saliency" in stage.train:
         heads.add("log_density")
     return frozenset(heads)

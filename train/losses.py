@@ -151,6 +151,11 @@ NETWORK: dict[str, FilmLoss] = {
     "soft_labels": soft_labels,
     "soft_saliency": soft_saliency,
 }
+FILM_LOSSES = {**ENCODER, **NETWORK}
+TEACH_DIAGNOSIS = {"cross_entropy", "soft_labels"}
+"""Losses on the network's logits."""
+TEACH_SALIENCY = {"saliency_kl", "saliency_cc", "soft_saliency"}
+"""Losses on the network's log-density."""
 NEED_LABELS = {"triplet", "supcon", "encoder_cross_entropy", "cross_entropy"}
 NEED_GAZE = {"saliency_kl", "saliency_cc"}
 NEED_TEACHER = {"soft_labels", "soft_saliency"}

@@ -27,19 +27,13 @@ class Origin(Frozen):
     """Of the weights that were taken over; empty for a run's own films."""
 
 
-def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = False) -> None:
-    """Refuse weights that may have seen the set's test films.
+def leakage(info: SetInfo, origins: Sequence[Origin]) -> str | None:
+    """Why weights of these origins may have seen the set's test films, or None.
 
     Weights trained on the same split of the same set have not.
-
-    Args:
-        allow: the caller knows better.
-
-    Raises:
-        DataError: naming the origin.
     """
     for origin in origins:
-        if allow or (origin.split_sha256 and origin.split_sha256 == info.split_sha256):
+        if origin.split_sha256 and origin.split_sha256 == info.split_sha256:
             continue
         if _is_mimic(info.origin) and not origin.trained_on:
             why = "nothing is known of what they were trained on; say it with --init-origin"
@@ -49,9 +43,26 @@ def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = Fal
             why = "they were trained on the same films with another split"
         else:
             continue
-        raise DataError(
+        return (
             f"possible leakage: the set is {info.origin!r}, and of the initial or teaching "
-            f"weights {origin.weights_sha256[:12]} {why}. Their test films may be training films; "
+            f"weights {origin.weights_sha256[:12]} {why}."
+        )
+    return None
+
+
+def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = False) -> None:
+    """Refuse weights that may have seen the set's test films.
+
+    Args:
+        allow: the caller knows better.
+
+    Raises:
+        DataError: naming the origin.
+    """
+    why = None if allow else leakage(info, origins)
+    if why:
+        raise DataError(
+            f"{why} Their test films may be training films; "
             "choose other weights, or give --allow-leakage and report no test figures"
         )
 

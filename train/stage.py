@@ -26,9 +26,9 @@ from cxrgaze.train.dataset import UNLABELLED, Arrays
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     ENCODER,
+    FILM_LOSSES,
     NEED_GAZE,
     NEED_LABELS,
-    NETWORK,
     Batch,
 )
 from cxrgaze.train.model import Network, Outputs
@@ -151,7 +151,7 @@ class StageModule(lightning.LightningModule):
                 # Every process computes the same value; the gathering adds up the gradients.
                 terms[name] = CONTRASTIVE[name](rows, self._gathered(batch.label))
             else:
-                value, counts = {**ENCODER, **NETWORK}[name](out, batch)
+                value, counts = FILM_LOSSES[name](out, batch)
                 total = self._summed(counts.sum()).clamp(min=1)
                 terms[name] = value.sum() * self.trainer.world_size / total
         loss = self._combined(terms)
@@ -168,7 +168,7 @@ class StageModule(lightning.LightningModule):
         columns: list[Tensor] = [batch.film, batch.label]
         for name in self.stage.loss:
             if name not in CONTRASTIVE:
-                columns += {**ENCODER, **NETWORK}[name](out, batch)
+                columns += FILM_LOSSES[name](out, batch)
         columns.append(self._correlations(batch, out))
         rest = embedding if self.stage.on_encoder and self.head is None else out.logits
         self._seen.append((torch.stack([c.double() for c in columns], dim=1), rest.float()))
@@ -188,7 +188,7 @@ class StageModule(lightning.LightningModule):
                 terms[name] = table[:, column].sum() / table[:, column + 1].sum().clamp(min=1)
                 column += 2
         shown = {"val_loss": self._combined(terms)}
-        if {"encoder_cross_entropy", "cross_entropy", "soft_labels"} & set(self.stage.loss):
+        if self.head is not None or self.stage.teaches_diagnosis:
             shown["val_auc"] = torch.tensor(_macro_auc(rest, labels))
         if not np.isnan(correlations).all():
             shown["val_cc"] = torch.tensor(np.nanmean(correlations))
@@ -329,12 +329,8 @@ def _macro_auc(logits: Tensor, labels: Tensor) -> float:
     known = (labels != UNLABELLED).cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()[known]
     truth = labels.cpu().numpy()[known]
-    aucs = [
-        metrics.auc(probabilities[:, c], truth == c)
-        for c in range(probabilities.shape[1])
-        if 0 < (truth == c).sum() < len(truth)
-    ]
-    return float(np.mean(aucs)) if aucs else float("nan")
+    present = metrics.present_classes(truth, probabilities.shape[1])
+    return metrics.macro_auc(probabilities, truth, present) if present else float("nan")
 
 
 def _seed_of(*numbers: int) -> int:

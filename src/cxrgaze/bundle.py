@@ -19,6 +19,7 @@ from cxrgaze.files import (
     checked_relative,
     parse_json,
     read_regular,
+    read_verified,
     render_json,
     sha256,
 )
@@ -208,18 +209,13 @@ class Bundle:
         file = self.path / name
         if file.resolve() != self.path.resolve() / name:
             raise IntegrityError(f"{file} is reached through a link; expected a plain folder")
-        try:
-            data = read_regular(file, record.size)
-        except OSError as error:
-            raise IntegrityError(
-                f"{file} cannot be read ({error.strerror}); export or copy the bundle again"
-            ) from error
-        if len(data) != record.size or sha256(data) != record.sha256:
-            raise IntegrityError(
-                f"{file} was altered: {len(data)} bytes, SHA-256 {sha256(data)[:12]}..., the "
-                f"manifest says {record.size} bytes, {record.sha256[:12]}...; copy or export again"
-            )
-        return data
+        return read_verified(
+            file,
+            record.size,
+            record.sha256,
+            source="the manifest",
+            remedy="copy or export the bundle again",
+        )
 
     def verify(self, leave: Collection[str] = ()) -> None:
         """Read every listed file once, but those in `leave`, which the caller reads itself.

@@ -50,6 +50,28 @@ def read_regular(path: Path, limit: int) -> bytes:
     return data
 
 
+def read_verified(path: Path, size: int, digest: str, *, source: str, remedy: str) -> bytes:
+    """Bytes of a regular file that must have this size and SHA-256; use these, never the path.
+
+    Args:
+        source: what says so, for the message: "the manifest".
+        remedy: what to do otherwise.
+
+    Raises:
+        IntegrityError: missing, a link, of another size, altered.
+    """
+    try:
+        data = read_regular(path, size)
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    if len(data) != size or sha256(data) != digest:
+        raise IntegrityError(
+            f"{path} was altered: {len(data)} bytes, SHA-256 {sha256(data)[:12]}..., {source} says "
+            f"{size} bytes, {digest[:12]}...; {remedy}"
+        )
+    return data
+
+
 def checked_relative(name: str) -> PurePosixPath:
     """The relative POSIX path `name`, refused if it could leave its folder.
 

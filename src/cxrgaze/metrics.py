@@ -64,9 +64,21 @@ def auc_per_class(probabilities: Array, labels: NDArray[np.integer]) -> Array:
     return np.array([auc(probabilities[:, c], labels == c) for c in range(probabilities.shape[1])])
 
 
-def macro_auc(probabilities: Array, labels: NDArray[np.integer]) -> float:
-    """Unweighted mean of the one-versus-rest AUCs (Fawcett, Pattern Recognit. Lett. 27, 2006)."""
-    return float(auc_per_class(probabilities, labels).mean())
+def present_classes(labels: NDArray[np.integer], classes: int) -> list[int]:
+    """Classes that some and not all of `labels` have: those that an AUC exists for."""
+    return [c for c in range(classes) if 0 < (labels == c).sum() < len(labels)]
+
+
+def macro_auc(
+    probabilities: Array, labels: NDArray[np.integer], classes: Sequence[int] | None = None
+) -> float:
+    """Unweighted mean of the one-versus-rest AUCs (Fawcett, Pattern Recognit. Lett. 27, 2006).
+
+    Args:
+        classes: columns to take, None for all.
+    """
+    chosen = range(probabilities.shape[1]) if classes is None else classes
+    return float(np.mean([auc(probabilities[:, c], labels == c) for c in chosen]))
 
 
 def micro_auc(
