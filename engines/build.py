@@ -188,7 +188,7 @@ def _failed(library: Library, what: str, found: Sequence[str]) -> str:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc] # the base is known at run time only
         """Keeps errors for the message and shows warnings."""
 
         def __init__(self) -> None:
@@ -205,7 +205,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # likewise
         """A bar over the outermost phases' steps in a terminal, a line a phase without one.
 
         Ctrl-C reaches Python between two steps and stops the build at the next.

@@ -25,7 +25,7 @@ from cxrgaze.bundle import MANIFEST, Bundle, Decision
 from cxrgaze.command import say
 from cxrgaze.errors import DataError, ParityError, UsageError
 from cxrgaze.files import make_output_folder, render_json, write_atomic
-from cxrgaze.intervals import Interval
+from cxrgaze.intervals import Interval, PatientBootstrap
 from cxrgaze.runtime import backends
 from cxrgaze.samples import LOOKS, FilmRow, LabelledSet, Split
 from cxrgaze.spec import NOTICE, ModelSpec
@@ -314,30 +314,24 @@ def _diagnosis(
             has = (labels == index).sum()
             outcome.left_out.append(f"AUC of {name}: {has} of {len(labels)} films have it")
 
-    def boot(statistic: Callable[[intervals.Array], intervals.Array]) -> intervals.Array:
-        return intervals.bootstrap(
-            patients, statistic, resamples=options.resamples, seed=options.seed
-        )
-
-    count = len(set(patients))
+    boot = PatientBootstrap(patients, options.resamples, options.seed)
 
     def share(hit: NDArray[np.bool_], among: NDArray[np.bool_]) -> dict[str, Any]:
         value = float(hit[among].mean())
         if value in (0, 1):  # the bootstrap is blind there
             n = len({p for p, a in zip(patients, among, strict=True) if a})
             return exact_share(int(value), n).model_dump()
-        samples = boot(lambda w: intervals.weighted_share(hit, among, w))
-        return intervals.percentile_interval(value, samples, count).model_dump()
+        samples = boot.draws(lambda w: intervals.weighted_share(hit, among, w))
+        return boot.around(value, samples).model_dump()
 
     everyone = np.ones(len(labels), dtype=bool)
     found: dict[str, Any] = {
         "films": {name: int((labels == i).sum()) for i, name in enumerate(names)},
-        "auc": _aucs(p, labels, present, names, boot, count) if present else None,
+        "auc": _aucs(p, labels, present, names, boot) if present else None,
         "accuracy": share(p.argmax(axis=1) == labels, everyone),
         "temperature": decision.temperature,
         "ece": {
-            key: _bootstrapped_ece(q, labels, boot, count)
-            for key, q in (("before", raw), ("after", p))
+            key: _bootstrapped_ece(q, labels, boot) for key, q in (("before", raw), ("after", p))
         },
         "operating_points": {},
         "view_and_age": None,
@@ -361,7 +355,7 @@ def _diagnosis(
             outcome.left_out.append(f"view-and-age baseline: {scores}")
         else:
             blind = scores
-            found["view_and_age"] = _aucs(scores, labels, present, names, boot, count)
+            found["view_and_age"] = _aucs(scores, labels, present, names, boot)
     found["within_view"] = _within_views(
         {"macro": p} | ({} if blind is None else {"view_and_age": blind}),
         labels, rows, names, options, outcome.left_out,
@@ -378,12 +372,11 @@ def _aucs(
     labels: NDArray[np.integer],
     present: Sequence[int],
     names: Sequence[str],
-    boot: Callable[[Callable[[intervals.Array], intervals.Array]], intervals.Array],
-    patients: int,
+    boot: PatientBootstrap,
 ) -> dict[str, Any]:
     """AUC per class, macro and micro, each with DeLong's and the bootstrap's interval."""
     single = {c: intervals.auc_influence(scores[:, c], labels == c) for c in present}
-    samples = boot(
+    samples = boot.draws(
         lambda w: np.stack(
             [intervals.weighted_auc(scores[:, c], labels == c, w) for c in present], axis=1
         )
@@ -397,14 +390,14 @@ def _aucs(
     chosen = scores[:, list(present)].ravel()
     indicator = (np.array(present)[None, :] == labels[:, None]).ravel()
     value, influence = intervals.auc_influence(chosen, indicator)
-    micro = boot(
+    micro = boot.draws(
         lambda w: intervals.weighted_auc(chosen, indicator, np.repeat(w, len(present), axis=1))
     )
     rows["micro"] = (value, influence.reshape(len(labels), -1).sum(axis=1), micro)
     return {
         name: {
             "delong": intervals.from_influence(value, influence).model_dump(),
-            "bootstrap": intervals.percentile_interval(value, drawn, patients).model_dump(),
+            "bootstrap": boot.around(value, drawn).model_dump(),
         }
         for name, (value, influence, drawn) in rows.items()
     }
@@ -423,8 +416,7 @@ def exact_share(value: int, patients: int) -> Interval:
 def _bootstrapped_ece(
     p: NDArray[np.float64],
     labels: NDArray[np.integer],
-    boot: Callable[[Callable[[intervals.Array], intervals.Array]], intervals.Array],
-    patients: int,
+    boot: PatientBootstrap,
 ) -> dict[str, Any]:
     def resampled(weights: intervals.Array) -> intervals.Array:
         return np.array(
@@ -434,8 +426,7 @@ def _bootstrapped_ece(
             ]
         )
 
-    value = metrics.ece(p, labels)
-    return intervals.percentile_interval(value, boot(resampled), patients).model_dump()
+    return boot.around(metrics.ece(p, labels), boot.draws(resampled)).model_dump()
 
 
 def _within_views(
@@ -462,17 +453,10 @@ def _within_views(
             continue
         patients = [row.patient for row, h in zip(rows, here, strict=True) if h]
 
-        def boot(
-            statistic: Callable[[intervals.Array], intervals.Array],
-            patients: list[str] = patients,
-        ) -> intervals.Array:
-            return intervals.bootstrap(
-                patients, statistic, resamples=options.resamples, seed=options.seed
-            )
-
+        boot = PatientBootstrap(patients, options.resamples, options.seed)
         found[view] = {"films": int(here.sum())}
         for key, p in scores.items():
-            aucs = _aucs(p[here], labels[here], enough, names, boot, len(set(patients)))
+            aucs = _aucs(p[here], labels[here], enough, names, boot)
             found[view][key] = aucs["macro"]
     return found
 
@@ -480,6 +464,7 @@ def _within_views(
 def _saliency(outcome: Outcome, heatmap: str, options: Options) -> dict[str, Any]:
     films = outcome.films
     patients = [outcome.rows[index].patient for index in films]
+    boot = PatientBootstrap(patients, options.resamples, options.seed)
     keys = list(next(iter(films.values())))
     table = {key: np.array([row[key] for row in films.values()]) for key in keys}
 
@@ -487,14 +472,8 @@ def _saliency(outcome: Outcome, heatmap: str, options: Options) -> dict[str, Any
         values = table[key]
         if np.isnan(values).all():
             return None
-        samples = intervals.bootstrap(
-            patients,
-            lambda w: intervals.weighted_mean(values, w),
-            resamples=options.resamples,
-            seed=options.seed,
-        )
-        mean = float(np.nanmean(values))
-        return intervals.percentile_interval(mean, samples, len(set(patients))).model_dump()
+        samples = boot.draws(lambda w: intervals.weighted_mean(values, w))
+        return boot.around(float(np.nanmean(values)), samples).model_dump()
 
     plain = ("cc", "sim", "kld", "nss", "auc_judd")
     if np.isnan(table["cc_between_readers"]).all():

@@ -7,6 +7,7 @@ that draws patients, not films. Everything else is bootstrapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -120,6 +121,24 @@ def percentile_interval(value: float, samples: Array, patients: int) -> Interval
         return Interval(value=value)
     low, high = np.quantile(defined, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return Interval(value=value, low=float(low), high=float(high))
+
+
+@dataclass(frozen=True)
+class PatientBootstrap:
+    """The bootstrap of some films' patients: the same draws for every statistic."""
+
+    patients: Sequence[str]
+    """Patient of each film, `(n,)`."""
+    resamples: int
+    seed: int
+
+    def draws(self, statistic: Callable[[Array], Array]) -> Array:
+        """Values of `statistic` over the resamples (`bootstrap`)."""
+        return bootstrap(self.patients, statistic, resamples=self.resamples, seed=self.seed)
+
+    def around(self, value: float, samples: Array) -> Interval:
+        """The percentile interval of `draws` around an estimate (`percentile_interval`)."""
+        return percentile_interval(value, samples, len(set(self.patients)))
 
 
 def weighted_auc(scores: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
