@@ -5,23 +5,37 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cxrgaze.bundle import GRAPH, Bundle
 from cxrgaze.command import say, steps
-from cxrgaze.errors import BuildError, IncompatibleError, UsageError
+from cxrgaze.engines import precision
+from cxrgaze.errors import BuildError, IncompatibleError, OutOfMemoryError, UsageError
 from cxrgaze.files import sha256
-from cxrgaze.runtime import plans
-from cxrgaze.runtime.host import host_platform
+from cxrgaze.runtime import device, host, plans
+from cxrgaze.runtime.trt import load_engine
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 
 OPAQUE = (
-    "no engine was loaded: there is no GPU here. Accepted and built by the library, not run; what "
-    "precision its layers have is for the device to show"
+    "no engine was loaded: it was compiled ahead of time, without its GPU. Accepted and built by "
+    "the library, not run; what precision its layers have is for the device to show"
 )
+
+BASE_BYTES = 150_000_000
+"""What a build takes whatever the graph."""
+
+BYTES_PER_GRAPH_BYTE = 4.2
+"""What a build takes for each byte of the graph: the parsed weights, their copies, the plan.
+
+Measured with TensorRT-RTX 1.7.1 ahead of time on x86_64: 126 MB for the demo's 0.7 MB, 564 MB for
+the paper's 134 MB (fp16), 977 MB for its 267 MB (fp32). Not measured with TensorRT 10 or 11.
+"""
+
+SMALLEST_WORKSPACE = 256 << 20
+"""Below this much left for timing kernels, a build is not begun."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,26 @@ class Options:
     batch: tuple[int, int, int] = (1, 1, 1)
     """Smallest, best and largest batch."""
     capabilities: tuple[str, ...] = ()
-    """Compute capabilities for an ahead-of-time build."""
+    """Compute capabilities for an ahead-of-time build; none: the GPU here."""
     optimization_level: int | None = None
     workspace_bytes: int | None = None
     version_compatible: bool = False
+    hardware_compatible: bool = False
+    allow_host_code: bool = False
+    """Build and load a plan that brings code of its own for the CPU (`version_compatible`)."""
     tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a plan is built: what depends on the machine, asked once."""
+
+    gpu: device.Gpu | None
+    """None: ahead of time."""
+    why_no_gpu: str
+    available_bytes: int | None
+    """Memory of the host that can be had; None where the system does not say."""
+    l4t: str | None
 
 
 class Built(NamedTuple):
@@ -45,43 +74,78 @@ class Built(NamedTuple):
     was_cached: bool
 
 
-def plan_inputs(bundle: Bundle, library: Library, options: Options) -> plans.PlanInputs:
+def this_site() -> Site:
+    """This machine."""
+    found = device.gpus()
+    why = found if isinstance(found, str) else ""
+    gpu = None if isinstance(found, str) else found[0]
+    return Site(gpu, why, host.available_memory_bytes(), host.l4t_release())
+
+
+def plan_inputs(bundle: Bundle, library: Library, options: Options, site: Site) -> plans.PlanInputs:
     """The inputs of a build, which name its plan.
 
     Raises:
-        UsageError: an option that this library does not have.
+        UsageError: an option that this library does not have, or host code that is not allowed.
         IncompatibleError: no GPU here and no `--sm`; a capability that it cannot compile for.
     """
-    if library.is_rtx:
-        for name, value in (
-            ("--workspace", options.workspace_bytes),
-            ("--version-compatible", options.version_compatible),
-        ):
-            if value:
-                raise UsageError(f"{library.name} has no {name}; leave it out")
-        for sm in options.capabilities:
-            library.capability(sm)
-    elif options.capabilities:
+    library.refuse_options(
+        workspace=options.workspace_bytes,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        cpu_only=options.capabilities,
+    )
+    if options.version_compatible and not options.allow_host_code:
         raise UsageError(
-            f"{library.name} builds for the GPU that it runs on; --sm is for tensorrt_rtx"
+            "a version-compatible plan carries code that runs on the CPU when it is loaded; add "
+            "--allow-host-code, here and where it is read"
         )
-    if not options.capabilities:
+    for sm in options.capabilities:
+        library.capability(sm)
+    if not options.capabilities and site.gpu is None:
         raise IncompatibleError(
-            "no GPU was found here: with tensorrt_rtx, say for which one to compile ahead of time, "
-            "as: --cpu-only --sm 86,89"
+            f"no GPU was found here ({site.why_no_gpu}); with tensorrt_rtx, say for which one to "
+            "compile ahead of time, as: --cpu-only --sm 86,89"
         )
+    if options.hardware_compatible and site.l4t:
+        raise IncompatibleError("--hardware-compatible is for discrete GPUs, here is a Jetson")
+    here = (site.gpu.capability,) if site.gpu else ()
     return plans.PlanInputs(
         bundle_sha256=bundle.sha256,
         library="tensorrt_rtx" if library.is_rtx else "tensorrt",
         library_version=library.version,
-        architecture=options.capabilities,
-        platform=host_platform(),
+        architecture=options.capabilities or here,
+        platform=host.host_platform(),
         batch=options.batch,
         optimization_level=options.optimization_level,
         workspace_bytes=options.workspace_bytes,
         version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
         tf32=options.tf32,
     )
+
+
+def workspace_to_give(asked: int | None, graph_bytes: int, site: Site) -> int | None:
+    """Workspace of a build in bytes; None leaves it to the library.
+
+    On a GPU that shares the host's memory, TensorRT's own limit, all of the device's memory, lets
+    the kernel kill the build. There it is at most half of what is left beside the build itself.
+
+    Raises:
+        OutOfMemoryError: there is not enough for the build at all.
+    """
+    if site.gpu is None or not site.gpu.integrated or site.available_bytes is None:
+        return asked
+    itself = int(BASE_BYTES + BYTES_PER_GRAPH_BYTE * graph_bytes)
+    needs = itself + 2 * SMALLEST_WORKSPACE
+    if site.available_bytes < needs:
+        raise OutOfMemoryError(
+            f"the build needs about {needs / 1e6:.0f} MB, {site.available_bytes / 1e6:.0f} MB are "
+            "free on this device, which shares them with the GPU; close other programs, stop the "
+            "desktop, or add swap"
+        )
+    most = (site.available_bytes - itself) // 2
+    return min(asked, most) if asked else most
 
 
 def build(
@@ -95,73 +159,151 @@ def build(
     """The plan of a bundle: from the cache where the same inputs were built before.
 
     Raises:
-        BuildError: the library refuses the graph or cannot build it, with its own messages.
+        BuildError: the library refuses the graph or cannot build it, with its own messages; it
+            built another precision than the graph has, and the plan is not kept.
         IntegrityError: a bundle or a cache that was altered.
+        OutOfMemoryError: the device has no room for the build.
         UsageError, IncompatibleError: as `plan_inputs`.
     """
     bundle.verify(leave=(GRAPH,))
-    inputs = plan_inputs(bundle, library, options)
+    site = this_site()
+    inputs = plan_inputs(bundle, library, options, site)
     if not rebuild and (record := cache.find(inputs)):
         cache.read(record)
         return Built(record, was_cached=True)
+    graph = bundle.read(GRAPH)
+    workspace = workspace_to_give(options.workspace_bytes, len(graph), site)
     started = time.perf_counter()
-    plan = _serialized(bundle.read(GRAPH), library, options, bundle)
+    timing = cache.timing_path(inputs)
+    plan = _serialized(graph, library, options, workspace, timing, bundle)
     seconds = time.perf_counter() - started
     record = plans.PlanRecord(
         bundle_name=bundle.manifest.name,
         inputs=inputs,
         plan_sha256=sha256(plan),
         plan_bytes=len(plan),
+        workspace_bytes=workspace,
         built_precision="opaque",
         built_precision_why=OPAQUE,
         build_seconds=round(seconds, 3),
         created_utc=plans.now_utc(),
-        built_on={"gpu": "none", "python": platform.python_version()},
+        built_on=_built_on(site, ahead_of_time=bool(options.capabilities)),
     )
+    if not options.capabilities:
+        record = _proven(record, plan, library, options, bundle)
+        if record.built_precision == "contradicted":
+            cache.remove(inputs)
+            raise BuildError(
+                f"{library.name} {library.version} built another precision than the graph has: "
+                f"{record.built_precision_why}. The plan was deleted; try --rebuild once, and "
+                "else another version of the library"
+            )
     cache.store(record, plan)
     return Built(record, was_cached=False)
 
 
-def _serialized(graph: bytes, library: Library, options: Options, bundle: Bundle) -> bytes:
+def _built_on(site: Site, *, ahead_of_time: bool) -> dict[str, str]:
+    facts = {"gpu": "none", "python": platform.python_version()}
+    if site.gpu and not ahead_of_time:
+        facts |= {"gpu": site.gpu.name, "driver_cuda": site.gpu.driver_cuda}
+    if site.l4t:
+        facts |= {"l4t": site.l4t, "power_mode": host.power_mode() or "unknown"}
+    return facts
+
+
+def _proven(
+    record: plans.PlanRecord, plan: bytes, library: Library, options: Options, bundle: Bundle
+) -> plans.PlanRecord:
+    """The record with the verdict on the precision that was built."""
+    found = inspected(record, plan, library, allow_host_code=options.allow_host_code)
+    manifest = bundle.manifest
+    verdict, why = precision.judge(
+        manifest.precision, manifest.convolution_macs, found, tf32=options.tf32
+    )
+    update = {"engine": found, "built_precision": verdict, "built_precision_why": why}
+    return record.model_copy(update=update)
+
+
+def inspected(
+    record: plans.PlanRecord, plan: bytes, library: Library, *, allow_host_code: bool
+) -> plans.BuiltEngine:
+    """What the library says of the engine, once it is loaded on its device."""
+    form = library.module.LayerInformationFormat.JSON
+    opened = device.open_device()
+    try:
+        with opened.current():
+            loaded = load_engine(library, record, plan, allow_host_code=allow_host_code)
+            engine = loaded.engine
+            inspector = engine.create_engine_inspector()
+            information = inspector.get_engine_information(form)
+            found = precision.built_engine(information, int(engine.device_memory_size_v2))
+            del inspector, engine, loaded  # before the device goes
+    finally:
+        opened.close()
+    return found
+
+
+def _serialized(
+    graph: bytes,
+    library: Library,
+    options: Options,
+    workspace: int | None,
+    timing: Path,
+    bundle: Bundle,
+) -> bytes:
     trt = library.module
-    log = _logger(trt)
+    log = library.logger(on_warning=lambda message: say(f"  {message}"))
     builder = trt.Builder(log)
     network = builder.create_network(library.network_flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph):
         found = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise BuildError(_failed(library, "does not accept the graph", found))
+        said = "; ".join(dict.fromkeys(found)) or library.said(log)
+        raise BuildError(f"{library.name} {library.version} does not accept the graph: {said}")
     _check_interface(network, bundle)
     config = builder.create_builder_config()
-    spec = bundle.manifest.spec
-    profile = builder.create_optimization_profile()
-    shapes = [(n, 1, spec.height, spec.width) for n in options.batch]
-    profile.set_shape(IMAGE, *shapes)
-    config.add_optimization_profile(profile)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if not options.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if library.is_rtx:
-        config.num_compute_capabilities = len(options.capabilities)
-        for index, sm in enumerate(options.capabilities):
-            config.set_compute_capability(library.capability(sm), index)
+    _configure(config, builder, library, options, workspace, bundle)
     monitor = _monitor(trt)
     config.progress_monitor = monitor
     try:
-        plan = builder.build_serialized_network(network, config)
+        with library.timing_cache(config, timing):
+            plan = builder.build_serialized_network(network, config)
+            if monitor.interrupted:
+                raise KeyboardInterrupt
+            if plan is None:
+                raise BuildError(
+                    f"{library.name} {library.version} could not build the plan: "
+                    f"{library.said(log)}"
+                )
     finally:
         monitor.close()
-    if monitor.interrupted:
-        raise KeyboardInterrupt
-    if plan is None:
-        raise BuildError(_failed(library, "could not build the plan", log.errors))
     return bytes(plan)
+
+
+def _configure(
+    config: Any,
+    builder: Any,
+    library: Library,
+    options: Options,
+    workspace: int | None,
+    bundle: Bundle,
+) -> None:
+    trt, spec = library.module, bundle.manifest.spec
+    profile = builder.create_optimization_profile()
+    profile.set_shape(IMAGE, *((n, 1, spec.height, spec.width) for n in options.batch))
+    config.add_optimization_profile(profile)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the proof reads
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default in all three
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    library.target(config, options.capabilities)
 
 
 def _check_interface(network: Any, bundle: Bundle) -> None:
@@ -180,28 +322,6 @@ def _check_interface(network: Any, bundle: Bundle) -> None:
 def _parser_error(error: Any) -> str:
     node = f" ({error.node_operator()} {error.node_name()})" if error.node_name() else ""
     return f"{error.desc()}{node}"
-
-
-def _failed(library: Library, what: str, found: Sequence[str]) -> str:
-    said = "; ".join(dict.fromkeys(found)) or "nothing in its log"
-    return f"{library.name} {library.version} {what}: {said}"
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc] # the base is known at run time only
-        """Keeps errors for the message and shows warnings."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.Severity.WARNING:
-                say(f"  {message}")
-
-    return Logger()
 
 
 def _monitor(trt: Any) -> Any:

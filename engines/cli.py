@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cxrgaze import command
+
+if TYPE_CHECKING:
+    from cxrgaze.engines.build import Built
+    from cxrgaze.runtime.plans import Cache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,9 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser(
         "cxrgaze-build",
         "Build a TensorRT plan from a bundle into your plan cache, with a record of what was built "
-        "and for what. A second build with the same inputs is instant. In this version plans are "
-        "built ahead of time by TensorRT-RTX without a GPU (--cpu-only --sm); nothing runs them "
-        "yet.",
+        "and for what. A second build with the same inputs is instant. Plans are for the GPU of "
+        "this machine; TensorRT-RTX also compiles ahead of time without one (--cpu-only --sm). "
+        "What precision the library really built is read from the engine: another one than the "
+        "graph's deletes the plan (exit code 3).",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument(
@@ -40,7 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="static batch, or a profile (default 1)",
     )
     parser.add_argument(
+        "--workspace",
+        type=_size,
+        metavar="SIZE",
+        help="memory for timing kernels, as 512M or 2G (default: the library's own; on a GPU that "
+        "shares the host's memory never more than half of what is left)",
+    )
+    parser.add_argument(
         "--optimization-level", type=command.bounded(0, 5), metavar="0-5", help="TensorRT's own"
+    )
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="a plan that later versions of the same major one load; it carries code that runs on "
+        "the CPU, so it needs --allow-host-code",
+    )
+    parser.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="a plan for every discrete GPU of compute capability 8.0 and later",
+    )
+    parser.add_argument(
+        "--allow-host-code",
+        action="store_true",
+        help="build and load a plan that carries code for the CPU",
     )
     parser.add_argument(
         "--tf32", action="store_true", help="allow TensorFloat-32 in fp32 layers (default: off)"
@@ -67,20 +97,40 @@ def _run(args: argparse.Namespace) -> int:
         batch=args.batch,
         capabilities=args.sm,
         optimization_level=args.optimization_level,
+        workspace_bytes=args.workspace,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        allow_host_code=args.allow_host_code,
         tf32=args.tf32,
     )
     built = build(bundle, library, options, cache, rebuild=args.rebuild)
+    print_built(built, cache)
+    command.say(built.record.notice)
+    return 0
+
+
+def print_built(built: Built, cache: Cache) -> None:
+    """What was built, on standard output."""
     record = built.record
+    inputs = record.inputs
     how = (
         "cached: the same bundle, library, options and architecture were built before"
         if built.was_cached
         else f"built in {record.build_seconds:.1f} s"
     )
-    print(f"plan       {cache.plan_path(record.inputs)} ({record.plan_bytes / 1e6:.1f} MB, {how})")
-    print(f"for        {library.name} {library.version}, compute capability {', '.join(args.sm)}")
-    print(f"precision  {record.built_precision}: {record.built_precision_why}")
-    print(record.notice)
-    return 0
+    print(f"plan     {cache.plan_path(inputs)} ({record.plan_bytes / 1e6:.1f} MB, {how})")
+    print(
+        f"for      {inputs.library} {inputs.library_version}, compute capability "
+        f"{', '.join(inputs.architecture)}"
+    )
+    print(f"built    {record.built_precision}: {record.built_precision_why}")
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([MG])", text)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 2G, found {text}")
+    return int(found[1]) << (20 if found[2] == "M" else 30)
 
 
 def _capabilities(text: str) -> tuple[str, ...]:

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cxrgaze import command
+from cxrgaze.errors import IncompatibleError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "loading either; with --device, what this machine has.",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
-    parser.add_argument("--device", action="store_true", help="GPUs, driver and libraries here")
+    parser.add_argument(
+        "--device",
+        action="store_true",
+        help="GPUs, driver, memory, system and libraries here, whether they go together, and the "
+        "support matrix",
+    )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="(default: CXRGAZE_CACHE, or in ~/.cache)"
     )
@@ -41,6 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     if args.device:
         found["device"] = device_facts()
+        found["support matrix"] = support_rows()
     if args.verify and not args.bundle:
         raise UsageError("--verify needs a BUNDLE")
     if args.bundle:
@@ -54,17 +62,17 @@ def _run(args: argparse.Namespace) -> int:
         print(title)
         for line in facts if isinstance(facts, list) else [facts]:
             for key, value in line.items():
-                print(f"  {key:20} {value}")
+                for number, part in enumerate(value if isinstance(value, list) else [value]):
+                    print(f"  {'' if number else key:20} {part}")
             print()
     return 0
 
 
 def device_facts() -> dict[str, Any]:
-    """CPU, GPUs, L4T and libraries of this machine."""
-    from dataclasses import asdict
+    """CPU, memory, GPUs, system and libraries here, and whether they go together."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from cxrgaze.runtime import host, trt_library
+    from cxrgaze.runtime import device, host, support, trt_library
 
     libraries = trt_library.versions()
     for package in ("onnxruntime", "cuda-bindings", "pycuda"):
@@ -72,14 +80,48 @@ def device_facts() -> dict[str, Any]:
             libraries[package] = version(package)
         except PackageNotFoundError:
             continue
-    gpus = host.gpus()
+    gpus, l4t = device.gpus(), host.l4t_release()
+    available = host.available_memory_bytes()
+    verdicts = []
+    for name in filter(libraries.get, trt_library.NAMES):
+        try:
+            library = trt_library.find(name)
+        except IncompatibleError as error:
+            verdicts.append(f"no: {error}")
+            continue
+        for gpu in () if isinstance(gpus, str) else gpus:
+            able, why = support.verdict(library, gpu, host.host_platform(), l4t)
+            verdicts.append(f"{'yes' if able else 'no'}, {gpu.name}: {why}")
+    none = "no GPU" if isinstance(gpus, str) else "no TensorRT"
     return {
         "cpu": f"{host.cpu_name()}, {host.cpu_count()} cores for this process",
+        "memory": f"{available / 1e9:.1f} GB available" if available else "not known",
         "platform": host.host_platform(),
         "gpus": [asdict(gpu) for gpu in gpus] if not isinstance(gpus, str) else f"none ({gpus})",
-        "jetson": host.jetson_release() or "no",
+        "jetson linux": l4t or "no",
+        "power mode": host.power_mode() or "not known",
         "libraries": libraries,
+        "tensorrt here": verdicts or [f"no: {none} here; films are read with ONNX Runtime"],
     }
+
+
+def support_rows() -> list[dict[str, str]]:
+    """The support matrix, a row a range of versions on one kind of machine."""
+    from cxrgaze.runtime import support
+
+    def dotted(number: Sequence[int]) -> str:
+        return ".".join(map(str, number))
+
+    return [
+        {
+            "library": f"{row.library} {dotted(row.first)} to below {dotted(row.before)}",
+            "system": f"{row.system} ({row.platform})",
+            "compute capability": ", ".join(row.capabilities),
+            "driver": f"for CUDA {dotted(row.driver_cuda)} or later",
+            "source": row.source,
+        }
+        for row in support.MATRIX
+    ]
 
 
 def bundle_facts(
@@ -91,8 +133,8 @@ def bundle_facts(
         UsageError, IntegrityError: as `Bundle.open` and `Bundle.verify`.
     """
     from cxrgaze.bundle import SIGNATURE, Bundle
-    from cxrgaze.errors import IncompatibleError, IntegrityError
-    from cxrgaze.runtime import host, plans, trt_library
+    from cxrgaze.errors import IntegrityError
+    from cxrgaze.runtime import device, host, plans, trt_library
 
     bundle = Bundle.open(path)
     bundle.verify()
@@ -115,7 +157,7 @@ def bundle_facts(
         ),
         "notice": manifest.notice,
     }
-    gpus, libraries = host.gpus(), trt_library.versions()
+    gpus, libraries = device.gpus(), trt_library.versions()
     listed = []
     for record in plans.Cache(cache).records(bundle.sha256):
         if isinstance(record, IntegrityError):
@@ -123,15 +165,11 @@ def bundle_facts(
             continue
         built = record.inputs
         try:
-            if isinstance(gpus, str) or not gpus:
-                raise IncompatibleError("no GPU was found here")
-            plans.require_fit(
-                record,
-                library=built.library,
-                library_version=libraries.get(built.library, "not installed"),
-                capability=gpus[0].capability,
-                platform=host.host_platform(),
-            )
+            if isinstance(gpus, str):
+                raise IncompatibleError(f"no GPU to run on: {gpus}")
+            installed = libraries.get(built.library, "not installed")
+            here = plans.Here(built.library, installed, gpus[0].capability, host.host_platform())
+            plans.require_fit(record, here, allow_host_code=True)
             verdict = "fits this device"
         except IncompatibleError as error:
             verdict = f"cannot be loaded here: {error}"
@@ -142,7 +180,9 @@ def bundle_facts(
                 f"{', '.join(built.architecture)}, {built.platform}",
                 "batch": ":".join(map(str, built.batch)),
                 "bytes": str(record.plan_bytes),
-                "precision": record.built_precision,
+                "built on": ", ".join(f"{k} {v}" for k, v in record.built_on.items()),
+                "precision": f"{record.built_precision}: {record.built_precision_why}",
+                "host code": "yes, needs --allow-host-code" if record.has_host_code else "no",
                 "here": verdict,
             }
         )

@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cxrgaze-export",
         "Turn a checkpoint into a bundle: ONNX with the precision in the graph, compared with the "
         "network film by film, and a manifest that binds every file. Without a checkpoint, the "
-        "demo network, which was trained on drawings.",
+        "demo network, trained on drawings. Beside a GPU with TensorRT, its plan is built "
+        "at the end.",
     )
     parser.add_argument(
         "checkpoint",
@@ -60,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KEY",
         help="sign the manifest with an Ed25519 private key in PEM (openssl genpkey -algorithm "
         "ed25519)",
+    )
+    parser.add_argument(
+        "--no-build",
+        action="store_true",
+        help="leave the plan to cxrgaze-build, also where there is a GPU with TensorRT",
     )
     parser.add_argument(
         "--random-weights",
@@ -102,8 +108,33 @@ def _run(args: argparse.Namespace) -> int:
             else pipeline.source_from_checkpoint(args.checkpoint or demo_path())
         )
     options = pipeline.Options(args.precision, args.target, args.output, films, args.sign)
-    _summarise(pipeline.export(source, options, step))
+    made = pipeline.export(source, options, step)
+    _summarise(made)
+    _build(made, wanted=not args.no_build)
+    for line in filter(None, (made.manifest.spec.caution, made.manifest.notice)):
+        command.say(line)
     return 0
+
+
+def _build(made: Bundle, *, wanted: bool) -> None:
+    """The plan for the GPU here, where a TensorRT is beside one, else the command for a device."""
+    from cxrgaze.engines.build import Options, build
+    from cxrgaze.engines.cli import print_built
+    from cxrgaze.errors import BuildError, IncompatibleError
+    from cxrgaze.runtime import backends, plans, trt_library
+
+    beside = backends.tensorrts_beside_a_gpu() if wanted else []
+    if not beside:
+        print(f"plan     on the device: cxrgaze-build {made.path.name}")
+        return
+    cache = plans.Cache()
+    try:
+        print_built(build(made, trt_library.find(beside[0]), Options(), cache), cache)
+    except (BuildError, IncompatibleError) as error:
+        raise type(error)(
+            f"the bundle is complete, its plan for this GPU is not (--no-build leaves it out): "
+            f"{error}"
+        ) from error
 
 
 def _summarise(made: Bundle) -> None:
@@ -122,8 +153,6 @@ def _summarise(made: Bundle) -> None:
     )
     print(f"gate     {manifest.gate.verdict}: {manifest.gate.reason}")
     print(f"next     cxrgaze-predict {made.path} FILM... --output readings")
-    for line in filter(None, (manifest.spec.caution, manifest.notice)):
-        command.say(line)
 
 
 if __name__ == "__main__":

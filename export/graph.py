@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnxsim
 import torch
 
+from cxrgaze.bundle import DataType
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, NOTICE, SPEC_KEY, ModelSpec
 from cxrgaze.train.model import Network
 
@@ -57,3 +59,45 @@ def finished(model: onnx.ModelProto, spec: ModelSpec) -> bytes:
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
+    """Multiply-accumulates of the convolutions for one film, by the type of their input.
+
+    Raises:
+        onnx.shape_inference.InferenceError: shapes that do not fit together.
+    """
+    single = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in (*single.graph.input, *single.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del single.graph.value_info[:]
+    graph = onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True).graph
+    values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    weights = {w.name: tuple(w.dims) for w in graph.initializer}
+    producer = {name: node for node in graph.node for name in node.output}
+    found: dict[DataType, int] = {}
+    for node in graph.node:
+        if node.op_type != "Conv":
+            continue
+        made_by = producer.get(node.input[0])
+        is_int8 = made_by is not None and made_by.op_type == "DequantizeLinear"
+        kind = "int8" if is_int8 else _DATA_TYPES[values[node.input[0]].elem_type]
+        out = [d.dim_value for d in values[node.output[0]].shape.dim]
+        kernel = _weight_shape(node.input[1], weights, producer)
+        found[kind] = found.get(kind, 0) + math.prod(out[1:]) * math.prod(kernel[1:])
+    return found
+
+
+_DATA_TYPES: dict[int, DataType] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+}
+
+
+def _weight_shape(
+    name: str, weights: dict[str, tuple[int, ...]], producer: dict[str, onnx.NodeProto]
+) -> tuple[int, ...]:
+    """Shape of a convolution's weight, through the Casts and DequantizeLinears before it."""
+    while name not in weights:
+        name = producer[name].input[0]
+    return weights[name]

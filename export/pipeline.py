@@ -155,9 +155,10 @@ def _manifest(
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
         float32_nodes=kept,
+        convolution_macs=graph.convolution_macs(model),
         decision=source.decision,
         untrained=source.untrained,
-        self_test={"onnxruntime": parity.LIMITS[options.precision]},
+        self_test=parity.self_test_tolerances(options.precision),
         parity=found,
         gate=_gate(source.spec, options.precision),
         provenance=bundle.Provenance(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from cxrgaze.bundle import Bundle, Precision, Target
 from cxrgaze.errors import IncompatibleError, UsageError
+from cxrgaze.runtime.host import host_platform
 
 
 class Outputs(NamedTuple):
@@ -32,6 +35,13 @@ class Backend(Protocol):
     """Where it runs, for the record: "cpu", a GPU's name."""
     precisions: frozenset[Precision]
     targets: frozenset[Target]
+    tolerance: str
+    """Key of its self-test tolerance in the manifest."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every reading must say of it, once it is active."""
+        ...
 
     def activate(self, bundle: Bundle) -> None:
         """Load the graph from verified bytes.
@@ -50,24 +60,57 @@ class Backend(Protocol):
         ...
 
 
-NAMES = ("onnxruntime",)
-"""Backends of this version, in the order that `auto` prefers."""
+NAMES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+"""Backends, in the order that `auto` prefers."""
 
 
-def choose(bundle: Bundle, name: str, threads: int | None) -> Backend:
-    """The backend called `name`, or the preferred one that accepts the bundle for "auto".
+@dataclass(frozen=True)
+class Wish:
+    """What a caller of `load` asks of the backend."""
+
+    device: str = "auto"
+    """"auto" or one of `NAMES`."""
+    threads: int | None = None
+    """CPU threads; None leaves the choice to the backend."""
+    cache: Path | None = None
+    """Folder of plans (`cxrgaze.runtime.plans.Cache`)."""
+    allow_host_code: bool = False
+    """Load plans that bring code of their own for the CPU."""
+
+
+class Choice(NamedTuple):
+    """A backend, and why it is not the one that `auto` prefers."""
+
+    backend: Backend
+    warnings: tuple[str, ...]
+
+
+def choose(bundle: Bundle, wish: Wish = Wish()) -> Choice:
+    """The backend that was asked for, or the preferred one that accepts the bundle.
+
+    A TensorRT beside a GPU that has no plan of this bundle leaves it to ONNX Runtime, and the
+    warning for the readings says so. Asked for by name and not to be had is an error.
 
     Raises:
         UsageError: no backend of that name.
-        IncompatibleError: it does not accept the bundle's precision or target.
+        IncompatibleError: it is not installed, or does not accept the bundle; no plan fits.
+        IntegrityError: the plan cache can be written by others.
     """
-    if name not in ("auto", *NAMES):
-        raise UsageError(
-            f"no backend {name!r} in this version; choose from auto, {', '.join(NAMES)}"
-        )
-    from cxrgaze.runtime.ort import OnnxRuntime
+    if wish.device not in ("auto", *NAMES):
+        raise UsageError(f"no backend {wish.device!r}; choose from auto, {', '.join(NAMES)}")
+    if wish.device != "auto":
+        make = _onnxruntime if wish.device == "onnxruntime" else _tensorrt
+        return Choice(_accepting(make(bundle, wish, wish.device), bundle), ())
+    warnings: list[str] = []
+    for name in tensorrts_beside_a_gpu():
+        try:
+            return Choice(_accepting(_tensorrt(bundle, wish, name), bundle), tuple(warnings))
+        except IncompatibleError as error:
+            warnings.append(f"{name} is not used: {error}")
+    return Choice(_accepting(_onnxruntime(bundle, wish, "onnxruntime"), bundle), tuple(warnings))
 
-    backend: Backend = OnnxRuntime(threads)
+
+def _accepting(backend: Backend, bundle: Bundle) -> Backend:
     manifest = bundle.manifest
     if manifest.precision not in backend.precisions or manifest.target not in backend.targets:
         raise IncompatibleError(
@@ -75,3 +118,31 @@ def choose(bundle: Bundle, name: str, threads: int | None) -> Backend:
             f"{manifest.target}; export again with another --precision or --target"
         )
     return backend
+
+
+def _onnxruntime(bundle: Bundle, wish: Wish, name: str) -> Backend:
+    from cxrgaze.runtime.ort import OnnxRuntime
+
+    return OnnxRuntime(wish.threads)
+
+
+def tensorrts_beside_a_gpu() -> list[str]:
+    """TensorRTs that could run here; none without a GPU, whatever is installed."""
+    from cxrgaze.runtime import device, trt_library
+
+    if not (installed := trt_library.versions()) or isinstance(device.gpus(), str):
+        return []
+    return [name for name in NAMES if name in installed]
+
+
+def _tensorrt(bundle: Bundle, wish: Wish, name: str) -> Backend:
+    from cxrgaze.runtime import device, plans, trt_library
+    from cxrgaze.runtime.trt import TensorRT
+
+    library = trt_library.find(name)
+    if isinstance(gpus := device.gpus(), str):
+        raise IncompatibleError(f"no GPU to run on: {gpus}")
+    cache = plans.Cache(wish.cache)
+    here = plans.Here(library.name, library.version, gpus[0].capability, host_platform())
+    record = cache.fitting(bundle, here, allow_host_code=wish.allow_host_code)
+    return TensorRT(library, cache, record, allow_host_code=wish.allow_host_code)

@@ -48,7 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cannot take the reader down; meant for services",
     )
     parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto or onnxruntime (default auto)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, tensorrt, tensorrt_rtx or onnxruntime (default auto: a TensorRT that has a "
+        "plan of this bundle for this GPU, else onnxruntime)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="plans (default: CXRGAZE_CACHE, or in ~/.cache)"
+    )
+    parser.add_argument(
+        "--allow-host-code",
+        action="store_true",
+        help="load a version-compatible plan, which brings code of its own for the CPU",
     )
     parser.add_argument(
         "--public-key",
@@ -73,7 +85,14 @@ def _run(args: argparse.Namespace) -> int:
     films = list(find_films(args.paths))
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
-            load(args.bundle, args.device, threads=args.threads, public_key=args.public_key)
+            load(
+                args.bundle,
+                args.device,
+                threads=args.threads,
+                public_key=args.public_key,
+                cache=args.cache,
+                allow_host_code=args.allow_host_code,
+            )
         )
         decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film
         output = make_output_folder(args.output) if args.output else None

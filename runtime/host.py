@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 def cpu_count() -> int:
@@ -33,66 +32,41 @@ def host_platform() -> str:
     return f"{sys.platform}-{platform.machine().lower()}"
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU as its driver describes it."""
+def l4t_release(root: Path = Path("/")) -> str | None:
+    """Release of Jetson Linux such as "36.4.0", None on other machines.
 
-    name: str
-    capability: str
-    """Compute capability without its point: "87"."""
-    memory_bytes: int
-    integrated: bool
-    """Whether it shares the host's memory, as on a Jetson."""
-
-
-def gpus() -> tuple[Gpu, ...] | str:
-    """The GPUs here through NVIDIA's cuda-bindings, or why there are none to see.
-
-    No context is made and no memory taken.
+    Source: the first line of /etc/nv_tegra_release, "# R36 (release), REVISION: 4.0, ...".
     """
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        return "cuda-bindings is not installed"
-    try:
-        count = _cuda(driver.cuInit(0)) or _cuda(driver.cuDeviceGetCount())
-        return tuple(_gpu(driver, index) for index in range(count))
-    except (RuntimeError, OSError) as error:  # no driver library among them
-        return str(error).splitlines()[0] or type(error).__name__
+    path = root / "etc/nv_tegra_release"
+    if not path.is_file():
+        return None
+    text = path.read_text(errors="replace")
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
+    return f"{found[1]}.{found[2]}" if found else "not understood"
 
 
-def _gpu(driver: Any, index: int) -> Gpu:
-    device = _cuda(driver.cuDeviceGet(index))
-    attribute = driver.CUdevice_attribute
+def power_mode(root: Path = Path("/")) -> str | None:
+    """Power mode of a Jetson: number and name, None where the system does not say.
 
-    def value(name: str) -> int:
-        key = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(_cuda(driver.cuDeviceGetAttribute(key, device)))
-
-    return Gpu(
-        name=_cuda(driver.cuDeviceGetName(128, device)).rstrip(b"\0").decode(),
-        capability=f"{value('COMPUTE_CAPABILITY_MAJOR')}{value('COMPUTE_CAPABILITY_MINOR')}",
-        memory_bytes=int(_cuda(driver.cuDeviceTotalMem(device))),
-        integrated=bool(value("INTEGRATED")),
-    )
-
-
-def _cuda(returned: tuple[Any, ...]) -> Any:
-    """The value of a driver call.
-
-    Raises:
-        RuntimeError: the call's error, by name.
+    Source: nvpmodel's own state file and the names in its configuration, which need no root.
     """
-    error, *values = returned
-    if int(error):
-        raise RuntimeError(getattr(error, "name", str(error)))
-    return values[0] if values else None
+    status, names = root / "var/lib/nvpmodel/status", root / "etc/nvpmodel.conf"
+    if not status.is_file():
+        return None
+    found = re.search(r"pmode:(\d+)", status.read_text(errors="replace"))
+    if not found:
+        return None
+    number = int(found[1])
+    known = names.read_text(errors="replace") if names.is_file() else ""
+    name = re.search(rf"POWER_MODEL\s+ID={number}\s+NAME=(\S+)", known)
+    return f"{number} ({name[1]})" if name else str(number)
 
 
-def jetson_release() -> str | None:
-    """The L4T release line of a Jetson, None elsewhere."""
-    path = Path("/etc/nv_tegra_release")
-    return path.read_text(errors="replace").splitlines()[0].strip("# ") if path.is_file() else None
+def available_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that the kernel can give without swapping, None where it does not say."""
+    path = root / "proc/meminfo"
+    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def peak_memory_bytes() -> int:

@@ -26,6 +26,8 @@ class OnnxRuntime:
     device = "cpu"
     precisions: frozenset[Precision] = frozenset({"fp32", "fp16"})
     targets: frozenset[Target] = frozenset({"tensorrt", "cpu"})
+    tolerance = name
+    notes: tuple[str, ...] = ()
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads

@@ -2,6 +2,7 @@
 
     CACHE/<key>.plan    the serialized engine, as TensorRT wrote it
     CACHE/<key>.json    the record: inputs of the build, what was built, SHA-256 of the plan
+    CACHE/timing-*      tactic timings of earlier builds (real TensorRT only)
 
 The key is made of the build's inputs. Whether a plan fits this device is a question to the record,
 answered before anything is deserialized. A plan is executable content: the cache must belong to the
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from cxrgaze.bundle import Bundle
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import (
     parse_json,
@@ -52,13 +55,31 @@ class PlanInputs(Frozen):
     """Smallest, best and largest batch."""
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     workspace_bytes: int | None = Field(default=None, gt=0)
+    """As asked for; the record has what the build was given."""
     version_compatible: bool = False
+    """Loads in later versions of the same major one; such a plan carries host code."""
+    hardware_compatible: bool = False
+    """Loads on every discrete GPU of compute capability 8.0 and later."""
     tf32: bool = False
 
     @property
     def key(self) -> str:
         """32 hex digits that name the plan."""
         return sha256(render_json(self.model_dump(mode="json")))[:32]
+
+
+class BuiltEngine(Frozen):
+    """What the library says of the engine, once it was loaded where it was built."""
+
+    layers: int
+    layers_by_type: dict[str, int]
+    """Layers by the data type of their first input; "unknown" where the inspector gives none."""
+    weight_bytes_by_type: dict[str, int]
+    """Of the weights that the inspector shows; fused blocks hide theirs."""
+    convolution_macs_by_type: dict[str, int]
+    """Multiply-accumulates for one film of the convolutions that the inspector shows."""
+    device_memory_bytes: int
+    """What an execution context needs beside weights and buffers."""
 
 
 class PlanRecord(Frozen):
@@ -70,12 +91,21 @@ class PlanRecord(Frozen):
     inputs: PlanInputs
     plan_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     plan_bytes: int = Field(gt=0, le=_PLAN_LIMIT)
+    workspace_bytes: int | None = Field(default=None, gt=0)
+    """What the build was given; None is the library's own limit."""
     built_precision: BuiltPrecision
     built_precision_why: str
+    engine: BuiltEngine | None = None
+    """None where the plan was not loaded: built ahead of time, without its GPU."""
     build_seconds: float = Field(ge=0)
     created_utc: str
     built_on: dict[str, str]
-    """Facts about the machine: GPU or "none", driver, library."""
+    """Facts about the machine: GPU or "none", driver, system."""
+
+    @property
+    def has_host_code(self) -> bool:
+        """Whether loading the plan runs code that it carries on the CPU."""
+        return self.inputs.version_compatible
 
 
 class Cache:
@@ -136,6 +166,41 @@ class Cache:
             if record.inputs.bundle_sha256 == bundle_sha256:
                 yield record
 
+    def fitting(self, bundle: Bundle, here: Here, *, allow_host_code: bool = False) -> PlanRecord:
+        """The newest plan of a bundle that fits what is here; nothing is deserialized.
+
+        Raises:
+            IncompatibleError: there is none, with what is wrong with those that there are.
+        """
+        fit: list[PlanRecord] = []
+        wrong: list[str] = []
+        for record in self.records(bundle.sha256):
+            if isinstance(record, IntegrityError):
+                wrong.append(str(record))
+                continue
+            try:
+                require_fit(record, here, allow_host_code=allow_host_code)
+                fit.append(record)
+            except IncompatibleError as error:
+                wrong.append(str(error))
+        if fit:
+            return max(fit, key=lambda record: record.created_utc)
+        raise IncompatibleError(
+            f"no plan of this bundle for this device in {self.folder}; run: cxrgaze-build "
+            f"{bundle.path}" + "".join(f" [{problem}]" for problem in wrong)
+        )
+
+    def remove(self, inputs: PlanInputs) -> None:
+        """Delete the plan of these inputs and its record, if they are there."""
+        path = self.plan_path(inputs)
+        path.with_suffix(".json").unlink(missing_ok=True)  # first: no record without its plan
+        path.unlink(missing_ok=True)
+
+    def timing_path(self, inputs: PlanInputs) -> Path:
+        """Where the tactic timings of this library and architecture lie."""
+        parts = (inputs.library, inputs.library_version, *inputs.architecture)
+        return self.folder / f"timing-{'-'.join(parts)}"
+
     def store(self, record: PlanRecord, plan: bytes) -> None:
         """Write the plan, then its record: a record never lies about a plan that is not there."""
         path = self.plan_path(record.inputs)
@@ -181,31 +246,80 @@ def read_record(path: Path) -> PlanRecord:
     return record
 
 
-def require_fit(
-    record: PlanRecord, *, library: str, library_version: str, capability: str, platform: str
-) -> None:
+class Here(NamedTuple):
+    """What a plan must fit."""
+
+    library: str
+    library_version: str
+    capability: str
+    """Compute capability of the GPU, such as "87"."""
+    platform: str
+
+
+def require_fit(record: PlanRecord, here: Here, *, allow_host_code: bool = False) -> None:
     """Refuse a plan that was built for something else; nothing is deserialized.
 
     Args:
-        capability: compute capability of the GPU here, such as "87".
+        allow_host_code: take a plan that brings code of its own for the CPU.
 
     Raises:
         IncompatibleError: saying what it was built for, what is here, and what to run.
     """
     built = record.inputs
-    here = f"{library} {library_version}, compute capability {capability}, {platform}"
-    was = (
-        f"{built.library} {built.library_version}, compute capability "
-        f"{'/'.join(built.architecture)}, {built.platform}"
+    same_library = built.library == here.library and (
+        built.library_version == here.library_version
+        or (
+            built.version_compatible
+            and _number(built.library_version) <= _number(here.library_version)
+            and _number(built.library_version)[0] == _number(here.library_version)[0]
+        )
     )
-    same_library = built.library == library and (
-        built.library_version == library_version
-        or (built.version_compatible and _major(built.library_version) == _major(library_version))
+    same_device = here.capability in built.architecture or (
+        built.hardware_compatible and int(here.capability) >= 80
     )
-    if not same_library or capability not in built.architecture or built.platform != platform:
+    if not same_library or not same_device or built.platform != here.platform:
         raise IncompatibleError(
-            f"the plan was built for {was}; here is {here}. Run: cxrgaze-build "
-            f"{record.bundle_name}.cxrgaze"
+            f"the plan was built for {built.library} {built.library_version}, compute capability "
+            f"{'/'.join(built.architecture)}, {built.platform}; here is {here.library} "
+            f"{here.library_version}, compute capability {here.capability}, {here.platform}. "
+            f"Run: cxrgaze-build {record.bundle_name}.cxrgaze"
+        )
+    if record.has_host_code and not allow_host_code:
+        raise IncompatibleError(
+            "the plan is version-compatible: it carries code that runs on the CPU when it is "
+            "loaded. Allow that with --allow-host-code if you built it yourself, or build without "
+            "--version-compatible"
+        )
+
+
+_MAGIC = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
+_VERSION_AT = 24
+_HEADER = 64
+
+
+def check_header(plan: bytes, inputs: PlanInputs) -> None:
+    """Refuse bytes that do not begin like a plan of the recorded library and version.
+
+    TensorRT writes a magic number first and its version as four bytes at offset 24, which
+    `trtexec --getPlanVersionOnly` reads (TensorRT, samples/common/sampleEngines.cpp); TensorRT-RTX
+    1.7.1 does the same with another magic number (seen in its plans).
+
+    Raises:
+        IntegrityError: not a plan.
+        IncompatibleError: a plan of another version than its record says.
+    """
+    magic = _MAGIC[inputs.library]
+    if len(plan) < _HEADER or plan[:4] != magic:
+        raise IntegrityError(
+            f"the plan {inputs.key} begins with {plan[:4]!r}, a plan of {inputs.library} with "
+            f"{magic!r}: it is none; run: cxrgaze-build --rebuild"
+        )
+    said = _number(inputs.library_version)[:3]
+    found = tuple(plan[_VERSION_AT : _VERSION_AT + 3])
+    if found != said:
+        raise IncompatibleError(
+            f"the plan {inputs.key} was written by version {'.'.join(map(str, found))}, its record "
+            f"says {inputs.library_version}; run: cxrgaze-build --rebuild"
         )
 
 
@@ -214,8 +328,8 @@ def now_utc() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _major(version: str) -> str:
-    return version.split(".", 1)[0]
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def _default_folder() -> Path:

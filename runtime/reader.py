@@ -32,20 +32,26 @@ def load(
     *,
     threads: int | None = None,
     public_key: Path | str | None = None,
+    cache: Path | str | None = None,
+    allow_host_code: bool = False,
 ) -> Reader:
     """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
 
     Args:
         bundle: the folder that `cxrgaze-export` made.
-        device: "auto" or the name of a backend (`cxrgaze.runtime.backends.NAMES`).
+        device: "auto" or the name of a backend (`cxrgaze.runtime.backends.NAMES`). "auto" takes a
+            TensorRT with a plan of this bundle for this GPU (`cxrgaze-build`), else ONNX Runtime.
         threads: CPU threads of the backend; None leaves the choice to it.
         public_key: PEM file; a bundle that its owner did not sign is refused.
+        cache: folder of plans; None is the user's own (`cxrgaze.runtime.plans.Cache`).
+        allow_host_code: load a version-compatible plan, which brings code of its own for the CPU.
 
     Raises:
         UsageError: no bundle there, no such backend.
         IntegrityError: any file of the bundle is malformed or altered; its gate verdict is "fail";
             it is not signed by the owner of `public_key`.
         IncompatibleError: backend or preprocessing does not fit, or the self-test failed.
+        OutOfMemoryError, DeviceError: the GPU has no room, or fails.
 
     Example:
         >>> with load("demo-fp16.cxrgaze") as reader:    # doctest: +SKIP
@@ -56,13 +62,17 @@ def load(
     opened = Bundle.open(bundle)
     if public_key is not None:
         require_signature(opened, Path(public_key))
-    return Reader(opened, backends.choose(opened, device, threads))
+    wish = backends.Wish(device, threads, Path(cache) if cache else None, allow_host_code)
+    backend, warnings = backends.choose(opened, wish)
+    return Reader(opened, backend, warnings)
 
 
 class Reader:
     """Reads films with one bundle on one backend; a context manager; one thread at a time."""
 
-    def __init__(self, bundle: Bundle, backend: backends.Backend) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: backends.Backend, warnings: Sequence[str] = ()
+    ) -> None:
         manifest = bundle.manifest
         if manifest.spec.preprocessing != PREPROCESSING:
             raise IncompatibleError(
@@ -81,7 +91,7 @@ class Reader:
         except BaseException:
             backend.deactivate()
             raise
-        self.standing_warnings = self._standing_warnings()
+        self.standing_warnings = (*self._standing_warnings(), *warnings, *backend.notes)
 
     def __enter__(self) -> Reader:
         return self
@@ -216,10 +226,10 @@ class Reader:
     def _self_test(self) -> None:
         manifest = self.bundle.manifest
         golden = read_golden(self.bundle)
-        tolerance = manifest.self_test.get(self.backend.name)
+        tolerance = manifest.self_test.get(self.backend.tolerance)
         if tolerance is None:
             raise IncompatibleError(
-                f"the bundle has no self-test tolerance for {self.backend.name}; export again"
+                f"the bundle has no self-test tolerance for {self.backend.tolerance}; export again"
             )
         found = self.backend.infer(golden["image"])
         off_logits = float(np.abs(found.logits - golden["logits"]).max())

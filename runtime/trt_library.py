@@ -1,26 +1,32 @@
 """The three TensorRTs behind one face: where they differ, and nowhere else.
 
 `tensorrt` 10.3 to 10.x (JetPack 6), `tensorrt` 11.x (workstations, JetPack 7.2.2 and later) and
-`tensorrt_rtx` 1.x. Networks are always strongly typed and I/O goes by name, so that what is left
-are a few flags: TensorRT 11 has no other kind of network; TensorRT-RTX compiles ahead of time for
-given compute capabilities and has no workspace, timing cache or version compatibility to ask for
-(toolchain.md sections 4 and 7).
+`tensorrt_rtx` 1.x. Networks are always strongly typed and I/O goes by name, so that what is left is
+little: TensorRT-RTX compiles ahead of time for given compute capabilities, says before it loads a
+plan whether it can, and has no workspace, timing cache, version or hardware compatibility to ask
+for (toolchain.md sections 4 and 7). docs/tensorrt.md has the table of our calls by version.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cxrgaze.errors import IncompatibleError
+from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
+from cxrgaze.files import read_regular, write_atomic
 
 NAMES = ("tensorrt", "tensorrt_rtx")
 """Modules, in the order that a build prefers."""
 
 SUPPORTED = {"tensorrt": ((10, 3), (12, 0)), "tensorrt_rtx": ((1, 0), (2, 0))}
 """First version that is supported and first that is not, by module."""
+
+_TIMING_CACHE_LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,59 @@ class Library:
 
     @property
     def network_flags(self) -> int:
-        """Creation flags of a strongly typed network; TensorRT 11 has no other kind."""
+        """Creation flags of a strongly typed network; a TensorRT without the flag has no other."""
         flags = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 0 if flags is None else 1 << int(flags)
+
+    def logger(self, on_warning: Callable[[str], None] = lambda text: None) -> Any:
+        """A logger for the library that keeps errors (`errors`) and passes warnings on."""
+        module, severity = self.module, self.module.ILogger.Severity
+
+        class Logger(module.ILogger):  # type: ignore[misc,name-defined] # known when run
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)  # the bindings ask for it by name
+                self.errors: list[str] = []
+
+            def log(self, level: Any, message: str) -> None:
+                if level in (severity.INTERNAL_ERROR, severity.ERROR):
+                    self.errors.append(message)
+                elif level == severity.WARNING:
+                    on_warning(message)
+
+        return Logger()
+
+    def said(self, log: Any) -> str:
+        """What the library wrote to a logger of ours as errors, on one line."""
+        return "; ".join(dict.fromkeys(map(str.strip, log.errors))) or "nothing in its log"
+
+    def refuse_options(self, **given: object) -> None:
+        """Refuse options of a build that this library lacks.
+
+        Args:
+            given: value by option, in the option's own spelling with underscores.
+
+        Raises:
+            UsageError: naming the first that was given.
+        """
+        lacks = _RTX_LACKS if self.is_rtx else _RTX_ONLY
+        for name, value in given.items():
+            if name in lacks and value:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{self.name} {self.version} has no {flag}; leave it out")
+
+    def target(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        """Set what to compile for: the GPU here, or given compute capabilities ahead of time.
+
+        Raises:
+            IncompatibleError: this library cannot compile for one of them.
+        """
+        if not self.is_rtx:
+            return
+        wanted = [self.capability(sm) for sm in capabilities]
+        wanted = wanted or [self.module.ComputeCapability.CURRENT]
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            config.set_compute_capability(capability, index)
 
     def capability(self, sm: str) -> Any:
         """The enumerator of a compute capability such as "86", for an ahead-of-time build.
@@ -63,6 +119,52 @@ class Library:
             )
         return found
 
+    @contextlib.contextmanager
+    def timing_cache(self, config: Any, path: Path) -> Iterator[None]:
+        """Tactic timings of earlier builds from `path`, and with this build's back to it.
+
+        TensorRT-RTX has none: it measures nothing when it builds. A file that the library does not
+        take, of another device for one, is replaced.
+        """
+        if self.is_rtx:
+            yield
+            return
+        try:
+            known = read_regular(path, _TIMING_CACHE_LIMIT)
+        except (OSError, IntegrityError):
+            known = b""
+        timings = config.create_timing_cache(known)
+        if timings is None or not config.set_timing_cache(timings, False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+        yield
+        timings = config.get_timing_cache()
+        write_atomic(path, bytes(timings.serialize()))
+
+    def require_valid(self, runtime: Any, plan: bytes, log: Any) -> str | None:
+        """Ask the library whether it can load a plan, where it answers that without loading it.
+
+        Returns:
+            What is less than best, or None.
+
+        Raises:
+            IncompatibleError: it cannot, with its diagnostics and log.
+        """
+        if not self.is_rtx:
+            return None
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        if validity == self.module.EngineValidity.INVALID:
+            raise IncompatibleError(
+                f"{self.name} {self.version} says that it cannot load the plan (diagnostics "
+                f"{diagnostics}): {self.said(log)}; run: cxrgaze-build --rebuild"
+            )
+        if validity == self.module.EngineValidity.SUBOPTIMAL:
+            return f"{self.name} calls this plan suboptimal on this device"
+        return None
+
+
+_RTX_LACKS = {"workspace", "version_compatible", "hardware_compatible"}
+_RTX_ONLY = {"cpu_only"}
+
 
 def versions() -> dict[str, str]:
     """Version by module of the libraries that can be imported here, supported or not."""
@@ -70,7 +172,7 @@ def versions() -> dict[str, str]:
     for name in NAMES:
         try:
             found[name] = str(importlib.import_module(name).__version__)
-        except ImportError:
+        except (ImportError, OSError):
             continue
     return found
 
@@ -85,7 +187,7 @@ def find(name: str = "auto") -> Library:
     for candidate in NAMES if name == "auto" else (name,):
         try:
             module = importlib.import_module(candidate)
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             problems.append(f"{candidate}: {error}")
             continue
         library = Library(candidate, str(module.__version__), module)

@@ -131,7 +131,8 @@ def open_model(path: Path, threads: int | None = None) -> Model:
     if (path / MANIFEST).is_file():
         bundle = Bundle.open(path)
         bundle.verify()
-        backend = backends.choose(bundle, "auto", threads)
+        wish = backends.Wish("onnxruntime", threads)  # figures of the graph, not of a plan of it
+        backend = backends.choose(bundle, wish).backend
         backend.activate(bundle)
 
         def run(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

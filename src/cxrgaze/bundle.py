@@ -36,6 +36,7 @@ _MANIFEST_LIMIT = 16 << 20
 _FILE_LIMIT = 4 << 30
 
 Precision = Literal["fp32", "fp16"]
+DataType = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Target = Literal["tensorrt", "cpu"]
 Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
 Head = Literal["logits", "log_density"]
@@ -135,11 +136,13 @@ class Manifest(Frozen):
     """At most 10: onnxruntime 1.23 of JetPack 6 reads no later one (toolchain.md section 9)."""
     float32_nodes: int
     """Nodes of a low-precision graph that stay float32 on purpose."""
+    convolution_macs: dict[DataType, int] = {}
+    """Multiply-accumulates of the graph's convolutions for one film, by the type of their input."""
     decision: Decision = Decision()
     untrained: tuple[Head, ...] = ()
     """Outputs that nothing has taught; every reading says so."""
     self_test: dict[str, Tolerance]
-    """Tolerances of the golden input by backend, for this bundle's precision."""
+    """Tolerances of the golden input by backend, "NAME-tf32" where it may use TensorFloat-32."""
     parity: Parity
     gate: Gate
     provenance: Provenance

@@ -6,7 +6,9 @@
     ├── ParityError                 4  converted graph and network disagree, NaN, overflow
     ├── IncompatibleError           6  device, library, backend or target does not fit
     ├── IntegrityError              7  malformed, altered or foreign file (bundle, checkpoint)
+    ├── OutOfMemoryError           10  not enough memory on the device, before or while it was used
     ├── DataError                  11  a labelled set that breaks a rule
+    ├── DeviceError                 1  a CUDA call that failed
     └── FilmError                   1  a film that cannot be read
         └── NotApplicableError      0  a film that must not be read: a result, not a failure
 
@@ -71,6 +73,16 @@ class IntegrityError(CxrgazeError):
     """A file that is malformed, altered or of another schema version."""
 
     exit_code = ExitCode.INTEGRITY
+
+
+class OutOfMemoryError(CxrgazeError, MemoryError):
+    """Not enough memory on the device."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class DeviceError(CxrgazeError):
+    """A CUDA call that failed: the message has the call, the code and its meaning."""
 
 
 class DataError(CxrgazeError):

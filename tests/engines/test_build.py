@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -15,6 +19,10 @@ from cxrgaze.engines import cli, inspect_cli
 from cxrgaze.errors import BuildError, ExitCode, IncompatibleError, UsageError
 from cxrgaze.export import cli as export_cli
 from cxrgaze.runtime import plans, trt_library
+from cxrgaze.runtime.device import Gpu
+from cxrgaze.train import checkpoint
+
+EDGE = checkpoint.demo_path().with_name("edge.safetensors")
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
 
@@ -81,6 +89,11 @@ REFUSED = {
     "a Hopper": (["--cpu-only", "--sm", "86,90"], ExitCode.INCOMPATIBLE, "capability 90"),
     "--cpu-only alone": (["--cpu-only"], ExitCode.USAGE, "go together"),
     "no such library": (["--library", "tensorrt"], ExitCode.INCOMPATIBLE, "no TensorRT here"),
+    "a workspace": (
+        ["--cpu-only", "--sm", "86", "--workspace", "1G"],
+        ExitCode.USAGE,
+        "has no --workspace",
+    ),
 }
 
 
@@ -91,6 +104,13 @@ def test_what_cannot_be_built_is_refused(bundles, tmp_path, capsys, name):
     assert cli.main([bundle, "--cache", str(tmp_path / "plans"), *arguments]) == code
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "plans").glob("*"))
+
+
+@pytest.mark.parametrize("text", ["0M", "1", "1T", "-1G", "1.5G"])
+def test_a_bad_size_is_a_usage_error(bundles, tmp_path, text):
+    with pytest.raises(SystemExit) as caught:
+        _build(bundles / "demo-fp16.cxrgaze", tmp_path, f"--workspace={text}")
+    assert caught.value.code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("text", ["0", "1:2", "4:2:8", "x", "1:1:5000"])
@@ -210,18 +230,137 @@ def test_progress_advances(bundles, cache, monkeypatch):
     assert made[0].steps > 100
 
 
+AHEAD = engine.Site(None, "no driver", 16 << 30, None)
+
+
 def test_options_that_a_library_lacks_are_refused(bundles):
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     rtx = trt_library.find("tensorrt_rtx")
     for options in (
         engine.Options(capabilities=("86",), workspace_bytes=1 << 30),
-        engine.Options(capabilities=("86",), version_compatible=True),
+        engine.Options(capabilities=("86",), version_compatible=True, allow_host_code=True),
+        engine.Options(capabilities=("86",), hardware_compatible=True),
     ):
         with pytest.raises(UsageError, match="has no --"):
-            engine.plan_inputs(bundle, rtx, options)
+            engine.plan_inputs(bundle, rtx, options, AHEAD)
     real = trt_library.Library("tensorrt", "10.3.0", rtx.module)
-    with pytest.raises(UsageError, match="--sm is for tensorrt_rtx"):
-        engine.plan_inputs(bundle, real, engine.Options(capabilities=("86",)))
+    with pytest.raises(UsageError, match="has no --cpu-only"):
+        engine.plan_inputs(bundle, real, engine.Options(capabilities=("86",)), AHEAD)
+
+
+def test_host_code_needs_leave_to_be_built(bundles):
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    real = trt_library.Library("tensorrt", "10.3.0", None)
+    options = engine.Options(version_compatible=True)
+    with pytest.raises(UsageError, match="--allow-host-code"):
+        engine.plan_inputs(bundle, real, options, ORIN)
+    allowed = replace(options, allow_host_code=True)
+    inputs = engine.plan_inputs(bundle, real, allowed, ORIN)
+    assert inputs.version_compatible and inputs.architecture == ("87",)
+
+
+# Recorded facts of a machine that is not here: an Orin Nano with 8 GB.
+ORIN = engine.Site(Gpu("Orin", "87", 7_989_280_768, True, "12.6"), "", 3_186_622_464, "36.4.3")
+
+
+def test_a_plan_for_every_discrete_gpu_is_not_for_a_jetson(bundles):
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    real = trt_library.Library("tensorrt", "10.3.0", None)
+    with pytest.raises(IncompatibleError, match="here is a Jetson"):
+        engine.plan_inputs(bundle, real, engine.Options(hardware_compatible=True), ORIN)
+
+
+def test_workspace_on_shared_memory_is_at_most_half_of_what_is_left():
+    graph = 134_000_000  # the paper network in fp16
+    itself = int(engine.BASE_BYTES + engine.BYTES_PER_GRAPH_BYTE * graph)
+    most = (3_186_622_464 - itself) // 2
+    assert engine.workspace_to_give(None, graph, ORIN) == most
+    assert engine.workspace_to_give(4 << 30, graph, ORIN) == most
+    assert engine.workspace_to_give(300 << 20, graph, ORIN) == 300 << 20
+    discrete = replace(ORIN, gpu=replace(ORIN.gpu, integrated=False))
+    for site in (discrete, AHEAD, replace(ORIN, available_bytes=None)):
+        assert engine.workspace_to_give(None, graph, site) is None
+        assert engine.workspace_to_give(4 << 30, graph, site) == 4 << 30
+
+
+def test_too_little_memory_is_said_before_the_build_begins(bundles, tmp_path, monkeypatch, capsys):
+    """A Jetson with 600 MB free, from recorded facts; the library is never called."""
+    monkeypatch.setattr(engine, "this_site", lambda: replace(ORIN, available_bytes=600_000_000))
+    library = trt_library.Library("tensorrt", "10.3.0", None)
+    monkeypatch.setattr(trt_library, "find", lambda name: library)
+    bundle = str(bundles / "demo-fp16.cxrgaze")
+    assert cli.main([bundle, "--cache", str(tmp_path / "plans")]) == ExitCode.OUT_OF_MEMORY
+    said = capsys.readouterr().err
+    assert "needs about 690 MB, 600 MB are free" in said
+    assert not list((tmp_path / "plans").iterdir())
+
+
+def test_the_estimate_of_memory_is_not_below_a_real_build(tmp_path):
+    """A build of the largest graph that ships, in a process of its own: TensorRT-RTX, x86_64."""
+    assert export_cli.main([str(EDGE), "--precision", "fp16", "--output", str(tmp_path)]) == 0
+    bundle = tmp_path / "edge-fp16.cxrgaze"
+    code = """
+import pathlib, re, sys
+from cxrgaze.engines import build, cli
+from cxrgaze.runtime import plans
+import tensorrt_rtx
+status = pathlib.Path("/proc/self/status")
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) * 1024
+before = peak()
+assert cli.main([*sys.argv[1:], "--cpu-only", "--sm", "86"]) == 0
+print(peak() - before)
+"""
+    arguments = [sys.executable, "-c", code, str(bundle), "--cache", str(tmp_path / "plans")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    taken = int(done.stdout.split()[-1])
+    estimate = engine.BASE_BYTES + engine.BYTES_PER_GRAPH_BYTE * (bundle / GRAPH).stat().st_size
+    assert 0.3 * estimate < taken < 1.2 * estimate
+
+
+@pytest.fixture
+def recorded_device(bundles, monkeypatch):
+    """A card that is not here: real plan bytes, with facts and inspector output as recorded.
+
+    What it stands for only a device can cause; the builder, the cache and the verdict are real.
+    """
+    rtx = trt_library.find("tensorrt_rtx")
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    options = engine.Options(capabilities=("86",))
+    plan = engine._serialized(bundle.read(GRAPH), rtx, options, None, Path("unused"), bundle)
+    card = Gpu("NVIDIA A100-SXM4-40GB", "86", 40 << 30, False, "13.0")
+    monkeypatch.setattr(engine, "this_site", lambda: engine.Site(card, "", 16 << 30, None))
+    monkeypatch.setattr(engine, "_serialized", lambda *arguments: plan)
+
+    def shows(**macs):
+        built = plans.BuiltEngine(
+            layers=1,
+            layers_by_type={},
+            weight_bytes_by_type={},
+            convolution_macs_by_type=macs,
+            device_memory_bytes=1,
+        )
+        monkeypatch.setattr(engine, "inspected", lambda *_, **__: built)
+
+    return bundle, shows
+
+
+def test_a_contradicted_precision_is_exit_3_and_its_plan_is_deleted(
+    recorded_device, tmp_path, capsys
+):
+    bundle, shows = recorded_device
+    arguments = [str(bundle.path), "--cache", str(tmp_path / "plans")]
+    work = bundle.manifest.convolution_macs["fp16"]
+    shows(fp16=work)
+    assert cli.main(arguments) == 0
+    assert "proven: the inspector shows 100.0 %" in capsys.readouterr().out
+    (record,) = plans.Cache(tmp_path / "plans").records(bundle.sha256)
+    assert record.built_on["gpu"] == "NVIDIA A100-SXM4-40GB" and record.engine is not None
+    shows(fp32=work)
+    assert cli.main([*arguments, "--rebuild"]) == ExitCode.BUILD
+    assert "built another precision than the graph has" in capsys.readouterr().err
+    assert not list((tmp_path / "plans").iterdir())
+    shows()
+    assert cli.main(arguments) == 0 and "opaque" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", ["9.9.0", "10.2.0", "12.0.0"])
@@ -248,7 +387,11 @@ def test_inspect_lists_plans_without_loading_them(bundles, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["bundle"]["parity"] == "pass" and "onnxruntime" in found["device"]["libraries"]
     (plan,) = found["plans"]
-    assert plan["precision"] == "opaque" and "86, 89" in plan["for"]
+    assert plan["precision"].startswith("opaque: no engine was loaded") and "86, 89" in plan["for"]
+    assert plan["host code"] == "no" and "cannot be loaded here: no GPU" in plan["here"]
+    assert (
+        len(found["support matrix"]) == 7 and "no GPU here" in found["device"]["tensorrt here"][0]
+    )
     (tmp_path / "plans" / f"{plan['plan']}.json").write_text("{}")
     assert inspect_cli.main([bundle, "--cache", cache]) == 0
     assert "refused" in capsys.readouterr().out

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import types
 
 import pytest
 
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import sha256
-from cxrgaze.runtime.plans import Cache, PlanInputs, PlanRecord, read_record, require_fit
+from cxrgaze.runtime.plans import (
+    Cache,
+    Here,
+    PlanInputs,
+    PlanRecord,
+    check_header,
+    read_record,
+    require_fit,
+)
 
 PLAN = b"not executable" * 100
-HERE = {
-    "library": "tensorrt",
-    "library_version": "10.3.0",
-    "capability": "87",
-    "platform": "linux-aarch64",
-}
+HERE = Here("tensorrt", "10.3.0", "87", "linux-aarch64")
 
 
 def _inputs(**changes):
@@ -80,6 +84,7 @@ def test_every_input_changes_the_key():
         "optimization_level": 3,
         "workspace_bytes": 1 << 30,
         "version_compatible": True,
+        "hardware_compatible": True,
         "tf32": True,
     }
     assert set(changes) == set(PlanInputs.model_fields)
@@ -211,26 +216,88 @@ def test_the_plan_is_used_from_the_bytes_that_were_checked(cache, stored):
 
 
 def test_a_plan_that_fits_is_accepted():
-    require_fit(_record(_inputs()), **HERE)
-    newer = HERE | {"library_version": "10.9.0"}
-    require_fit(_record(_inputs(version_compatible=True)), **newer)
+    require_fit(_record(_inputs()), HERE)
+    compatible = _record(_inputs(version_compatible=True))
+    require_fit(compatible, HERE._replace(library_version="10.9.0"), allow_host_code=True)
+    wide = _record(_inputs(hardware_compatible=True, architecture=("86",)))
+    require_fit(wide, HERE._replace(capability="120"))
 
 
 MISFITS = {
-    "another version": {"library_version": "10.9.0"},
-    "another library": {"library": "tensorrt_rtx"},
-    "another GPU": {"capability": "86"},
-    "another platform": {"platform": "linux-x86_64"},
+    "another version": ({}, {"library_version": "10.9.0"}),
+    "another library": ({}, {"library": "tensorrt_rtx"}),
+    "another GPU": ({}, {"capability": "86"}),
+    "another platform": ({}, {"platform": "linux-x86_64"}),
+    "an older version": ({"version_compatible": True}, {"library_version": "10.2.9"}),
+    "another major version": ({"version_compatible": True}, {"library_version": "11.4.1"}),
+    "a Turing": ({"hardware_compatible": True}, {"capability": "75"}),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_plan_for_something_else_is_refused_with_what_to_run(name):
+    built, here = MISFITS[name]
     with pytest.raises(IncompatibleError, match=r"built for .*; here is .*cxrgaze-build demo-fp16"):
-        require_fit(_record(_inputs()), **(HERE | MISFITS[name]))
+        require_fit(_record(_inputs(**built)), HERE._replace(**here), allow_host_code=True)
 
 
-def test_version_compatible_does_not_cross_a_major_version():
+def test_host_code_is_refused_unless_allowed():
     record = _record(_inputs(version_compatible=True))
-    with pytest.raises(IncompatibleError):
-        require_fit(record, **(HERE | {"library_version": "11.4.1"}))
+    assert record.has_host_code and not _record(_inputs()).has_host_code
+    with pytest.raises(IncompatibleError, match="--allow-host-code"):
+        require_fit(record, HERE)
+
+
+def _plan(magic=b"ftrt", version=(10, 3, 0), size=500):
+    return magic + bytes(20) + bytes(version) + bytes(size - 24 - len(version))
+
+
+def test_the_header_of_a_plan_is_that_of_its_record():
+    check_header(_plan(), _inputs())
+    check_header(
+        _plan(b"vtrt", (1, 7, 1, 116)),
+        _inputs(library="tensorrt_rtx", library_version="1.7.1.116"),
+    )
+
+
+HEADERS = {
+    "text": (b"#!/bin/sh\n" * 100, IntegrityError, "it is none"),
+    "nothing": (b"", IntegrityError, "it is none"),
+    "cut off in its header": (_plan()[:63], IntegrityError, "it is none"),
+    "a prefix before the plan": (b"\x10\0\0\0" + _plan(), IntegrityError, "it is none"),
+    "a plan of TensorRT-RTX": (_plan(b"vtrt"), IntegrityError, "it is none"),
+    "another version": (_plan(version=(10, 9, 0)), IncompatibleError, "written by version 10.9.0"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_does_not_begin_like_the_plan_of_its_record_is_refused(name):
+    plan, error, message = HEADERS[name]
+    with pytest.raises(error, match=message):
+        check_header(plan, _inputs())
+
+
+BUNDLE = types.SimpleNamespace(sha256="a" * 64, path="demo-fp16.cxrgaze")
+
+
+def test_the_newest_plan_that_fits_is_taken(cache, stored):
+    assert cache.fitting(BUNDLE, HERE) == stored
+    newer = _record(_inputs(tf32=True)).model_copy(
+        update={"created_utc": "2026-11-24T00:00:00+00:00"}
+    )
+    cache.store(newer, PLAN)
+    assert cache.fitting(BUNDLE, HERE) == newer
+    cache.remove(newer.inputs)
+    cache.remove(newer.inputs)
+    assert cache.fitting(BUNDLE, HERE) == stored and len(list(cache.folder.iterdir())) == 2
+
+
+def test_without_one_that_fits_all_problems_are_named(cache, stored):
+    other = types.SimpleNamespace(sha256="c" * 64, path="other.cxrgaze")
+    with pytest.raises(IncompatibleError, match=r"run: cxrgaze-build other.cxrgaze$"):
+        cache.fitting(other, HERE)
+    (cache.folder / "bad.json").write_text("{}")
+    with pytest.raises(IncompatibleError, match="schema version None") as caught:
+        cache.fitting(BUNDLE, HERE._replace(capability="86"))
+    assert "built for tensorrt 10.3.0" in str(caught.value)
+    assert cache.fitting(BUNDLE, HERE) == stored
