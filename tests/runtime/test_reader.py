@@ -120,8 +120,8 @@ def test_the_byte_order_of_an_array_does_not_matter(reader):
 
 
 def test_an_unknown_backend_lists_those_that_exist(bundles):
-    with pytest.raises(UsageError, match="choose from auto, onnxruntime"):
-        cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="tensorrt")
+    with pytest.raises(UsageError, match="choose from auto, tensorrt, tensorrt_rtx, onnxruntime"):
+        cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="openvino")
 
 
 def test_a_closed_reader_says_so(bundles):

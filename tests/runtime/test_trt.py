@@ -395,6 +395,51 @@ def test_host_code_needs_leave(cache, bundle, beside_a_gpu):
         assert reader.backend.name == "tensorrt"
 
 
+class _Timings:
+    """The part of IBuilderConfig that keeps tactic timings; takes what it wrote itself."""
+
+    def __init__(self):
+        self.given = []
+
+    def create_timing_cache(self, known):
+        return None if known.startswith(b"garbage") else known
+
+    def set_timing_cache(self, timings, ignore_mismatch):
+        assert ignore_mismatch is False
+        self.given.append(timings)
+        return timings != b"another device"
+
+    def get_timing_cache(self):
+        return types.SimpleNamespace(serialize=lambda: b"measured")
+
+
+@pytest.mark.parametrize(
+    "before, given",
+    [
+        (None, [b""]),
+        (b"measured", [b"measured"]),
+        (b"garbage", [b""]),
+        (b"another device", [b"another device", b""]),
+    ],
+)
+def test_timings_of_earlier_builds_are_taken_where_they_are_of_this_device(tmp_path, before, given):
+    path, config = tmp_path / "timing-x", _Timings()
+    if before is not None:
+        path.write_bytes(before)
+    with Library("tensorrt", "10.3.0", None).timing_cache(config, path):
+        pass
+    assert config.given == given and path.read_bytes() == b"measured"
+
+
+def test_tensorrt_rtx_has_no_timings_and_an_interrupted_build_keeps_none(tmp_path):
+    with Library("tensorrt_rtx", "1.7.1", None).timing_cache(None, tmp_path / "x"):
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        with Library("tensorrt", "10.3.0", None).timing_cache(_Timings(), tmp_path / "x"):
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_gpu_auto_says_nothing_and_a_name_says_why(bundle):
     choice = backends.choose(bundle)
     assert choice.backend.name == "onnxruntime" and choice.warnings == ()
