@@ -79,8 +79,8 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     for node in graph.node:
         if node.op_type != "Conv":
             continue
-        made_by = producer.get(node.input[0])
-        is_int8 = made_by is not None and made_by.op_type == "DequantizeLinear"
+        made_by = [producer[name].op_type for name in node.input[:2] if name in producer]
+        is_int8 = made_by == ["DequantizeLinear"] * 2
         kind = "int8" if is_int8 else _DATA_TYPES[values[node.input[0]].elem_type]
         out = [d.dim_value for d in values[node.output[0]].shape.dim]
         kernel = _weight_shape(node.input[1], weights, producer)

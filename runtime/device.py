@@ -68,6 +68,8 @@ class Device:
     def close(self) -> None:
         """Free everything, also what is left when one of it cannot be freed; may be repeated.
 
+        To be called outside `current()`, which pycuda cannot leave without its context.
+
         Raises:
             DeviceError: of what could not be freed, the last.
         """
@@ -220,7 +222,7 @@ class PyCuda(Device):
         self._driver = driver
         device = _pycuda("Device", driver.Device, index)
         self._primary = _pycuda("retain_primary_context", device.retain_primary_context)
-        self._context.callback(_pycuda, "Context.detach", self._primary.detach)
+        self._context.callback(self._detach)
         self._holds_context = True
         try:
             with self.current():
@@ -295,6 +297,17 @@ class PyCuda(Device):
     def _pop(self) -> None:
         _pycuda("Context.pop", self._driver.Context.pop)
 
+    def _detach(self) -> None:
+        # pycuda pushes the context to detach it, and cuDevicePrimaryCtxRelease pops none; nor can
+        # pycuda, which does not count that push. Only what is left current is popped here.
+        library = ctypes.CDLL("libcuda.so.1")
+        before, after = ctypes.c_void_p(), ctypes.c_void_p()
+        library.cuCtxGetCurrent(ctypes.byref(before))
+        _pycuda("Context.detach", self._primary.detach)
+        library.cuCtxGetCurrent(ctypes.byref(after))
+        if after.value != before.value:
+            library.cuCtxPopCurrent_v2(ctypes.byref(after))
+
 
 PROVIDERS: dict[str, type[CudaBindings] | type[PyCuda]] = {
     CudaBindings.provider: CudaBindings,
@@ -333,7 +346,7 @@ def open_device(index: int = 0) -> Device:
             continue
         return provider(index)
     found = gpus()
-    why = found if isinstance(found, str) else f"{len(found)} GPUs here, no number {index}"
+    why = found if isinstance(found, str) else f"{len(found)} GPU(s) here, no number {index}"
     raise IncompatibleError(f"no GPU to run on: {why}")
 
 
@@ -347,7 +360,8 @@ def _driver(call: str, *arguments: Any) -> Any:
 
     try:
         error, *values = getattr(driver, call)(*arguments)
-    except (RuntimeError, OSError) as problem:  # no driver library on this machine
+    except (RuntimeError, OSError, ValueError) as problem:
+        # no driver library on this machine, or an error number that these bindings do not know
         raise DeviceError(f"{call}: {_line(problem)}") from problem
     if int(error):
         _, text = driver.cuGetErrorString(error)

@@ -27,11 +27,11 @@ from cxrgaze.errors import DataError, ParityError, UsageError
 from cxrgaze.files import make_output_folder, render_json, write_atomic
 from cxrgaze.intervals import Interval, PatientBootstrap
 from cxrgaze.runtime import backends
+from cxrgaze.runtime.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.samples import LOOKS, FilmRow, LabelledSet, Split
 from cxrgaze.spec import NOTICE, ModelSpec
 from cxrgaze.train import checkpoint
 from cxrgaze.train.baseline import view_and_age
-from cxrgaze.train.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.train.evaluate import predict, saliency_rows
 from cxrgaze.train.origin import Origin, leakage
 

@@ -11,10 +11,10 @@ import numpy as np
 from cxrgaze import heatmaps
 from cxrgaze.command import say
 from cxrgaze.phantom import HARD, write_phantom_set
+from cxrgaze.runtime.dataset import load_arrays
 from cxrgaze.samples import LabelledSet, write_set
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import TrainConfig
-from cxrgaze.train.dataset import load_arrays
 from cxrgaze.train.evaluate import evaluate
 from cxrgaze.train.fit import fit
 from cxrgaze.train.run import Start

@@ -14,8 +14,8 @@ from cxrgaze import heatmaps, metrics
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError
 from cxrgaze.runtime.canvas import Geometry
+from cxrgaze.runtime.dataset import UNLABELLED, Arrays, canvas_density
 from cxrgaze.samples import Gaze
-from cxrgaze.train.dataset import UNLABELLED, Arrays, canvas_density
 from cxrgaze.train.model import Network
 
 

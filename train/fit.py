@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from cxrgaze import heatmaps
 from cxrgaze.command import say
 from cxrgaze.errors import DataError, UsageError
+from cxrgaze.runtime.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.samples import LabelledSet
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, initial
 from cxrgaze.train.calibrate import fit_decision
 from cxrgaze.train.config import Stage, TrainConfig
-from cxrgaze.train.dataset import UNLABELLED, Arrays, load_arrays
 from cxrgaze.train.distill import taught
 from cxrgaze.train.evaluate import evaluate, predict
 from cxrgaze.train.losses import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cxrgaze.train.dataset import UNLABELLED
+from cxrgaze.runtime.dataset import UNLABELLED
 from cxrgaze.train.model import Outputs
 
 MARGIN = 1.0

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cxrgaze import metrics
 from cxrgaze.errors import DataError
+from cxrgaze.runtime.dataset import UNLABELLED, Arrays
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, Stage
-from cxrgaze.train.dataset import UNLABELLED, Arrays
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     ENCODER,

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from cxrgaze import heatmaps
+from cxrgaze.runtime.dataset import UNLABELLED, load_arrays
 from cxrgaze.samples import LabelledSet
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import load_config
-from cxrgaze.train.dataset import UNLABELLED, load_arrays
 from cxrgaze.train.distill import taught
 from cxrgaze.train.model import network_of, spec_of
 from cxrgaze.train.stage import Films, StageModule

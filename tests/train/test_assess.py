@@ -280,8 +280,8 @@ def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypa
 
 def test_samples_beside_fixations_do_not_change_nss(labelled):
     from cxrgaze import heatmaps
+    from cxrgaze.runtime.dataset import load_arrays
     from cxrgaze.samples import Gaze
-    from cxrgaze.train.dataset import load_arrays
     from cxrgaze.train.evaluate import saliency_rows
 
     model = assess.open_model(checkpoint.demo_path(), 1)

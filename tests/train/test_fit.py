@@ -24,12 +24,12 @@ from cxrgaze.errors import (
     IntegrityError,
     UsageError,
 )
+from cxrgaze.runtime.dataset import UNLABELLED, load_arrays
 from cxrgaze.samples import LabelledSet
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, cli, fit, stage, trainer
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, load_config
-from cxrgaze.train.dataset import UNLABELLED, load_arrays
 from cxrgaze.train.model import VARIANTS, Network, network_of
 from cxrgaze.train.origin import Origin, check_leakage
 from cxrgaze.train.run import Start

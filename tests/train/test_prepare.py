@@ -11,9 +11,9 @@ from PIL import Image
 from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
 from cxrgaze.heatmaps import PRESETS
+from cxrgaze.runtime.dataset import load_arrays
 from cxrgaze.samples import LabelledSet
 from cxrgaze.train import cli
-from cxrgaze.train.dataset import load_arrays
 from cxrgaze.train.model import spec_of
 
 

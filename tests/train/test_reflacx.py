@@ -12,9 +12,9 @@ from PIL import Image
 from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
 from cxrgaze.heatmaps import PRESETS
+from cxrgaze.runtime.dataset import canvas_density, load_arrays
 from cxrgaze.samples import LabelledSet
 from cxrgaze.train import cli
-from cxrgaze.train.dataset import canvas_density, load_arrays
 from cxrgaze.train.model import spec_of
 from cxrgaze.train.reflacx import read_reflacx
 

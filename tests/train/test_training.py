@@ -9,9 +9,9 @@ import pytest
 
 from cxrgaze import heatmaps, phantom
 from cxrgaze.errors import DataError, ExitCode, IntegrityError, UsageError
+from cxrgaze.runtime.dataset import load_arrays
 from cxrgaze.spec import CLASSES
 from cxrgaze.train import checkpoint, cli
-from cxrgaze.train.dataset import load_arrays
 from cxrgaze.train.evaluate import evaluate
 
 PRESET = heatmaps.PRESETS["phantom"]

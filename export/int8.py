@@ -1,0 +1,272 @@
+"""INT8 in the graph: explicit quantization for two targets that cannot be one file.
+
+`tensorrt`: int8 with zero point 0 on the inputs of convolutions and on their weights, per output
+channel; biases and all else float. `cpu`: ONNX Runtime's own form, asymmetric uint8 on inputs and
+outputs, which it fuses into integer convolutions and TensorRT's parser refuses (toolchain.md
+section 4, recipes K and A).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from cxrgaze.bundle import Target
+from cxrgaze.errors import ParityError
+from cxrgaze.export.ranges import Method, collect
+
+KEPT = ("/dense/conv0/", "/skips.0/", "/saliency/")
+"""Convolutions that stay in higher precision, by the path of their module: they see the image's own
+256 grey levels or make the map."""
+
+PERCENTILE = 99.99
+OPSET = 19
+"""float16 scales of QuantizeLinear and DequantizeLinear need opset 19."""
+
+Ranges = Mapping[str, tuple[float, float]]
+
+_CPU_OPS = ["Conv", "Relu", "Add", "Concat", "MaxPool", "AveragePool", "Resize", "Mul"]
+
+
+def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The convolutions of a graph, in its order."""
+    return [node for node in model.graph.node if node.op_type == "Conv"]
+
+
+def block_of(node: onnx.NodeProto) -> str:
+    """The block of the network that a convolution belongs to, as "dense/denseblock3".
+
+    The first module of its path, or the first two where the first holds them all.
+    """
+    parts = node.name.strip("/").split("/")
+    return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
+
+
+def kept_convolutions(model: onnx.ModelProto, blocks: Collection[str] = ()) -> set[str]:
+    """Names of the convolutions that stay float: those of `KEPT` and of `blocks`.
+
+    Raises:
+        ParityError: a pattern or a block without a convolution, as after a change of the network.
+    """
+    names = {pattern: set[str]() for pattern in (*KEPT, *blocks)}
+    for node in convolutions(model):
+        for pattern in names:
+            if node.name.startswith(pattern) or block_of(node) == pattern:
+                names[pattern].add(node.name)
+    if empty := [pattern for pattern, found in names.items() if not found]:
+        raise ParityError(f"no convolution belongs to {empty}; its name was changed")
+    return set().union(*names.values())
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    images: Sequence[NDArray[np.float32]],
+    target: Target,
+    method: Method = "percentile",
+    percentile: float = PERCENTILE,
+) -> dict[str, tuple[float, float]]:
+    """Range of every tensor that quantization for `target` needs, over calibration films.
+
+    Args:
+        images: canvases `(1, H, W)`.
+
+    Raises:
+        ParityError: an activation is not finite.
+    """
+    nodes = convolutions(model) if target == "tensorrt" else _cpu_nodes(model)
+    weights = {w.name for w in model.graph.initializer}
+    names = {name for node in nodes for name in node.input[:1]}
+    if target == "cpu":
+        names |= {name for node in nodes for name in (*node.input, *node.output)}
+    names = {name for name in names if name and name not in weights}
+    tallies = collect(model, names, images)
+    if broken := [name for name, tally in tallies.items() if not tally.finite]:
+        raise ParityError(f"NaN or infinity in {broken[0]} on a calibration film")
+    return {name: tally.range(method, percentile) for name, tally in tallies.items()}
+
+
+def for_tensorrt(
+    model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()
+) -> onnx.ModelProto:
+    """The graph with int8 on the inputs and weights of every convolution but those in `keep`.
+
+    Args:
+        keep: names of convolutions.
+
+    Raises:
+        ParityError: a convolution whose weight is not stored, or an input without a range.
+    """
+    model = onnx.version_converter.convert_version(model, OPSET)
+    graph = model.graph
+    weights = {w.name: w for w in graph.initializer}
+    made: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    zero = numpy_helper.from_array(np.zeros((), np.int8), "int8/zero")
+    graph.initializer.append(zero)
+
+    def quantized_input(name: str) -> str:
+        if name not in made:
+            if name not in ranges:
+                raise ParityError(f"no calibrated range for {name}")
+            scale = _scales(np.abs(ranges[name]).max())
+            graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
+            nodes.append(_node("QuantizeLinear", [name, f"{name}/scale", zero.name], f"{name}/q"))
+            back = [f"{name}/q", f"{name}/scale", zero.name]
+            nodes.append(_node("DequantizeLinear", back, f"{name}/dq"))
+            made[name] = f"{name}/dq"
+        return made[name]
+
+    for node in graph.node:
+        if node.op_type == "Conv" and node.name not in keep:
+            if node.input[1] not in weights:
+                raise ParityError(f"the weight of {node.name} is not stored in the graph")
+            node.input[0] = quantized_input(node.input[0])
+            node.input[1] = _quantized_weight(graph, nodes, weights[node.input[1]], made)
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    kept = [w for w in graph.initializer if w.name in used]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    return model
+
+
+def _quantized_weight(
+    graph: onnx.GraphProto,
+    nodes: list[onnx.NodeProto],
+    weight: onnx.TensorProto,
+    made: dict[str, str],
+) -> str:
+    if weight.name not in made:
+        values = numpy_helper.to_array(weight).astype(np.float32)
+        scales = _scales(np.abs(values).reshape(len(values), -1).max(axis=1))
+        levels = np.rint(values / scales.reshape(-1, *[1] * (values.ndim - 1)))
+        parts = {
+            "int8": np.clip(levels, -127, 127).astype(np.int8),
+            "scales": scales,
+            "zeros": np.zeros(len(values), np.int8),
+        }
+        for part, array in parts.items():
+            graph.initializer.append(numpy_helper.from_array(array, f"{weight.name}/{part}"))
+        inputs = [f"{weight.name}/{part}" for part in parts]
+        made[weight.name] = f"{weight.name}/dq"
+        nodes.append(_node("DequantizeLinear", inputs, made[weight.name], axis=0))
+    return made[weight.name]
+
+
+def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """The graph as ONNX Runtime's quantizer writes it, with our ranges.
+
+    uint8 activations with a zero point, int8 weights per channel, int32 biases.
+
+    Args:
+        keep: names of convolutions that stay float.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    known = TensorsData(
+        CalibrationMethod.MinMax,
+        {
+            name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+            for name, (low, high) in ranges.items()
+        },
+    )
+    with tempfile.TemporaryDirectory(prefix="cxrgaze-int8-") as folder:
+        # Its quantizer looks for what its own preparation leaves behind.
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        source, prepared = Path(folder, "source.onnx"), Path(folder, "prepared.onnx")
+        onnx.save(model, source)
+        quant_pre_process(
+            str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True
+        )
+        quantizer = QDQQuantizer(
+            onnx.load(prepared),
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=known,
+            nodes_to_quantize=[node.name for node in _cpu_nodes(model)],
+            nodes_to_exclude=sorted(keep),
+            op_types_to_quantize=_CPU_OPS,
+            extra_options={},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+    result: onnx.ModelProto = quantizer.model.model
+    return result
+
+
+def _cpu_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type in _CPU_OPS]
+
+
+QUANTIZERS: dict[Target, Callable[[onnx.ModelProto, Ranges, Collection[str]], onnx.ModelProto]] = {
+    "tensorrt": for_tensorrt,
+    "cpu": for_cpu,
+}
+
+
+def lint(model: onnx.ModelProto) -> int:
+    """Count the Q/DQ nodes after proving that TensorRT takes each (toolchain.md section 4).
+
+    int8 with zero point 0 everywhere, no int32 (quantized biases), scales that are positive and
+    finite; each DequantizeLinear after a QuantizeLinear or a stored weight; weights per output
+    channel.
+
+    Raises:
+        ParityError: naming the node that breaks a rule.
+    """
+    weights = {w.name: w for w in model.graph.initializer}
+    producer = {name: node for node in model.graph.node for name in node.output}
+    found = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in found:
+        if len(node.input) < 3 or not {node.input[1], node.input[2]} <= set(weights):
+            raise ParityError(f"{node.name}: scale and zero point must be stored")
+        zero = weights[node.input[2]]
+        if zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any():
+            raise ParityError(f"{node.name}: expected an int8 zero point of 0")
+        scale = weights[node.input[1]]
+        values = numpy_helper.to_array(scale).astype(np.float64)
+        if not np.isfinite(values).all() or not (values > 0).all():
+            raise ParityError(
+                f"{node.name}: scales from {values.min():.3g} to {values.max():.3g} are not all "
+                "positive and finite"
+            )
+        if node.op_type == "DequantizeLinear":
+            source = producer.get(node.input[0])
+            stored = weights.get(node.input[0])
+            if stored is None and (source is None or source.op_type != "QuantizeLinear"):
+                raise ParityError(f"{node.name}: expected a QuantizeLinear or a stored weight")
+            axis = next((a.i for a in node.attribute if a.name == "axis"), None)
+            if stored is not None and (axis != 0 or values.shape != (stored.dims[0],)):
+                raise ParityError(f"{node.name}: expected one scale per output channel, axis 0")
+    return len(found)
+
+
+def _scales(largest: NDArray[np.floating] | np.floating) -> NDArray[np.float32]:
+    """Scales whose 127 steps reach `largest`, as float16 holds them.
+
+    Rounded before the levels are made, so that both forms of the graph, with float16 and with
+    float32 scales, have the same levels and no scale changes its value between them.
+    """
+    half = np.maximum(np.asarray(largest) / 127, _SMALLEST_SCALE).astype(np.float16)
+    return np.asarray(half.astype(np.float32))
+
+
+_SMALLEST_SCALE = 2.0**-20
+"""For a channel of zeros; float16 has sixteen steps below it."""
+
+
+def _node(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes)
