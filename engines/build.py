@@ -11,11 +11,18 @@ from typing import Any, NamedTuple
 
 from cxrgaze.bundle import GRAPH, Bundle
 from cxrgaze.command import say, steps
-from cxrgaze.engines import precision
-from cxrgaze.errors import BuildError, IncompatibleError, OutOfMemoryError, UsageError
+from cxrgaze.compare import Limits
+from cxrgaze.engines import gate, precision
+from cxrgaze.errors import (
+    BuildError,
+    GateError,
+    IncompatibleError,
+    OutOfMemoryError,
+    UsageError,
+)
 from cxrgaze.files import sha256
 from cxrgaze.runtime import device, host, plans
-from cxrgaze.runtime.trt import load_engine
+from cxrgaze.runtime.trt import TensorRT, load_engine
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 
@@ -146,6 +153,40 @@ def workspace_to_give(asked: int | None, graph_bytes: int, site: Site) -> int | 
         )
     most = (site.available_bytes - itself) // 2
     return min(asked, most) if asked else most
+
+
+def gated(
+    bundle: Bundle,
+    library: Library,
+    cache: plans.Cache,
+    record: plans.PlanRecord,
+    films: gate.GateSet,
+    limits: Limits,
+    *,
+    allow_host_code: bool = False,
+) -> plans.PlanRecord:
+    """The record with the plan's own verdict, measured on this device; kept beside the plan.
+
+    Raises:
+        GateError: the plan loses more than a limit allows; it is deleted.
+        DataError: the bundle has no reference, or none of these films.
+        IncompatibleError, DeviceError: the plan cannot run here.
+    """
+    backend = TensorRT(library, cache, record, allow_host_code=allow_host_code)
+    backend.activate(bundle)
+    try:
+        found = gate.judge_engine(bundle, films, backend.infer, limits)
+    finally:
+        backend.deactivate()
+    if found.verdict == "fail":
+        cache.remove(record.inputs)
+        raise GateError(
+            f"gate of the plan on {backend.device}: {found.reason}. The plan was deleted; build it "
+            "from a bundle of higher precision"
+        )
+    record = record.model_copy(update={"gate": found})
+    cache.store(record, cache.read(record))
+    return record
 
 
 def build(

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from cxrgaze import command
 
 if TYPE_CHECKING:
+    from cxrgaze.bundle import Bundle
     from cxrgaze.engines.build import Built
+    from cxrgaze.engines.gate import GateSet
     from cxrgaze.runtime.plans import Cache
 
 
@@ -78,14 +80,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="(default: CXRGAZE_CACHE, or in ~/.cache)"
     )
+    parser.add_argument(
+        "--gate",
+        metavar="SET",
+        help="measure the plan's accuracy on this device against the bundle's float32 reference, "
+        "over the labelled set that the bundle was gated with, or 'phantom': a loss deletes the "
+        "plan (exit code 5), a set that cannot tell is exit code 9",
+    )
+    parser.add_argument(
+        "--gate-split",
+        choices=("train", "val", "test", "all"),
+        default="test",
+        help="(default test)",
+    )
+    parser.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
     parser.add_argument("--rebuild", action="store_true", help="build even if the plan is there")
     return command.execute(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.bundle import Bundle
-    from cxrgaze.engines.build import Options, build
-    from cxrgaze.errors import UsageError
+    from cxrgaze.compare import Limits
+    from cxrgaze.engines.build import Options, build, gated
+    from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.runtime import plans, trt_library
 
     if args.cpu_only != bool(args.sm):
@@ -103,10 +120,50 @@ def _run(args: argparse.Namespace) -> int:
         allow_host_code=args.allow_host_code,
         tf32=args.tf32,
     )
+    if args.gate and args.sm:
+        raise UsageError("--gate runs the plan, which needs its GPU; leave out --cpu-only")
+    films = gate_films(bundle, args.gate, args.gate_split, args.heatmap) if args.gate else None
     built = build(bundle, library, options, cache, rebuild=args.rebuild)
     print_built(built, cache)
+    verdict = None
+    if films:
+        record = gated(
+            bundle,
+            library,
+            cache,
+            built.record,
+            films,
+            Limits(),
+            allow_host_code=args.allow_host_code,
+        )
+        verdict = record.gate
+        if verdict:
+            print(f"gate     {verdict.verdict} at engine level: {verdict.reason}")
     command.say(built.record.notice)
-    return 0
+    return ExitCode.INCONCLUSIVE if verdict and verdict.verdict == "inconclusive" else ExitCode.OK
+
+
+def gate_films(bundle: Bundle, given: str, split: str, heatmap: str | None) -> GateSet:
+    """The films to gate a plan with: phantoms, or a split of a labelled set.
+
+    Raises:
+        UsageError: no or an unknown heatmap preset for a labelled set.
+        DataError: not a labelled set, or one that breaks a rule.
+    """
+    from cxrgaze.engines import gate
+    from cxrgaze.errors import UsageError
+    from cxrgaze.heatmaps import PRESETS
+    from cxrgaze.samples import SPLITS, LabelledSet
+
+    spec = bundle.manifest.spec
+    if given == "phantom":
+        return gate.phantom_set(spec)
+    if heatmap not in PRESETS:
+        raise UsageError(
+            f"--gate {given}: say how its maps are made, --heatmap {'|'.join(PRESETS)}"
+        )
+    chosen = next((name for name in SPLITS if name == split), None)
+    return gate.labelled_set(LabelledSet.open(given), spec, PRESETS[heatmap], chosen)
 
 
 def print_built(built: Built, cache: Cache) -> None:

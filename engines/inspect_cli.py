@@ -182,6 +182,9 @@ def bundle_facts(
                 "bytes": str(record.plan_bytes),
                 "built on": ", ".join(f"{k} {v}" for k, v in record.built_on.items()),
                 "precision": f"{record.built_precision}: {record.built_precision_why}",
+                "gate": f"{record.gate.verdict} (engine): {record.gate.reason}"
+                if record.gate
+                else "not_gated (engine): run cxrgaze-build --gate SET",
                 "host code": "yes, needs --allow-host-code" if record.has_host_code else "no",
                 "here": verdict,
             }

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cxrgaze import command
 
 if TYPE_CHECKING:
     from cxrgaze.bundle import Bundle
+    from cxrgaze.samples import Split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="NAME.safetensors with NAME.json beside it (default: the demo network)",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16"), default="fp32", help="default fp32"
+        "--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="default fp32"
     )
     parser.add_argument(
         "--output",
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--target",
         choices=("tensorrt", "cpu"),
         default="tensorrt",
-        help="what the graph is shaped for; recorded, makes no difference yet (default tensorrt)",
+        help="what the graph is shaped for: int8 graphs of the two are two files, and a CPU gets "
+        "more of the exact rewrites (default tensorrt)",
     )
     parser.add_argument(
         "--films",
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH",
         help="films, folders or globs for the parity check (default: phantoms)",
     )
+    _add_gate(parser)
+    _add_int8(parser)
     parser.add_argument(
         "--sign",
         type=Path,
@@ -83,8 +87,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.execute(parser, _run, argv)
 
 
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "accuracy gate",
+        "What a low precision loses against float32, with patient-clustered intervals. A network "
+        "that was trained on phantoms is gated on 1,000 phantoms; any other needs --gate. A loss "
+        "beyond a limit is exit code 5 and leaves no bundle, a set that cannot tell is code 9.",
+    )
+    group.add_argument("--gate", type=Path, metavar="SET", help="a labelled set")
+    group.add_argument(
+        "--gate-split",
+        choices=("train", "val", "test", "all"),
+        default="test",
+        help="(default test)",
+    )
+    group.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
+    group.add_argument(
+        "--limits",
+        type=Path,
+        metavar="TOML",
+        help="limits as macro_auc = 0.005, cc = 0.01, flips = 0.02 (these are the defaults)",
+    )
+    group.add_argument(
+        "--no-gate", action="store_true", help="none; every reading will say not_gated"
+    )
+    group.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the gate does not pass, blocks go back to higher precision until it does; an "
+        "interrupted search goes on where it was",
+    )
+    group.add_argument(
+        "--fallback-trials",
+        type=command.bounded(1, 1000),
+        default=40,
+        metavar="N",
+        help="at most so many forms are tried (default 40)",
+    )
+
+
+def _add_int8(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration of int8")
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="SET",
+        help="a labelled set; its patients must not be in the gate's (a network that was trained "
+        "on phantoms takes phantoms)",
+    )
+    group.add_argument(
+        "--calibration-split",
+        choices=("train", "val", "test", "all"),
+        default="train",
+        help="(default train)",
+    )
+    group.add_argument(
+        "--calibration-films",
+        type=command.bounded(1, 4096),
+        default=64,
+        metavar="N",
+        help="at most so many, chosen by seed (default 64)",
+    )
+    group.add_argument(
+        "--method", choices=("minmax", "percentile"), default="minmax", help="(default minmax)"
+    )
+
+
 def _run(args: argparse.Namespace) -> int:
-    from cxrgaze.errors import UsageError
+    from cxrgaze.errors import ExitCode, UsageError
 
     if args.random_weights != (args.variant is not None):
         raise UsageError("--variant and --random-weights go together")
@@ -93,7 +163,9 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.runtime.film import find_films
 
     films = [path for path, _ in find_films(args.films)]
-    step = command.Steps(8)
+    if args.gate and args.no_gate:
+        raise UsageError("give --gate SET or --no-gate, not both")
+    step = command.Steps(_STEPS[args.precision])
     with step("load torch"):
         import torch
 
@@ -107,13 +179,40 @@ def _run(args: argparse.Namespace) -> int:
             if args.random_weights
             else pipeline.source_from_checkpoint(args.checkpoint or demo_path())
         )
-    options = pipeline.Options(args.precision, args.target, args.output, films, args.sign)
+    options = pipeline.Options(
+        args.precision,
+        args.target,
+        args.output,
+        films,
+        args.sign,
+        pipeline.GateOptions(
+            args.gate,
+            _split(args.gate_split),
+            skip=args.no_gate,
+            heatmap=args.heatmap,
+            limits=pipeline.read_limits(args.limits),
+        ),
+        pipeline.Int8Options(
+            args.calibration,
+            _split(args.calibration_split),
+            films=args.calibration_films,
+            method=args.method,
+        ),
+        fallback_trials=args.fallback_trials if args.fallback else 0,
+    )
     made = pipeline.export(source, options, step)
     _summarise(made)
     _build(made, wanted=not args.no_build)
     for line in filter(None, (made.manifest.spec.caution, made.manifest.notice)):
         command.say(line)
-    return 0
+    return ExitCode.INCONCLUSIVE if made.manifest.gate.verdict == "inconclusive" else ExitCode.OK
+
+
+_STEPS = {"fp32": 8, "fp16": 9, "int8": 10}
+
+
+def _split(name: str) -> Split | None:
+    return None if name == "all" else cast("Split", name)
 
 
 def _build(made: Bundle, *, wanted: bool) -> None:

@@ -27,11 +27,16 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 _TYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
-def to_fp16(model: onnx.ModelProto, keep: Collection[str] = KEEP) -> onnx.ModelProto:
+def to_fp16(
+    model: onnx.ModelProto, keep: Collection[str] = KEEP, nodes_kept: Collection[str] = ()
+) -> onnx.ModelProto:
     """The float16 graph of a float32 one; inputs and outputs stay float32.
 
     Operators in `keep` compute in float32; operators that only move data follow their input; all
     others compute in float16. One Cast stands wherever the type changes, none elsewhere.
+
+    Args:
+        nodes_kept: names of further nodes that compute in float32.
 
     Raises:
         ParityError: a weight that float16 cannot hold, or an operator with a sub-graph.
@@ -42,7 +47,7 @@ def to_fp16(model: onnx.ModelProto, keep: Collection[str] = KEEP) -> onnx.ModelP
     graph = model.graph
     weights = {w.name: w for w in graph.initializer}
     dtype = {value.name: TensorProto.FLOAT for value in graph.input if _is_float(value)}
-    floating = _float_tensors(model)
+    floating = float_tensors(model)
     made: dict[tuple[str, int], str] = {}  # (tensor, type) to the name that holds it in that type
     nodes: list[onnx.NodeProto] = []
     new_weights: dict[str, onnx.TensorProto] = {}
@@ -63,7 +68,7 @@ def to_fp16(model: onnx.ModelProto, keep: Collection[str] = KEEP) -> onnx.ModelP
             for a in node.attribute
         ):
             raise ParityError(f"node {node.name} ({node.op_type}) has a sub-graph; not supported")
-        if node.op_type in keep:
+        if node.op_type in keep or node.name in nodes_kept:
             wanted = TensorProto.FLOAT
         elif node.op_type in _MOVES_DATA and node.input[0] in dtype:
             wanted = dtype[node.input[0]]
@@ -170,7 +175,8 @@ def _weight(weight: onnx.TensorProto, wanted: int, made: dict[str, onnx.TensorPr
     return name
 
 
-def _float_tensors(model: onnx.ModelProto) -> set[str]:
+def float_tensors(model: onnx.ModelProto) -> set[str]:
+    """Names of the float32 tensors and weights of a graph."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     types = _tensor_types(inferred.graph)
     return {name for name, kind in types.items() if kind == TensorProto.FLOAT}

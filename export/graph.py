@@ -79,7 +79,7 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     for node in graph.node:
         if node.op_type != "Conv":
             continue
-        made_by = [producer[name].op_type for name in node.input[:2] if name in producer]
+        made_by = [_maker(name, producer) for name in node.input[:2]]
         is_int8 = made_by == ["DequantizeLinear"] * 2
         kind = "int8" if is_int8 else _DATA_TYPES[values[node.input[0]].elem_type]
         out = [d.dim_value for d in values[node.output[0]].shape.dim]
@@ -92,6 +92,13 @@ _DATA_TYPES: dict[int, DataType] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
 }
+
+
+def _maker(name: str, producer: dict[str, onnx.NodeProto]) -> str:
+    """Operator that makes a tensor, before any Cast; empty for an input or a stored weight."""
+    while name in producer and producer[name].op_type == "Cast":
+        name = producer[name].input[0]
+    return producer[name].op_type if name in producer else ""
 
 
 def _weight_shape(

@@ -80,7 +80,7 @@ def calibrate(
     Raises:
         ParityError: an activation is not finite.
     """
-    nodes = convolutions(model) if target == "tensorrt" else _cpu_nodes(model)
+    nodes = convolutions(model) if target == "tensorrt" else _cpu_nodes(model, ())
     weights = {w.name for w in model.graph.initializer}
     names = {name for node in nodes for name in node.input[:1]}
     if target == "cpu":
@@ -196,7 +196,7 @@ def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) 
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=known,
-            nodes_to_quantize=[node.name for node in _cpu_nodes(model)],
+            nodes_to_quantize=[node.name for node in _cpu_nodes(model, keep)],
             nodes_to_exclude=sorted(keep),
             op_types_to_quantize=_CPU_OPS,
             extra_options={},
@@ -207,8 +207,20 @@ def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) 
     return result
 
 
-def _cpu_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type in _CPU_OPS]
+def _cpu_nodes(model: onnx.ModelProto, keep: Collection[str]) -> list[onnx.NodeProto]:
+    """Nodes to quantize: those of blocks with a quantized convolution, and poolings between them.
+
+    What stands outside of any block, the features of the diagnosis and their classifier, stays
+    float: rounding its 1 x 1 maps saves nothing and flips decisions.
+    """
+    blocks = {block_of(node) for node in convolutions(model) if node.name not in keep}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type in _CPU_OPS
+        and node.name not in keep
+        and (block_of(node) in blocks or node.op_type == "MaxPool")
+    ]
 
 
 QUANTIZERS: dict[Target, Callable[[onnx.ModelProto, Ranges, Collection[str]], onnx.ModelProto]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import io
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,22 +16,36 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from cxrgaze import bundle, phantom, signature
-from cxrgaze.command import Steps
-from cxrgaze.errors import DataError
-from cxrgaze.export import fp16, graph, parity
-from cxrgaze.export.report import parity_report
+from cxrgaze.command import Steps, say
+from cxrgaze.compare import Limits
+from cxrgaze.engines import gate
+from cxrgaze.errors import DataError, GateError, UsageError
+from cxrgaze.export import attempts, audit, forms, graph, int8, parity, rewrites
+from cxrgaze.export.ranges import Method
+from cxrgaze.export.report import pages
 from cxrgaze.files import new_folder, sha256
+from cxrgaze.heatmaps import PRESETS
+from cxrgaze.runtime.backends import Outputs
 from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import Film, film_from_array, load_film
-from cxrgaze.spec import ModelSpec
+from cxrgaze.samples import LabelledSet, Split
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec, complaint
 from cxrgaze.train import checkpoint
 from cxrgaze.train.model import Network, random_network, spec_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 GOLDEN_SEED = 2_403_169
 PARITY_SEED = 1_000_000  # apart from every seed that training uses
 CALIBRATION_SEED = 2_000_000
+FEW_FILMS = 32
+"""Below so many calibration films a warning is written."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,37 @@ class Source:
     decision: bundle.Decision = bundle.Decision()
     untrained: tuple[bundle.Head, ...] = ()
     training_split_sha256: str = ""
+    heatmap: str | None = None
+    """Preset of the human maps that it was trained with."""
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What the gate is to be asked."""
+
+    folder: Path | None = None
+    """A labelled set; None takes phantoms where the network was trained on phantoms."""
+    split: Split | None = "test"
+    skip: bool = False
+    """Export without a gate, and say so."""
+    heatmap: str | None = None
+    """Preset of the human maps; None takes the one that the network was trained with."""
+    limits: Limits = Limits()
+    films: int = gate.PHANTOMS
+    """Phantoms."""
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How int8 is calibrated."""
+
+    folder: Path | None = None
+    """A labelled set; None takes phantoms where the network was trained on phantoms or nothing."""
+    split: Split | None = "train"
+    films: int = 64
+    """At most so many, chosen by seed."""
+    method: Method = "minmax"
+    percentile: float = int8.PERCENTILE
 
 
 @dataclass(frozen=True)
@@ -60,6 +106,17 @@ class Options:
     """Films for parity; none: phantoms."""
     sign: Path | None = None
     """Private key to sign the bundle with."""
+    gate: GateOptions = GateOptions()
+    int8: Int8Options = Int8Options()
+    fallback_trials: int = 0
+    """Trials of the fallback search; 0: none."""
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    ranges: dict[str, tuple[float, float]]
+    record: bundle.Calibration
+    patients: tuple[str, ...]
 
 
 def source_from_checkpoint(path: Path) -> Source:
@@ -75,6 +132,7 @@ def source_from_checkpoint(path: Path) -> Source:
         card.decision,
         card.untrained,
         card.lineage[-1].split_sha256 if card.lineage else "",
+        card.config.get("heatmap"),
     )
 
 
@@ -95,58 +153,284 @@ def source_from_random(variant: str, seed: int) -> Source:
     )
 
 
+def read_limits(path: Path | None) -> Limits:
+    """Limits of the gate from a TOML file, the defaults without one.
+
+    Raises:
+        UsageError: no such file, or not limits.
+    """
+    if path is None:
+        return Limits()
+    try:
+        return Limits.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    except ValidationError as error:
+        raise UsageError(f"{path}: {complaint(error)}") from error
+
+
 def export(source: Source, options: Options, step: Steps) -> bundle.Bundle:
     """Write the bundle of a network.
 
     Raises:
-        UsageError: the output cannot be written or is something else; no key to sign with.
-        ParityError: the graph does not compute what the network computes; nothing is left.
+        UsageError: the output cannot be written or is something else; no key to sign with; a gate
+            or calibration set is needed and none was given.
+        ParityError: the graph does not compute what the network computes, or float16 overflows.
+        GateError: it loses more than the limits allow; no bundle is left of either.
+        DataError: a set that breaks a rule, or shares patients with the other.
     """
     precision, spec = options.precision, source.spec
     key = signature.read_private_key(options.sign) if options.sign else None
-    name = f"{source.name}-{precision}"
+    name = _name(source, options)
     target = bundle.bundle_path(options.output, name)
+    _require_sets(source, options)
     with new_folder(target, bundle.MANIFEST) as folder:
         with step("read parity films"):
             images, domain = _parity_images(spec, options.films)
         with step(f"export to ONNX, opset {graph.OPSET}"):
-            model = graph.onnx_from_network(source.network, spec)
+            names = rewrites.for_target(options.target)
+            model = graph.onnx_from_network(rewrites.rewritten(source.network, names), spec)
         with step("simplify"):
             model = graph.simplified(model)
-        with step(f"type the graph as {precision}"):
-            model, kept = _typed(model, precision)
-            data = graph.finished(model, spec)
-        with step(f"parity on {len(images)} films"):
-            found = parity.compare(source.network, data, images, precision, domain)
-            parity.require_pass(found, precision)
+        with step("read the gate's films and the float32 reference's answers"):
+            films, reference = _gate_set(source, options, model)
+        calibrated = audited = None
+        if precision != "fp32":
+            with step(f"audit float16 ranges on {len(images)} films"):
+                audited = audit.audit(model, list(images), domain)
+                audit.require_no_overflow(audited)
+        if precision == "int8":
+            with step("calibrate"):
+                calibrated = _calibrated(source, options, model, films)
+        with step(f"type the graph as {precision}; parity and gate"):
+            say("")
+            judge = _Judge(source, options, images, domain, films, reference)
+            made = _attempts(judge, options, model, calibrated, name)
+            chosen = attempts.best(made)
+            parity.require_pass(chosen.parity, precision)
+            _require_gate(chosen, made)
         with step("write and verify the bundle"):
-            manifest = _manifest(source, options, name, model, kept, found)
+            manifest = _manifest(source, options, name, chosen, made, names, audited, calibrated)
             files = {
-                bundle.GRAPH: data,
+                bundle.GRAPH: chosen.data,
                 bundle.GOLDEN: _golden(source.network, spec),
-                "report/parity.md": parity_report(manifest).encode(),
+                **pages(manifest, source.network, chosen.data, _phantoms(spec, 3, GOLDEN_SEED + 1)),
             }
+            if films and reference:
+                files[bundle.REFERENCE] = gate.stored_reference(films, reference)
             bundle.fill_bundle(folder, manifest, files)
             if key:
                 signature.sign(folder, key)
+    _log_path(options, name).unlink(missing_ok=True)
     return bundle.Bundle.open(target)
 
 
-def _typed(model: onnx.ModelProto, precision: bundle.Precision) -> tuple[onnx.ModelProto, int]:
-    if precision == "fp32":
-        return model, 0
-    typed = fp16.to_fp16(model)
-    return typed, fp16.check_kept(typed)
+def _name(source: Source, options: Options) -> str:
+    """Name of the bundle; int8 graphs of the two targets are two files."""
+    other = "-cpu" if options.precision == "int8" and options.target == "cpu" else ""
+    return f"{source.name}-{options.precision}{other}"
+
+
+def _require_sets(source: Source, options: Options) -> None:
+    """Ask for what is needed before any work begins."""
+    domain = source.spec.domain
+    wants = options.precision != "fp32" and domain == "clinical" and not options.gate.skip
+    if wants and options.gate.folder is None:
+        raise UsageError(
+            f"{options.precision} of a network that was trained on films needs a gate: give --gate "
+            "SET (a labelled set), or --no-gate for a bundle that says not_gated in every reading"
+        )
+    if options.precision == "int8" and domain == "clinical" and options.int8.folder is None:
+        raise UsageError("int8 needs --calibration SET, a labelled set of the network's own domain")
+
+
+def _gate_set(
+    source: Source, options: Options, model: onnx.ModelProto
+) -> tuple[gate.GateSet | None, gate.Predicted | None]:
+    """The gate's films and what the float32 graph says of them; None where there is no gate."""
+    asked, spec = options.gate, source.spec
+    if asked.skip or (asked.folder is None and spec.domain != "phantom"):
+        return None, None
+    if asked.folder is None:
+        if options.precision == "fp32":
+            return None, None  # its own reference
+        films = gate.phantom_set(spec, asked.films)
+    else:
+        heatmap = asked.heatmap or source.heatmap
+        if heatmap not in PRESETS:
+            raise UsageError(
+                f"{asked.folder}: say how its human maps are made, --heatmap "
+                f"{', '.join(PRESETS)}; the network's card has {heatmap!r}"
+            )
+        labelled = LabelledSet.open(asked.folder)
+        films = gate.labelled_set(labelled, spec, PRESETS[heatmap], asked.split)
+    infer = _infer(graph.finished(model, spec))
+    return films, gate.predicted(infer, films.arrays.images)
+
+
+def _infer(data: bytes) -> gate.Infer:
+    session = parity.host_session(data)
+
+    def infer(image: NDArray[np.float32]) -> Outputs:
+        return Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
+
+    return infer
+
+
+def _calibrated(
+    source: Source, options: Options, model: onnx.ModelProto, films: gate.GateSet | None
+) -> _Calibrated:
+    asked, spec = options.int8, source.spec
+    if asked.folder is None:
+        chosen = gate.phantom_set(spec, asked.films, CALIBRATION_SEED)
+    else:
+        labelled = LabelledSet.open(asked.folder)
+        part = labelled.split(asked.split) if asked.split else labelled
+        order = np.random.default_rng(0).permutation(len(part.rows))[: asked.films]
+        part = replace(part, rows=tuple(part.rows[i] for i in np.sort(order)), gaze={})
+        chosen = gate.labelled_set(part, spec, PRESETS["paper"], None)
+    if films:
+        gate.require_apart(films, chosen.patients, chosen.keys)
+    warnings = []
+    if len(chosen.keys) < FEW_FILMS:
+        warnings.append(f"{len(chosen.keys)} calibration films are few, {FEW_FILMS} are better")
+    if chosen.domain != spec.domain and spec.domain != "none":
+        warnings.append(f"calibrated on {chosen.domain} films, the network is {spec.domain}")
+    for warning in warnings:
+        say(f"  warning: {warning}")
+    ranges = int8.calibrate(
+        model, list(chosen.arrays.images), options.target, asked.method, asked.percentile
+    )
+    record = bundle.Calibration(
+        method=asked.method,
+        percentile=asked.percentile,
+        set_name=chosen.name,
+        domain=chosen.domain,
+        films=chosen.keys,
+        sha256=sha256("\n".join(chosen.keys).encode()),
+        warnings=tuple(warnings),
+    )
+    return _Calibrated(ranges, record, chosen.patients)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Parity and gate of a form; an `attempts.Try`."""
+
+    source: Source
+    options: Options
+    images: NDArray[np.float32]
+    domain: str
+    films: gate.GateSet | None
+    reference: gate.Predicted | None
+
+    def __call__(self, form: forms.Form) -> attempts.Attempt:
+        spec, precision = self.source.spec, self.options.precision
+        data = graph.finished(form.model, spec)
+        found = parity.compare(self.source.network, data, self.images, precision, self.domain)
+        verdict = self._gate(data)
+        trial = bundle.Trial(
+            form=form.name,
+            kept=form.kept,
+            macs=graph.convolution_macs(form.model),
+            logits_max=found.logits.max,
+            log_density_max=found.log_density.max,
+            agreement_cc_min=found.agreement_cc_min,
+            parity=found.verdict,
+            gate=verdict.verdict,
+            gate_reason=verdict.reason,
+        )
+        return attempts.Attempt(form, data, found, verdict, trial)
+
+    def _gate(self, data: bytes) -> bundle.Gate:
+        spec = self.source.spec
+        if spec.domain == "none":
+            reason = "random weights have no accuracy to lose"
+            return bundle.Gate(verdict="not_gated", reason=reason)
+        if self.options.precision == "fp32":
+            reason = "an fp32 graph is its own reference: parity is its gate"
+            return bundle.Gate(verdict="pass", reason=reason)
+        if self.films is None or self.reference is None:
+            reason = "exported with --no-gate: accuracy against fp32 was not measured"
+            return bundle.Gate(verdict="not_gated", reason=reason)
+        return gate.judge(
+            self.films,
+            self.reference,
+            gate.predicted(_infer(data), self.films.arrays.images),
+            self.options.gate.limits,
+            "graph",
+            self.source.untrained,
+            spec.class_names,
+        )
+
+
+def _attempts(
+    judge: _Judge,
+    options: Options,
+    model: onnx.ModelProto,
+    calibrated: _Calibrated | None,
+    name: str,
+) -> list[attempts.Attempt]:
+    ranges = calibrated.ranges if calibrated else None
+
+    def typed(kept: Collection[str]) -> list[forms.Form]:
+        return list(forms.forms(model, options.precision, options.target, ranges, kept))
+
+    made = attempts.all_of(typed(()), judge)
+    failed = attempts.best(made).gate.verdict in ("fail", "inconclusive")
+    if not failed or not options.fallback_trials or judge.films is None:
+        return made
+    say("  blocks go back to higher precision:")
+    key = attempts.log_key(
+        version("cxrgaze"),
+        sha256(graph.finished(model, judge.source.spec)),
+        judge.films.identity,
+        options.precision,
+        options.target,
+        options.gate.limits.model_dump_json(),
+        calibrated.record.model_dump_json() if calibrated else "",
+    )
+    log = attempts.Log(_log_path(options, name), key)
+    blocks = forms.blocks_of(model, options.precision)
+    limits = options.gate.limits
+    return made + attempts.fallback(typed, blocks, judge, limits, log, options.fallback_trials)
+
+
+def _log_path(options: Options, name: str) -> Path:
+    """Log of a fallback search beside the bundle; it goes when the bundle is complete."""
+    target = bundle.bundle_path(options.output, name)
+    return target.with_suffix(".fallback.json")
+
+
+def _require_gate(chosen: attempts.Attempt, made: Sequence[attempts.Attempt]) -> None:
+    """Stop an export that loses accuracy.
+
+    Raises:
+        GateError: saying what was lost, and what to do.
+    """
+    if chosen.gate.verdict != "fail":
+        return
+    tried = ", ".join(dict.fromkeys(a.form.name for a in made))
+    raise GateError(
+        f"gate: {chosen.gate.reason}. Tried: {tried}. Nothing was written; let blocks go back to "
+        "higher precision with --fallback, or export with a higher --precision"
+    )
 
 
 def _manifest(
     source: Source,
     options: Options,
     name: str,
-    model: onnx.ModelProto,
-    kept: int,
-    found: bundle.Parity,
+    chosen: attempts.Attempt,
+    made: Sequence[attempts.Attempt],
+    names: tuple[str, ...],
+    audited: bundle.Audit | None,
+    calibrated: _Calibrated | None,
 ) -> bundle.Manifest:
+    model = onnx.load_from_string(chosen.data)
+    others = [a.trial for a in made if a is not chosen]
     return bundle.Manifest(
         name=name,
         spec=source.spec,
@@ -154,13 +438,17 @@ def _manifest(
         target=options.target,
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
-        float32_nodes=kept,
-        convolution_macs=graph.convolution_macs(model),
+        float32_nodes=chosen.form.float32_nodes,
+        convolution_macs=chosen.trial.macs,
         decision=source.decision,
         untrained=source.untrained,
-        self_test=parity.self_test_tolerances(options.precision),
-        parity=found,
-        gate=_gate(source.spec, options.precision),
+        self_test=parity.self_test_tolerances(options.precision, chosen.parity),
+        parity=chosen.parity,
+        gate=chosen.gate,
+        rewrites=names,
+        audit=audited,
+        calibration=calibrated.record if calibrated else None,
+        trials=(*others, chosen.trial),
         provenance=bundle.Provenance(
             checkpoint=source.origin,
             checkpoint_sha256=source.sha256,
@@ -176,19 +464,6 @@ def _manifest(
                 "numpy": np.__version__,
             },
         ),
-    )
-
-
-def _gate(spec: ModelSpec, precision: bundle.Precision) -> bundle.Gate:
-    if spec.domain == "none":
-        return bundle.Gate(verdict="not_gated", reason="random weights have no accuracy to lose")
-    if precision == "fp32":
-        return bundle.Gate(
-            verdict="pass", reason="an fp32 graph is its own reference: parity is its gate"
-        )
-    return bundle.Gate(
-        verdict="not_gated",
-        reason="accuracy against fp32 on a labelled set was not measured; parity only",
     )
 
 

@@ -77,16 +77,15 @@ class Tally:
         return low, high
 
     @property
-    def overflows(self) -> int:
-        """Values that float16 cannot hold, to the width of a bin."""
-        return self._magnitudes(_EDGES[:-1] >= HALF_MAX)
-
-    @property
     def subnormal_share(self) -> float:
         """Share of the values other than zero that lose bits in float16 for being small."""
         small = (_EDGES[1:] <= _HALF_NORMAL) & (np.arange(_NEGATIVE) > 0)
-        some = self._magnitudes(np.arange(_NEGATIVE) > 0)
-        return self._magnitudes(small) / some if some else 0.0
+        return self._magnitudes(small) / self.nonzero if self.nonzero else 0.0
+
+    @property
+    def nonzero(self) -> int:
+        """Values other than zero, to the smallest bin."""
+        return self._magnitudes(np.arange(_NEGATIVE) > 0)
 
     def _magnitudes(self, chosen: NDArray[np.bool_]) -> int:
         return int((self.counts[:_NEGATIVE] + self.counts[_NEGATIVE:])[chosen].sum())

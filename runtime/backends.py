@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -9,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import Bundle, Precision, Target
+from cxrgaze.bundle import Bundle, Gate, Precision, Target
 from cxrgaze.errors import IncompatibleError, UsageError
 from cxrgaze.runtime.host import host_platform
 
@@ -33,10 +34,15 @@ class Backend(Protocol):
     name: str
     device: str
     """Where it runs, for the record: "cpu", a GPU's name."""
-    precisions: frozenset[Precision]
-    targets: frozenset[Target]
+    serves: Mapping[Precision, frozenset[Target]]
+    """Targets by precision: fp32 and fp16 graphs run anywhere, int8 ones on their own target."""
     tolerance: str
     """Key of its self-test tolerance in the manifest."""
+
+    @property
+    def gate(self) -> Gate | None:
+        """Verdict on what this backend runs, where that is not the bundle's graph itself."""
+        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -112,12 +118,15 @@ def choose(bundle: Bundle, wish: Wish = Wish()) -> Choice:
 
 def _accepting(backend: Backend, bundle: Bundle) -> Backend:
     manifest = bundle.manifest
-    if manifest.precision not in backend.precisions or manifest.target not in backend.targets:
+    if manifest.target not in backend.serves.get(manifest.precision, frozenset()):
         raise IncompatibleError(
             f"{backend.name} does not serve {manifest.precision} graphs for target "
             f"{manifest.target}; export again with another --precision or --target"
         )
     return backend
+
+
+ANY: frozenset[Target] = frozenset({"tensorrt", "cpu"})
 
 
 def _onnxruntime(bundle: Bundle, wish: Wish, name: str) -> Backend:

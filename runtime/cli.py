@@ -63,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="load a version-compatible plan, which brings code of its own for the CPU",
     )
     parser.add_argument(
+        "--require",
+        choices=("pass",),
+        help="refuse what did not pass its accuracy gate (exit code 5): the plan's own on this "
+        "device, or the graph's with onnxruntime",
+    )
+    parser.add_argument(
         "--public-key",
         type=Path,
         metavar="PEM",
@@ -92,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
                 public_key=args.public_key,
                 cache=args.cache,
                 allow_host_code=args.allow_host_code,
+                require=args.require,
             )
         )
         decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film

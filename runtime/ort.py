@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import GRAPH, Bundle, Precision, Target
+from cxrgaze.bundle import GRAPH, Bundle, Gate, Precision, Target
 from cxrgaze.errors import IncompatibleError, IntegrityError
-from cxrgaze.runtime.backends import Outputs
+from cxrgaze.runtime.backends import ANY, Outputs
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, SPEC_KEY
 
 
@@ -24,9 +26,13 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     device = "cpu"
-    precisions: frozenset[Precision] = frozenset({"fp32", "fp16"})
-    targets: frozenset[Target] = frozenset({"tensorrt", "cpu"})
+    serves: Mapping[Precision, frozenset[Target]] = {
+        "fp32": ANY,
+        "fp16": ANY,
+        "int8": frozenset({"cpu"}),
+    }
     tolerance = name
+    gate: Gate | None = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, threads: int | None = None) -> None:

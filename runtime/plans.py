@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from cxrgaze.bundle import Bundle
+from cxrgaze.bundle import Bundle, Gate
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import (
     parse_json,
@@ -97,6 +97,8 @@ class PlanRecord(Frozen):
     built_precision_why: str
     engine: BuiltEngine | None = None
     """None where the plan was not loaded: built ahead of time, without its GPU."""
+    gate: Gate | None = None
+    """Its own verdict, measured on its device; None where that was not done."""
     build_seconds: float = Field(ge=0)
     created_utc: str
     built_on: dict[str, str]

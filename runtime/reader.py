@@ -8,12 +8,19 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundle import GOLDEN, GRAPH, Bundle
-from cxrgaze.errors import IncompatibleError, IntegrityError, NotApplicableError, UsageError
+from cxrgaze.errors import (
+    GateError,
+    IncompatibleError,
+    IntegrityError,
+    NotApplicableError,
+    UsageError,
+)
 from cxrgaze.runtime import backends
 from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import Film, film_from_array, load_film
@@ -34,6 +41,7 @@ def load(
     public_key: Path | str | None = None,
     cache: Path | str | None = None,
     allow_host_code: bool = False,
+    require: Literal["pass"] | None = None,
 ) -> Reader:
     """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
 
@@ -45,11 +53,14 @@ def load(
         public_key: PEM file; a bundle that its owner did not sign is refused.
         cache: folder of plans; None is the user's own (`cxrgaze.runtime.plans.Cache`).
         allow_host_code: load a version-compatible plan, which brings code of its own for the CPU.
+        require: "pass" refuses what was not gated, or not with that verdict: of a plan its own
+            verdict on its device counts, else the bundle's.
 
     Raises:
         UsageError: no bundle there, no such backend.
         IntegrityError: any file of the bundle is malformed or altered; its gate verdict is "fail";
             it is not signed by the owner of `public_key`.
+        GateError: a verdict that is not the required one.
         IncompatibleError: backend or preprocessing does not fit, or the self-test failed.
         OutOfMemoryError, DeviceError: the GPU has no room, or fails.
 
@@ -64,14 +75,19 @@ def load(
         require_signature(opened, Path(public_key))
     wish = backends.Wish(device, threads, Path(cache) if cache else None, allow_host_code)
     backend, warnings = backends.choose(opened, wish)
-    return Reader(opened, backend, warnings)
+    return Reader(opened, backend, warnings, require=require)
 
 
 class Reader:
     """Reads films with one bundle on one backend; a context manager; one thread at a time."""
 
     def __init__(
-        self, bundle: Bundle, backend: backends.Backend, warnings: Sequence[str] = ()
+        self,
+        bundle: Bundle,
+        backend: backends.Backend,
+        warnings: Sequence[str] = (),
+        *,
+        require: Literal["pass"] | None = None,
     ) -> None:
         manifest = bundle.manifest
         if manifest.spec.preprocessing != PREPROCESSING:
@@ -79,8 +95,14 @@ class Reader:
                 f"the bundle needs preprocessing {manifest.spec.preprocessing}, this cxrgaze has "
                 f"{PREPROCESSING}; export again"
             )
-        if manifest.gate.verdict == "fail":
+        self._gate = backend.gate or manifest.gate
+        if "fail" in (manifest.gate.verdict, self._gate.verdict):
             raise IntegrityError(f"{bundle.path}: its gate verdict is fail; it must not be loaded")
+        if require and self._gate.verdict != require:
+            raise GateError(
+                f"{bundle.path} on {backend.name}: gate {self._gate.verdict} at {self._gate.level} "
+                f"level ({self._gate.reason}), {require} is required"
+            )
         bundle.verify(leave=(GRAPH, GOLDEN))  # these two are verified as they are loaded
         self.bundle = bundle
         self.backend = backend
@@ -200,7 +222,8 @@ class Reader:
             "target": manifest.target,
             "backend": self.backend.name,
             "device": self.backend.device,
-            "gate": manifest.gate.verdict,
+            "gate": self._gate.verdict,
+            "gate_level": self._gate.level,
         }
 
     def _standing_warnings(self) -> tuple[str, ...]:
@@ -208,8 +231,8 @@ class Reader:
         manifest = self.bundle.manifest
         warnings = [manifest.spec.caution] if manifest.spec.caution else []
         warnings += [f"nothing taught the output {head}: ignore it" for head in manifest.untrained]
-        if manifest.gate.verdict != "pass":
-            warnings.append(f"gate: {manifest.gate.verdict} ({manifest.gate.reason})")
+        if self._gate.verdict != "pass":
+            warnings.append(f"gate: {self._gate.verdict} ({self._gate.reason})")
         return tuple(warnings)
 
     def _film_warnings(self, film: Film) -> tuple[str, ...]:

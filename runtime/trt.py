@@ -6,17 +6,17 @@ device, through the engine and back, and then the stream is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import Bundle, Precision, Target
+from cxrgaze.bundle import Bundle, Gate, Precision, Target
 from cxrgaze.errors import DeviceError, IncompatibleError, IntegrityError, OutOfMemoryError
 from cxrgaze.runtime import plans
-from cxrgaze.runtime.backends import Outputs
+from cxrgaze.runtime.backends import ANY, Outputs
 from cxrgaze.runtime.device import Device, open_device
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec
@@ -70,8 +70,11 @@ class TensorRT:
         opens: makes the device.
     """
 
-    precisions: frozenset[Precision] = frozenset({"fp32", "fp16"})
-    targets: frozenset[Target] = frozenset({"tensorrt", "cpu"})
+    serves: Mapping[Precision, frozenset[Target]] = {
+        "fp32": ANY,
+        "fp16": ANY,
+        "int8": frozenset({"tensorrt"}),
+    }
 
     def __init__(
         self,
@@ -180,6 +183,15 @@ class TensorRT:
         if not done:
             said = self._library.said(self._loaded.log) if self._loaded else ""
             raise DeviceError(f"{self.name}: {call} failed: {said}")
+
+    @property
+    def gate(self) -> Gate:
+        """The plan's own verdict: what its graph passed on the host says nothing of the plan."""
+        return self._record.gate or Gate(
+            level="engine",
+            verdict="not_gated",
+            reason="this plan's accuracy was not measured; run: cxrgaze-build --gate SET",
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ from cxrgaze.command import say
 from cxrgaze.errors import DataError, ParityError, UsageError
 from cxrgaze.files import make_output_folder, render_json, write_atomic
 from cxrgaze.intervals import Interval, PatientBootstrap
-from cxrgaze.runtime import backends
 from cxrgaze.runtime.dataset import UNLABELLED, Arrays, load_arrays
+from cxrgaze.runtime.ort import OnnxRuntime
 from cxrgaze.samples import LOOKS, FilmRow, LabelledSet, Split
 from cxrgaze.spec import NOTICE, ModelSpec
 from cxrgaze.train import checkpoint
@@ -131,8 +131,7 @@ def open_model(path: Path, threads: int | None = None) -> Model:
     if (path / MANIFEST).is_file():
         bundle = Bundle.open(path)
         bundle.verify()
-        wish = backends.Wish("onnxruntime", threads)  # figures of the graph, not of a plan of it
-        backend = backends.choose(bundle, wish).backend
+        backend = OnnxRuntime(threads)  # of the graph, whatever its target: nothing is served
         backend.activate(bundle)
 
         def run(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

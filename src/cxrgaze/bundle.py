@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cxrgaze.compare import Comparison
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.files import (
     checked_relative,
@@ -23,7 +24,7 @@ from cxrgaze.files import (
     render_json,
     sha256,
 )
-from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
+from cxrgaze.spec import NOTICE, Domain, Frozen, ModelSpec, complaint
 
 SCHEMA_VERSION = 1
 SUFFIX = ".cxrgaze"
@@ -32,14 +33,17 @@ SIGNATURE = "manifest.sig"
 """Optional signature over the manifest (`cxrgaze.signature`)."""
 GRAPH = "model.onnx"
 GOLDEN = "reference/golden.npz"
+REFERENCE = "reference/gate.npz"
+"""fp32 outputs on the gate's films, where there was a gate."""
 _MANIFEST_LIMIT = 16 << 20
 _FILE_LIMIT = 4 << 30
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 DataType = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Target = Literal["tensorrt", "cpu"]
 Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
 Head = Literal["logits", "log_density"]
+GateLevel = Literal["graph", "engine"]
 
 
 class FileRecord(Frozen):
@@ -94,6 +98,8 @@ class Parity(Frozen):
     agreement_cc_min: float
     """Smallest CC between the two networks' maps over films; the human map is not involved."""
     agreement_cc_mean: float
+    worst_film: int
+    """Index of the film with the smallest agreement CC, in the order that they were given."""
     label_flips: int
     peak_activation: float
     """Largest absolute value that any layer takes or gives in float32 (float16 ends at 65504)."""
@@ -104,9 +110,71 @@ class Parity(Frozen):
 class Gate(Frozen):
     """Accuracy against the fp32 reference on a labelled set."""
 
-    level: Literal["graph"] = "graph"
+    level: GateLevel = "graph"
     verdict: Verdict
     reason: str
+    set_name: str = ""
+    set_sha256: str = ""
+    """Identity of films, patients, labels and gaze densities."""
+    domain: Domain | None = None
+    """What the films are: phantom figures are synthetic."""
+    comparison: Comparison | None = None
+    """Every difference with its interval and limit; None where it was not run."""
+    agreement_cc_min: float = -1.0
+    """CC of the candidate's map to the fp32 one, the worst film; -1 where it was not run."""
+    agreement_cc_mean: float = -1.0
+    worst_film_sha256: str = ""
+
+
+class Audit(Frozen):
+    """What float16 does to the activations, from the fp32 graph and from a rounding run."""
+
+    films: int
+    domain: str
+    largest: float
+    """Largest absolute activation (float16 ends at 65504)."""
+    largest_tensor: str
+    overflowing: tuple[str, ...]
+    """Tensors with a value that float16 cannot hold."""
+    subnormal_share: float
+    """Share of all values other than zero that lose bits in float16 for being small."""
+    worst_subnormal_share: float
+    worst_subnormal_tensor: str
+    rounding_finite: bool
+    rounding_logits: float
+    """Largest difference of the logits when every operation's output is rounded to float16."""
+    rounding_log_density: float
+    """Likewise of the log-density, in nats, where the density is at least 1 % of its peak."""
+
+
+class Trial(Frozen):
+    """One form of the graph that was tried, and what came of it."""
+
+    form: str
+    """How the graph is typed, such as "int8, float16 scales"."""
+    kept: tuple[str, ...] = ()
+    """Blocks that went back to higher precision."""
+    macs: dict[DataType, int]
+    logits_max: float
+    log_density_max: float
+    agreement_cc_min: float
+    parity: Literal["pass", "fail", "not_finite"]
+    gate: Verdict
+    gate_reason: str
+
+
+class Calibration(Frozen):
+    """How the ranges of an int8 graph were found."""
+
+    method: Literal["minmax", "percentile"]
+    percentile: float
+    set_name: str
+    domain: Domain
+    films: tuple[str, ...]
+    """SHA-256 of each film."""
+    sha256: str
+    """Of the list."""
+    warnings: tuple[str, ...] = ()
 
 
 class Provenance(Frozen):
@@ -145,6 +213,14 @@ class Manifest(Frozen):
     """Tolerances of the golden input by backend, "NAME-tf32" where it may use TensorFloat-32."""
     parity: Parity
     gate: Gate
+    rewrites: tuple[str, ...] = ()
+    """Exact rewrites of the network before the export."""
+    audit: Audit | None = None
+    """None for fp32."""
+    calibration: Calibration | None = None
+    """None but for int8."""
+    trials: tuple[Trial, ...] = ()
+    """Forms that were tried, in order; the last is the one that ships."""
     provenance: Provenance
     files: tuple[FileRecord, ...] = ()
 

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 EXIT_HELP = (
     "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 3 build, "
-    "4 parity, 6 incompatible, 7 integrity, 10 out of memory, 11 data, 130 interrupted. "
+    "4 parity, 5 gate, 6 incompatible, 7 integrity, 9 inconclusive, 10 out of memory, 11 data, "
+    "130 interrupted. "
     "Research software, not a medical device."
 )
 

@@ -4,6 +4,7 @@
     ├── UsageError(ValueError)      2  a request that cannot be carried out as given
     ├── BuildError                  3  TensorRT could not build the plan, or built something else
     ├── ParityError                 4  converted graph and network disagree, NaN, overflow
+    ├── GateError                   5  an accuracy that was lost, or a verdict that is not "pass"
     ├── IncompatibleError           6  device, library, backend or target does not fit
     ├── IntegrityError              7  malformed, altered or foreign file (bundle, checkpoint)
     ├── OutOfMemoryError           10  not enough memory on the device, before or while it was used
@@ -61,6 +62,12 @@ class ParityError(CxrgazeError):
     """The converted graph does not compute what the network computes."""
 
     exit_code = ExitCode.PARITY
+
+
+class GateError(CxrgazeError):
+    """Accuracy was lost beyond a limit, or a verdict is not the one that was required."""
+
+    exit_code = ExitCode.GATE
 
 
 class IncompatibleError(CxrgazeError):

@@ -1,0 +1,331 @@
+"""The accuracy gate: a low-precision network against its float32 reference, on a labelled set.
+
+Two levels that are never mixed: `graph`, where ONNX Runtime runs the typed graph on the host, and
+`engine`, where the plan runs on its device. The reference is the same at both: the float32 graph's
+outputs, computed when the bundle was made and stored in it. Statistics are in `cxrgaze.compare`.
+
+Source: design.md section 7.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze import metrics, phantom
+from cxrgaze.bundle import REFERENCE, Bundle, Gate, GateLevel, Head
+from cxrgaze.command import counted
+from cxrgaze.compare import Limits, Paired, compare
+from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.files import sha256
+from cxrgaze.heatmaps import PRESETS, HeatmapPreset
+from cxrgaze.runtime.backends import Outputs
+from cxrgaze.runtime.canvas import to_canvas
+from cxrgaze.runtime.dataset import Arrays, canvas_density, load_arrays
+from cxrgaze.runtime.film import film_from_array
+from cxrgaze.samples import LabelledSet, Split
+from cxrgaze.spec import Domain, ModelSpec
+
+PHANTOMS = 1000
+"""Phantoms of the gate of a network that was trained on phantoms."""
+PHANTOM_SEED = 3_000_000
+"""Of the gate's first phantom, apart from every seed that training, calibration or parity uses."""
+
+REFERENCE_LIMIT = 64_000_000
+"""Bytes of log-densities that a bundle stores; films are chosen by seed beyond."""
+
+Infer = Callable[[NDArray[np.float32]], Outputs]
+
+
+@dataclass(frozen=True)
+class GateSet:
+    """Films with label, gaze and patient on the canvas of a network."""
+
+    name: str
+    domain: Domain
+    patients: tuple[str, ...]
+    keys: tuple[str, ...]
+    """SHA-256 of each film."""
+    arrays: Arrays
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that a verdict depends on: films, patients, labels, gaze densities."""
+        parts = zip(self.keys, self.patients, self.arrays.labels.tolist(), strict=True)
+        lines = "\n".join(" ".join(map(str, part)) for part in parts).encode()
+        return sha256(lines + sha256(self.arrays.densities.tobytes()).encode())
+
+    def chosen(self, indices: Sequence[int]) -> GateSet:
+        """Some of the films."""
+        index = np.asarray(indices, dtype=int)
+        arrays = self.arrays
+        return GateSet(
+            self.name,
+            self.domain,
+            tuple(self.patients[i] for i in index),
+            tuple(self.keys[i] for i in index),
+            Arrays(
+                tuple(arrays.films[i] for i in index),
+                arrays.images[index],
+                arrays.labels[index],
+                arrays.densities[index],
+                tuple(arrays.geometries[i] for i in index),
+                tuple(arrays.gaze[i] for i in index),
+            ),
+        )
+
+
+@lru_cache(maxsize=2)
+def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTOM_SEED) -> GateSet:
+    """Phantoms at the difficulty where the demo network's AUC is near 0.90; one patient each.
+
+    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle.
+    """
+    seeds = range(first_seed, first_seed + films)
+    images, densities, geometries, labels, gaze, keys = [], [], [], [], [], []
+    for seed in counted(seeds, films, "phantom"):
+        drawn = phantom.draw(seed, difficulty=phantom.HARD)
+        film = film_from_array(drawn.pixels)
+        canvas, geometry = to_canvas(film.pixels, spec)
+        images.append(canvas)
+        densities.append(canvas_density(drawn.gaze, geometry, PRESETS["phantom"]))
+        geometries.append(geometry)
+        labels.append(spec.class_names.index(drawn.label))
+        gaze.append(drawn.gaze)
+        keys.append(film.sha256)
+    names = tuple(f"phantom-{seed}" for seed in seeds)
+    return GateSet(
+        f"{films} phantoms at difficulty {phantom.HARD}, from seed {first_seed} (synthetic)",
+        "phantom",
+        names,
+        tuple(keys),
+        Arrays(
+            names,
+            np.stack(images)[:, None],
+            np.array(labels, dtype=np.int64),
+            np.stack(densities)[:, None],
+            tuple(geometries),
+            tuple(gaze),
+        ),
+    )
+
+
+def labelled_set(
+    labelled: LabelledSet, spec: ModelSpec, preset: HeatmapPreset, split: Split | None
+) -> GateSet:
+    """One split of a labelled set, or all of it.
+
+    Raises:
+        DataError: as `load_arrays`; no films in the split.
+    """
+    part = labelled.split(split) if split else labelled
+    if not part.rows:
+        raise DataError(f"{labelled.folder}: no films in split {split}")
+    name = f"{part.info.name}, {f'split {split}' if split else 'all films'}"
+    return GateSet(
+        name,
+        part.info.domain,
+        tuple(row.patient for row in part.rows),
+        tuple(row.sha256 for row in part.rows),
+        load_arrays(part, spec, preset),
+    )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Both heads on the films of a set."""
+
+    logits: NDArray[np.float32]
+    """`(n, C)`."""
+    log_density: NDArray[np.float16]
+    """`(n, H, W)`; both sides of a comparison are rounded alike."""
+
+    def chosen(self, indices: Sequence[int]) -> Predicted:
+        """Some of the films."""
+        index = np.asarray(indices, dtype=int)
+        return Predicted(self.logits[index], self.log_density[index])
+
+
+def predicted(infer: Infer, images: NDArray[np.float32]) -> Predicted:
+    """Both heads of `images` `(n, 1, H, W)`, in batches of a few films where they are small."""
+    size = max(_BATCH_PIXELS // int(np.prod(images.shape[1:])), 1)
+    starts = range(0, len(images), size)
+    logits, densities = [], []
+    for start in counted(starts, len(starts), "batch"):
+        outputs = infer(np.ascontiguousarray(images[start : start + size]))
+        logits.append(outputs.logits)
+        with np.errstate(over="ignore"):  # what float16 cannot hold is not finite, and said so
+            densities.append(outputs.log_density[:, 0].astype(np.float16))
+    return Predicted(np.concatenate(logits), np.concatenate(densities))
+
+
+_BATCH_PIXELS = 1 << 17
+
+
+def judge(
+    films: GateSet,
+    reference: Predicted,
+    candidate: Predicted,
+    limits: Limits,
+    level: GateLevel,
+    untrained: Sequence[Head] = (),
+    classes: Sequence[str] = (),
+) -> Gate:
+    """The verdict on a candidate.
+
+    Args:
+        classes: names of the columns of the logits.
+        untrained: outputs that nothing taught, which cannot lose anything.
+    """
+    own, agreement = _ccs(films, candidate, reference)
+    paired = Paired(
+        patients=films.patients,
+        labels=films.arrays.labels,
+        reference_logits=_probabilities(reference.logits),
+        candidate_logits=_probabilities(candidate.logits),
+        reference_cc=_ccs(films, reference, reference)[0],
+        candidate_cc=own,
+    )
+    found = compare(paired, limits, untrained=untrained, classes=classes)
+    worst = int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0
+    return Gate(
+        level=level,
+        verdict=found.verdict,
+        reason=found.reason,
+        set_name=films.name,
+        set_sha256=films.identity,
+        domain=films.domain,
+        comparison=found,
+        agreement_cc_min=_number(np.nanmin, agreement),
+        agreement_cc_mean=_number(np.nanmean, agreement),
+        worst_film_sha256=films.keys[worst],
+    )
+
+
+def _probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Softmax: an AUC needs it, since logits of different films share no zero."""
+    values = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN, and is seen
+        odds = np.exp(values - values.max(axis=1, keepdims=True))
+        return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+
+
+def _number(
+    function: Callable[[NDArray[np.float64]], np.floating], values: NDArray[np.float64]
+) -> float:
+    """A figure of the films that have one; -1 where none has."""
+    return float(function(values)) if np.isfinite(values).any() else -1.0
+
+
+def _ccs(
+    films: GateSet, found: Predicted, reference: Predicted
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """CC to the human map and to the reference's map, over each film's area; NaN where undefined.
+
+    A map that is not finite has CC -1 to the human map: it must not pass for a film without gaze.
+    """
+    human = np.full(len(films.keys), np.nan)
+    agreement = np.full(len(films.keys), np.nan)
+    has_gaze = films.arrays.has_gaze
+    for index, geometry in enumerate(films.arrays.geometries):
+        one, other = (
+            geometry.crop(p.log_density[index].astype(np.float64)) for p in (found, reference)
+        )
+        if not np.isfinite(one).all():
+            human[index], agreement[index] = (-1.0 if has_gaze[index] else np.nan), -1.0
+            continue
+        density = np.exp(one)
+        agreement[index] = metrics.cc(density, np.exp(other))
+        if has_gaze[index]:
+            human[index] = metrics.cc(density, geometry.crop(films.arrays.densities[index, 0]))
+    return human, agreement
+
+
+def stored_reference(films: GateSet, reference: Predicted, seed: int = 0) -> bytes:
+    """The reference's outputs as a bundle stores them: at most `REFERENCE_LIMIT` bytes of maps.
+
+    Films are chosen by seed beyond, whole patients or not: the device counts the patients it has.
+    """
+    most = max(REFERENCE_LIMIT // reference.log_density[0].nbytes, 1)
+    order = np.random.default_rng(seed).permutation(len(films.keys))[:most]
+    index = np.sort(order)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        keys=np.array([films.keys[i] for i in index], dtype="S64"),
+        logits=reference.logits[index],
+        log_density=reference.log_density[index],
+    )
+    return buffer.getvalue()
+
+
+def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
+    """Film hashes and float32 outputs that the bundle stores.
+
+    Raises:
+        DataError: the bundle was made without a gate.
+        IntegrityError: altered, or not the arrays of this network.
+    """
+    if REFERENCE not in {record.path for record in bundle.manifest.files}:
+        raise DataError(
+            f"{bundle.path} holds no reference outputs: it was exported without a gate set; export "
+            "again with --gate SET"
+        )
+    spec = bundle.manifest.spec
+    try:
+        with np.load(io.BytesIO(bundle.read(REFERENCE)), allow_pickle=False) as stored:
+            keys, logits, maps = (stored[name] for name in ("keys", "logits", "log_density"))
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{bundle.path / REFERENCE} is malformed: {error}") from error
+    expected = ((len(keys), len(spec.classes)), (len(keys), spec.height, spec.width))
+    if (logits.shape, maps.shape) != expected or keys.dtype != np.dtype("S64"):
+        raise IntegrityError(f"{bundle.path / REFERENCE} does not hold this network's outputs")
+    return tuple(key.decode() for key in keys), Predicted(logits, maps)
+
+
+def judge_engine(bundle: Bundle, films: GateSet, infer: Infer, limits: Limits) -> Gate:
+    """The verdict on what runs on this device, against the reference that the bundle stores.
+
+    Films of the set that the bundle has no reference of are left out.
+
+    Raises:
+        DataError: none of the films has one.
+    """
+    keys, reference = read_reference(bundle)
+    place = {key: index for index, key in enumerate(keys)}
+    known = [index for index, key in enumerate(films.keys) if key in place]
+    if not known:
+        raise DataError(
+            f"none of the {len(films.keys)} films of {films.name} is among the {len(keys)} that "
+            f"{bundle.path} has reference outputs of; use the set that it was exported with: "
+            f"{bundle.manifest.gate.set_name or 'not recorded'}"
+        )
+    part = films.chosen(known)
+    matching = reference.chosen([place[key] for key in part.keys])
+    candidate = predicted(infer, part.arrays.images)
+    manifest = bundle.manifest
+    names = manifest.spec.class_names
+    return judge(part, matching, candidate, limits, "engine", manifest.untrained, names)
+
+
+def require_apart(films: GateSet, calibration: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse a gate set that shares patients or films with the calibration's.
+
+    Args:
+        calibration: its patients. keys: SHA-256 of its films.
+
+    Raises:
+        DataError: naming how many are shared; names of patients are not told.
+    """
+    patients, shared = set(films.patients) & set(calibration), set(films.keys) & set(keys)
+    if patients or shared:
+        raise DataError(
+            f"{len(patients)} patients and {len(shared)} films of the calibration are also in the "
+            f"gate's set ({films.name}): its verdict would flatter; take another split for one"
+        )

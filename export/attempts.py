@@ -1,0 +1,147 @@
+"""Trying forms of a graph until one passes: parity, then the gate, then blocks that go back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cxrgaze.bundle import Gate, Parity, Trial
+from cxrgaze.command import say
+from cxrgaze.compare import Limits
+from cxrgaze.errors import ParityError
+from cxrgaze.export.forms import Form
+from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
+
+_LOG_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A form and what was found of it."""
+
+    form: Form
+    data: bytes
+    """The graph as it would ship."""
+    parity: Parity
+    gate: Gate
+    trial: Trial
+
+
+Try = Callable[[Form], Attempt]
+Forms = Callable[[Collection[str]], Sequence[Form]]
+"""The forms with some blocks kept in higher precision."""
+
+
+def all_of(forms: Sequence[Form], attempt: Try) -> list[Attempt]:
+    """An attempt with each form; the caller takes `best`."""
+    made = []
+    for form in forms:
+        made.append(attempt(form))
+        say(f"  {form.name}: {made[-1].gate.verdict}, {made[-1].gate.reason}")
+    return made
+
+
+_ORDER = {"pass": 0, "not_gated": 1, "inconclusive": 2, "fail": 3}
+
+
+def best(attempts: Sequence[Attempt]) -> Attempt:
+    """The attempt with the best verdict, the first among equals; broken graphs last."""
+    return min(attempts, key=lambda a: (a.parity.verdict != "pass", _ORDER[a.gate.verdict]))
+
+
+def margin(attempt: Attempt, limits: Limits) -> float:
+    """How far inside its limit the worst gated quantity is, in units of the limit.
+
+    Below 0 outside. Measured at the estimate and not at its bound: for ranking, not for a verdict.
+    """
+    found = attempt.gate.comparison
+    if attempt.parity.verdict != "pass" or found is None:
+        return -float("inf")
+    return min(
+        (q.limit - q.loss) / q.limit if q.limit else -q.loss
+        for q in found.quantities
+        if q.loss is not None
+    )
+
+
+@dataclass
+class Log:
+    """Margins by form and kept blocks, written after each trial, so that a search goes on.
+
+    Args:
+        path: the file. key: SHA-256 of all that a margin depends on; another key's file is begun
+            anew.
+    """
+
+    path: Path
+    key: str
+
+    def __post_init__(self) -> None:
+        self._known: dict[str, float] = {}
+        try:
+            content = parse_json(read_regular(self.path, _LOG_LIMIT), str(self.path))
+        except OSError:
+            return
+        if content.get("key") == self.key:
+            self._known = {str(k): float(v) for k, v in dict(content["margins"]).items()}
+
+    def margin(self, kept: Collection[str], measure: Callable[[], float]) -> float:
+        """The margin with these blocks kept, measured where it is not known."""
+        name = json.dumps(sorted(kept))
+        if name not in self._known:
+            self._known[name] = max(measure(), -1e9)
+            write_atomic(self.path, render_json({"key": self.key, "margins": self._known}))
+        return self._known[name]
+
+
+def fallback(
+    forms: Forms,
+    blocks: Sequence[str],
+    attempt: Try,
+    limits: Limits,
+    log: Log,
+    budget: int,
+) -> list[Attempt]:
+    """Blocks go back to higher precision until the gate passes: the smallest set by their rank.
+
+    Each block is tried alone at the higher precision, and ranked by how much that brings the worst
+    gated quantity back inside its limit; then the first one, two, ... of the ranking go back
+    together until the gate passes.
+
+    Args:
+        budget: trials that may be made; the ranking takes as many as there are blocks.
+
+    Returns:
+        Attempts of the second part, up to the first set that passes.
+
+    Raises:
+        ParityError: the budget is smaller than the number of blocks.
+    """
+    if budget < len(blocks):
+        raise ParityError(
+            f"--fallback-trials {budget}: ranking {len(blocks)} blocks takes {len(blocks)} trials"
+        )
+
+    def measured(kept: Collection[str]) -> float:
+        return max(margin(attempt(form), limits) for form in forms(kept))
+
+    ranks = {}
+    for number, block in enumerate(blocks, start=1):
+        ranks[block] = log.margin([block], lambda block=block: measured([block]))  # type: ignore[misc]
+        say(f"  trial {number}: {block} back, margin {ranks[block]:.2f} of a limit")
+    order = sorted(blocks, key=lambda block: -ranks[block])
+    made: list[Attempt] = []
+    for count in range(1, min(len(order), budget - len(blocks)) + 1):
+        kept = order[:count]
+        say(f"  trial {len(blocks) + count}: back go {', '.join(kept)}")
+        made += all_of(forms(kept), attempt)
+        if any(a.gate.verdict == "pass" and a.parity.verdict == "pass" for a in made):
+            break
+    return made
+
+
+def log_key(*parts: str) -> str:
+    """The key of a log."""
+    return sha256("\n".join(parts).encode())

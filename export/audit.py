@@ -1,0 +1,121 @@
+"""What float16 does to a network's activations, before a GPU shows it.
+
+ONNX Runtime's CPU computes float16 graphs in float32 and returns the right answer for a chain that
+reaches 9e6 (toolchain.md section 9): it is no witness. Two things are: the range of every
+activation in the float32 graph, and a float32 run in which the output of every operation is rounded
+to float16 and back, as the typed graph would have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from cxrgaze.bundle import Audit
+from cxrgaze.errors import ParityError
+from cxrgaze.export.fp16 import KEEP, float_tensors
+from cxrgaze.export.parity import looked_at
+from cxrgaze.export.ranges import HALF_MAX, collect
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+
+
+def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain: str) -> Audit:
+    """Ranges and rounding of a float32 graph over films.
+
+    Args:
+        images: canvases `(1, H, W)`.
+        domain: what the films are, for the record.
+    """
+    outputs = [name for node in model.graph.node for name in node.output]
+    floating = float_tensors(model)
+    tallies = collect(model, [name for name in outputs if name in floating], images)
+    kept = {n for node in model.graph.node if node.op_type in KEEP for n in node.output}
+    largest = max(tallies, key=lambda name: tallies[name].largest)
+    worst = max(tallies, key=lambda name: tallies[name].subnormal_share)
+    some = {name: tally.nonzero for name, tally in tallies.items()}
+    small = sum(tallies[name].subnormal_share * count for name, count in some.items())
+    finite, logits, log_density = _rounding(model, images)
+    return Audit(
+        films=len(images),
+        domain=domain,
+        largest=min(tallies[largest].largest, float(np.finfo(np.float32).max)),
+        largest_tensor=largest,
+        overflowing=tuple(
+            name
+            for name, tally in tallies.items()
+            if name not in kept and (tally.largest > HALF_MAX or not tally.finite)
+        ),
+        subnormal_share=small / max(sum(some.values()), 1),
+        worst_subnormal_share=tallies[worst].subnormal_share,
+        worst_subnormal_tensor=worst,
+        rounding_finite=finite,
+        rounding_logits=logits,
+        rounding_log_density=log_density,
+    )
+
+
+def require_no_overflow(found: Audit) -> None:
+    """Stop an export whose activations float16 cannot hold.
+
+    Raises:
+        ParityError: naming the tensor.
+    """
+    if found.overflowing or not found.rounding_finite:
+        where = found.overflowing[0] if found.overflowing else "the rounding run"
+        raise ParityError(
+            f"float16 overflow: {where} (largest activation {found.largest:.4g} in "
+            f"{found.largest_tensor}, float16 ends at {HALF_MAX:.0f}) over {found.films} films; "
+            "export with --precision fp32; nothing was written"
+        )
+
+
+def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The float32 graph in which every output is rounded to float16, but those that stay float32.
+
+    To be run without graph optimizations, which could take the roundings for nothing.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    floating = float_tensors(model)
+    results = {value.name for value in model.graph.output}
+    renamed: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        nodes.append(node)
+        for name in node.output:
+            if name in floating and name not in results and node.op_type not in KEEP:
+                half, back = f"{name}/rounded/half", f"{name}/rounded"
+                nodes.append(helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [half], [back], to=TensorProto.FLOAT))
+                renamed[name] = back
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _rounding(
+    model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]
+) -> tuple[bool, float, float]:
+    """Whether all is finite, and the largest differences of both outputs to the float32 run."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain, rough = (
+        onnxruntime.InferenceSession(
+            m.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        for m in (model, rounded(model))
+    )
+    logits_off, density_off = [0.0], [0.0]
+    for image in images:
+        want, found = (s.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]}) for s in (plain, rough))
+        if not all(np.isfinite(array).all() for array in found):
+            return False, -1.0, -1.0
+        logits_off.append(float(np.abs(want[0] - found[0]).max()))
+        difference = np.abs(want[1] - found[1])[looked_at(want[1])]
+        density_off.append(float(difference.max()))
+    return True, max(logits_off), max(density_off)

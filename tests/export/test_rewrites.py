@@ -1,0 +1,300 @@
+"""Exact rewrites: the same function, what they save, and that a wrong one is seen."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from torch import nn
+
+from cxrgaze.errors import ExitCode, UsageError
+from cxrgaze.export import fp16, graph, parity, pipeline, rewrites
+from cxrgaze.spec import IMAGE
+from cxrgaze.train.model import VARIANTS, Network, ResidualSE, UpStep, spec_of
+
+EVERY = tuple(rewrites.REWRITES)
+EACH_AND_ALL = [*((name,) for name in EVERY), EVERY]
+EXACT = 1e-10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _randomised(module, seed=0):
+    """Float64; nothing is 0, 1 or the same twice; BatchNorm's scales have both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.double().eval().modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.weight.data, part.bias.data, part.running_mean):
+                tensor.normal_(generator=generator)
+            part.running_var.uniform_(0.2, 3.0, generator=generator)
+            part.eps = 1e-3
+        elif isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, generator=generator)
+            if part.bias is not None:
+                part.bias.data.normal_(generator=generator)
+    return module
+
+
+@pytest.fixture(scope="module")
+def network():
+    return _randomised(Network(VARIANTS["tiny"].model_copy(update={"centre_prior": True})))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """As it is exported: float32, calibrated random weights."""
+    return pipeline.source_from_random("tiny", 0)
+
+
+def _images(n, height, width):
+    generator = torch.Generator().manual_seed(height * width + n)
+    return torch.rand(n, 1, height, width, dtype=torch.float64, generator=generator)
+
+
+def _difference(network, other, images):
+    """Largest difference of an output, beside that output's largest value."""
+    with torch.inference_mode():
+        pairs = zip(network(images), other(images), strict=True)
+        return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    names=st.sets(st.sampled_from(EVERY)),
+    batch=st.integers(1, 3),
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+)
+def test_the_function_is_the_same(network, names, batch, height, width):
+    """The smallest map is 1 to 5 pixels high and wide, odd and even, square and not."""
+    images = _images(batch, 32 * height, 32 * width)
+    assert _difference(network, rewrites.rewritten(network, names), images) < EXACT
+
+
+@pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_function_is_the_same_for_other_weights(names, seed):
+    network = _randomised(Network(VARIANTS["tiny"]), seed)
+    assert _difference(network, rewrites.rewritten(network, names), _images(2, 96, 64)) < EXACT
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (5, 7)])
+def test_borders_of_the_upsampled_map_are_exact(network, size):
+    """Each border and each corner for itself, on a map that is large at its border."""
+    other = rewrites.rewritten(network, ["upsample"])
+    generator = torch.Generator().manual_seed(size[0])
+    for level in range(5):
+        step, changed = network.decoder[level], other.decoder[level]
+        channels = step.up[1].in_channels
+        x = torch.randn(2, channels, *size, dtype=torch.float64, generator=generator)
+        for border in (x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]):
+            border.mul_(100)
+        with torch.inference_mode():
+            want, got = step.up(x), changed.up(x)
+        assert want.shape == got.shape == (2, step.up[1].out_channels, 2 * size[0], 2 * size[1])
+        error = (want - got).abs() / want.abs().max()
+        for part in (error[:, :, 0], error[:, :, -1], error[..., 0], error[..., -1]):
+            assert float(part.max()) < EXACT
+        assert float(error.max()) < EXACT and float(want.max()) > 1
+
+
+def _up(change):
+    def everywhere(network):
+        for step in network.decoder:
+            change(step.up)
+
+    return everywhere
+
+
+def _skip(change):
+    def everywhere(network):
+        for block in network.skips:
+            change(block)
+
+    return everywhere
+
+
+def _zero_a_border_tap(up):
+    """One of sixteen: the tap of the first row of the first phase."""
+    up[0].weight.data[0, :, 0, 0] = 0
+
+
+def _repeat_the_border(up):
+    up[0].padding_mode = "replicate"
+
+
+def _no_padding_at_the_top(up):
+    """One row off: what the second row should be stands in the first."""
+    up.append(nn.Sequential(_Rolled()))
+
+
+class _Rolled(nn.Module):
+    def forward(self, x):
+        return x.roll(-1, dims=2)
+
+
+def _swap_rows_and_columns(up):
+    weight = up[0].weight.data
+    weight.copy_(weight.unflatten(0, (-1, 2, 2)).transpose(1, 2).flatten(0, 2))
+
+
+def _swap_halves(block):
+    block.joined.weight.data = block.joined.weight.data.roll(block.joined.out_channels // 2, 0)
+
+
+def _rectify_both(block):
+    block.joined.register_forward_hook(lambda *call: call[-1].relu())
+
+
+def _rectify_none(block):
+    block.main[0] = nn.Identity()
+
+
+def _shift_twice(block):
+    block.joined.bias.data[0] *= 2
+
+
+def _mean_instead_of_sum(network):
+    network.dense.features.conv0.weight.data /= 3
+
+
+WRONG = {
+    "a tap is missing": ("upsample", _up(_zero_a_border_tap)),
+    "the border is repeated": ("upsample", _up(_repeat_the_border)),
+    "the map is one row off": ("upsample", _up(_no_padding_at_the_top)),
+    "phases are transposed": ("upsample", _up(_swap_rows_and_columns)),
+    "halves are swapped": ("shortcut", _skip(_swap_halves)),
+    "the shortcut is rectified": ("shortcut", _skip(_rectify_both)),
+    "nothing is rectified": ("shortcut", _skip(_rectify_none)),
+    "BatchNorm's shift is wrong": ("shortcut", _skip(_shift_twice)),
+    "channels are averaged": ("stem", _mean_instead_of_sum),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rewrite_is_seen(network, name):
+    rewrite, spoil = WRONG[name]
+    other = rewrites.rewritten(network, [rewrite])
+    assert _difference(network, other, _images(1, 64, 96)) < EXACT
+    spoil(other)
+    assert _difference(network, other, _images(1, 64, 96)) > 1e6 * EXACT
+
+
+def test_repeating_the_border_is_wrong_at_the_border_only(network):
+    """So the test of the borders sees what no test of the interior can."""
+    up, other = network.decoder[1].up, rewrites.rewritten(network, ["upsample"]).decoder[1].up
+    _repeat_the_border(other)
+    x = torch.randn(1, up[1].in_channels, 5, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        error = (up(x) - other(x)).abs()
+    assert float(error[:, :, 1:-1, 1:-1].max()) < EXACT
+    for border in (error[:, :, 0], error[:, :, -1], error[..., 0], error[..., -1]):
+        assert float(border.max()) > 1e-3
+
+
+@pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
+def test_the_original_is_not_changed(tiny, names):
+    network = copy.deepcopy(tiny.network).train()
+    modules = [(name, id(module), module.training) for name, module in network.named_modules()]
+    values = {name: value.clone() for name, value in network.state_dict().items()}
+    random_state = torch.get_rng_state()
+    other = rewrites.rewritten(network, names)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert isinstance(other, Network) and not any(m.training for m in other.modules())
+    with torch.no_grad():
+        for value in (*other.parameters(), *other.buffers()):
+            value.zero_()
+    assert modules == [(n, id(m), m.training) for n, m in network.named_modules()]
+    now = network.state_dict()
+    assert list(now) == list(values)
+    assert all(torch.equal(now[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_type_stays(network, dtype):
+    other = rewrites.rewritten(copy.deepcopy(network).to(dtype), EVERY)
+    assert {p.dtype for p in other.parameters()} == {dtype}
+
+
+def test_an_unknown_name_is_a_usage_error(tiny):
+    for call in (
+        lambda: rewrites.rewritten(tiny.network, ["stem", "stern"]),
+        lambda: rewrites.saved_macs(tiny.network, tiny.spec, ["stern"]),
+    ):
+        with pytest.raises(UsageError, match="no rewrite is called stern; there are stem, ups") as e:
+            call()
+        assert e.value.exit_code == ExitCode.USAGE
+
+
+def test_what_was_rewritten_is_not_rewritten_again(network):
+    other = rewrites.rewritten(network, ["shortcut"])
+    with pytest.raises(TypeError, match=r"skips\.0 is a JoinedResidualSE, expected a ResidualSE"):
+        rewrites.rewritten(other, ["shortcut"])
+
+
+def test_targets_name_rewrites_that_exist():
+    assert rewrites.for_target("tensorrt") == ("stem",)
+    assert rewrites.for_target("cpu") == ("stem", "upsample")
+    assert set(rewrites.for_target("cpu")) <= set(EVERY)
+
+
+@pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
+@pytest.mark.parametrize("canvas", [(64, 64), (32, 96)])
+def test_saved_macs_are_those_that_onnx_counts(tiny, names, canvas):
+    spec = spec_of(
+        "tiny", model_version="0", pixel_source="image-8bit", domain="none", canvas=canvas
+    )
+    before, after = (
+        graph.convolution_macs(graph.onnx_from_network(network, spec))
+        for network in (tiny.network, rewrites.rewritten(tiny.network, names))
+    )
+    saved = rewrites.saved_macs(tiny.network, spec, names)
+    assert before["fp32"] - after["fp32"] == saved
+    assert saved > 0 or names == ("shortcut",)
+
+
+def _macs_by_hooks(network, height, width):
+    """An independent count: of shapes, without data."""
+    counted = []
+
+    def count(conv, inputs, output):
+        counted.append(output[0].numel() * conv.weight[0].numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    network(torch.empty(1, 1, height, width, device="meta"))
+    return sum(counted)
+
+
+@pytest.mark.parametrize(
+    ("variant", "stem", "upsample"),
+    [
+        ("paper", 513_802_240, 30_000_000_000),
+        ("edge", 64_225_280, 400_000_000),
+        ("small", 19_267_584, 1),
+        ("tiny", 1_605_632, 1),
+    ],
+)
+def test_saved_macs_of_every_variant(variant, stem, upsample):
+    sizes = VARIANTS[variant]
+    spec = spec_of(variant, model_version="0", pixel_source="image-8bit", domain="none")
+    with torch.device("meta"):
+        network = Network(sizes).eval()
+    before = _macs_by_hooks(copy.deepcopy(network), sizes.height, sizes.width)
+    for names, want in {("stem",): stem, ("upsample",): upsample, ("shortcut",): 0}.items():
+        after = _macs_by_hooks(rewrites.rewritten(network, names), sizes.height, sizes.width)
+        assert before - after == rewrites.saved_macs(network, spec, names) == want
+    assert rewrites.saved_macs(network, spec, EVERY) == stem + upsample
