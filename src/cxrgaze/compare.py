@@ -396,7 +396,8 @@ def studentised(
         return found
 
     drawn = PatientBootstrap(patients, resamples, seed).draws(pivots)
-    quantiles = np.quantile(np.clip(drawn[~np.isnan(drawn)], -_FAR, _FAR), levels)
+    known = np.clip(drawn[~np.isnan(drawn)], -_FAR, _FAR)
+    quantiles = np.quantile(known, levels, method="weibull")  # of b + 1, as for a pivot
     return Bounds(*(float(value - error * q) for q in quantiles))
 
 

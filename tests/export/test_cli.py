@@ -25,7 +25,7 @@ def test_the_manifest_records_what_was_made(bundles):
     assert (half.precision, half.target, half.opset) == ("fp16", "tensorrt", 18)
     assert half.ir_version <= 10 and half.float32_nodes == 8 and full.float32_nodes == 0
     assert half.parity.verdict == "pass" and half.parity.films == 32
-    assert half.gate.verdict == "not_gated" and full.gate.verdict == "pass"
+    assert half.gate.verdict == "pass" and full.gate.verdict == "pass"
     assert (
         half.provenance.checkpoint_sha256
         == checkpoint.load(checkpoint.demo_path())[1].weights_sha256
@@ -47,7 +47,7 @@ def test_an_own_checkpoint_films_and_target(tmp_path, films, capsys):
     assert manifest.provenance.checkpoint == "mine.safetensors"
     out = capsys.readouterr()
     assert f"cxrgaze-predict {tmp_path / 'my.cxrgaze'}" in out.out
-    assert "[8/8]" in out.err and "not a medical device" in out.err
+    assert "[9/9]" in out.err and "not a medical device" in out.err
 
 
 def test_random_weights_are_marked_in_every_reading(tmp_path, films):

@@ -17,7 +17,16 @@ import pytest
 
 import cxrgaze
 from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.errors import DeviceError, IncompatibleError, IntegrityError, OutOfMemoryError
+from cxrgaze.compare import Limits
+from cxrgaze.engines import gate
+from cxrgaze.engines.build import gated
+from cxrgaze.errors import (
+    DeviceError,
+    GateError,
+    IncompatibleError,
+    IntegrityError,
+    OutOfMemoryError,
+)
 from cxrgaze.files import sha256
 from cxrgaze.runtime import backends, plans, trt_library
 from cxrgaze.runtime import device as device_layer
@@ -159,6 +168,8 @@ class _Context:
         def work():
             image = _view(self.addresses["image"], shape)
             outputs = self.engine.session.run(["logits", "log_density"], {"image": image.copy()})
+            if self.engine.trt.broken == "swapped":
+                outputs[0] = np.ascontiguousarray(outputs[0][:, ::-1])
             for name, array in zip(("logits", "log_density"), outputs, strict=True):
                 _view(self.addresses[name], array.shape)[:] = array
 
@@ -438,6 +449,24 @@ def test_tensorrt_rtx_has_no_timings_and_an_interrupted_build_keeps_none(tmp_pat
         with Library("tensorrt", "10.3.0", None).timing_cache(_Timings(), tmp_path / "x"):
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
+    """The stand-in's plan computes its graph: it passes; with swapped classes it is deleted."""
+    half = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    record = _stored(cache, half)
+    library = trt_library.find("tensorrt")
+    with pytest.raises(GateError, match="gate not_gated at engine level"):
+        cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass")
+    films = gate.phantom_set(half.manifest.spec, 300)
+    found = gated(half, library, cache, record, films, Limits())
+    assert found.gate is not None and (found.gate.level, found.gate.verdict) == ("engine", "pass")
+    with cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass") as reader:
+        assert not any("gate" in warning for warning in reader.standing_warnings)
+    beside_a_gpu.broken = "swapped"
+    with pytest.raises(GateError, match="The plan was deleted"):
+        gated(half, library, cache, record, films, Limits())
+    assert not list(cache.folder.iterdir()) and not HostDevice.open_now
 
 
 def test_without_a_gpu_auto_says_nothing_and_a_name_says_why(bundle):
