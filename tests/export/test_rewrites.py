@@ -71,22 +71,21 @@ def _difference(network, other, images):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    names=st.sets(st.sampled_from(EVERY)),
+    names=st.sampled_from(EACH_AND_ALL),
     batch=st.integers(1, 3),
-    height=st.integers(1, 5),
-    width=st.integers(1, 5),
+    height=st.integers(1, 3),
+    width=st.integers(1, 3),
 )
 def test_the_function_is_the_same(network, names, batch, height, width):
-    """The smallest map is 1 to 5 pixels high and wide, odd and even, square and not."""
+    """The smallest map is 1 to 3 pixels high and wide, odd and even, square and not."""
     images = _images(batch, 32 * height, 32 * width)
     assert _difference(network, rewrites.rewritten(network, names), images) < EXACT
 
 
-@pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_function_is_the_same_for_other_weights(names, seed):
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_function_is_the_same_for_other_weights(seed):
     network = _randomised(Network(VARIANTS["tiny"]), seed)
-    assert _difference(network, rewrites.rewritten(network, names), _images(2, 96, 64)) < EXACT
+    assert _difference(network, rewrites.rewritten(network, EVERY), _images(2, 96, 64)) < EXACT
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (5, 7)])
@@ -265,29 +264,30 @@ def exported(tiny):
     return export
 
 
-@pytest.mark.parametrize("canvas", [(64, 64), (32, 96)])
-def test_saved_macs_are_those_that_onnx_counts(tiny, exported, canvas):
+@pytest.mark.parametrize(
+    ("canvas", "sets"), [((64, 64), EACH_AND_ALL), ((32, 96), [EVERY])], ids=["own", "wide"]
+)
+def test_saved_macs_are_those_that_onnx_counts(tiny, exported, canvas, sets):
     before = graph.convolution_macs(exported(canvas=canvas))["fp32"]
-    for names in EACH_AND_ALL:
+    for names in sets:
         after = graph.convolution_macs(exported(*names, canvas=canvas))["fp32"]
         saved = rewrites.saved_macs(tiny.network, _spec("tiny", canvas), names)
         assert before - after == saved
         assert saved > 0 or names == ("shortcut",)
 
 
-def _macs_by_hooks(network):
-    """Of one film, of shapes without data."""
+def _macs_by_hooks(network, height, width):
+    """Multiply-accumulates of one film, from shapes without data."""
     counted = []
+
+    def count(conv, _, output):
+        counted.append(output.numel() * conv.weight[0].numel())
+
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(
-                lambda conv, _, output: counted.append(output.numel() * conv.weight[0].numel())
-            )
-    return lambda height, width: (
-        counted.clear(),
-        network(torch.empty(1, 1, height, width, device="meta")),
-        sum(counted),
-    )[-1]
+            module.register_forward_hook(count)
+    network(torch.empty(1, 1, height, width, device="meta"))
+    return sum(counted)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_saved_macs_of_the_variants(variant, stem, upsample):
     other = rewrites.rewritten(network, EVERY)
     saved = [rewrites.saved_macs(network, _spec(variant), [name]) for name in EVERY]
     assert saved == [stem, upsample, 0]
-    assert _macs_by_hooks(network)(*canvas) - _macs_by_hooks(other)(*canvas) == sum(saved)
+    assert _macs_by_hooks(network, *canvas) - _macs_by_hooks(other, *canvas) == sum(saved)
 
 
 def _run(data, images):

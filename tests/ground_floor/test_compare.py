@@ -140,7 +140,7 @@ SLOW = {"macro AUC": _slow_macro, "CC": _slow_cc}
 @pytest.fixture
 def unlabelled():
     """A set in which some films have no label."""
-    paired = _paired(seed=5, patients=60, macro=0.01, cc=0.02, correlation=0.9)
+    paired = _paired(seed=5, patients=100, macro=0.01, cc=0.02, correlation=0.9)
     labels = paired.labels.copy()
     labels[::7] = -1
     return replace(paired, labels=labels)
@@ -168,7 +168,7 @@ def test_a_difference_is_that_of_the_slow_form(name, unlabelled):
     assert found.loss == -found.difference
 
 
-@pytest.mark.parametrize("place,name", enumerate(SLOW))
+@pytest.mark.parametrize("place,name", list(enumerate(SLOW)))
 def test_its_standard_error_is_that_of_the_jackknife_over_patients(place, name, unlabelled, asked):
     compare(unlabelled, resamples=50)
     patients, _, influence, _ = asked[place]
@@ -181,16 +181,14 @@ def test_its_standard_error_is_that_of_the_jackknife_over_patients(place, name, 
     without = [SLOW[name](_chosen(unlabelled, np.flatnonzero(everyone != p))) for p in who]
     jackknife = (len(who) - 1) / len(who) * ((without - np.mean(without)) ** 2).sum()
     assert np.sqrt(variance) == pytest.approx(np.sqrt(jackknife), rel=0.08)
-    apart = np.sqrt((influence**2).sum())
-    assert abs(apart / np.sqrt(jackknife) - 1) > 0.08, "patients make no difference here"
 
 
-@pytest.mark.parametrize("place,name", enumerate(SLOW))
+@pytest.mark.parametrize("place,name", list(enumerate(SLOW)))
 def test_the_bootstrap_is_brute_force_resampling(place, name, unlabelled, asked):
     """Films repeated as drawn, slow forms, and quantiles by sorting."""
-    found = _of(unlabelled, name, resamples=99, seed=3)
+    found = _of(unlabelled, name, resamples=39, seed=3)
     patients, value, influence, _ = asked[place]
-    weights = intervals.bootstrap(patients, lambda w: w, resamples=99, seed=3).astype(int)
+    weights = intervals.bootstrap(patients, lambda w: w, resamples=39, seed=3).astype(int)
     who = np.array(patients)
     names = sorted(set(patients))
     parts = np.array([influence[who == p].sum() for p in names])
@@ -204,9 +202,8 @@ def test_the_bootstrap_is_brute_force_resampling(place, name, unlabelled, asked)
     assert 1 / np.sum((parts**2 / (parts**2).sum()) ** 2) > 10, "the bootstrap was not used"
     error = parts.std(ddof=1) * np.sqrt(len(parts))
     pivots.sort()
-    assert found.bound == pytest.approx(value - error * pivots[94])  # 95 of 100 in order
-    assert found.low == pytest.approx(value - error * (pivots[96] + pivots[97]) / 2)
-    assert found.high == pytest.approx(value - error * (pivots[1] + pivots[2]) / 2)
+    for level, place in ((found.bound, 38), (found.low, 39), (found.high, 1)):  # of 40
+        assert level == pytest.approx(value - error * pivots[place - 1])
 
 
 @pytest.mark.parametrize("count,total", [(0, 1), (1, 1), (0, 149), (3, 120), (60, 120), (9, 5000)])
@@ -331,7 +328,7 @@ def test_an_identical_candidate_passes_with_enough_patients_and_only_then():
     assert (enough.quantities[0].low, enough.quantities[0].high) == (0, 0)
     assert [q.verdict for q in few.quantities] == ["pass", "pass", "inconclusive"]
     assert few.reason == (
-        "flips 0 % in 148 patients, 95 % bound 2 %, limit 2 %: take about 149 patients"
+        "flips 0 % in 148 patients, 95 % bound 2.004 %, limit 2 %: take about 149 patients"
     )
     nine = compare(_same(_paired(patients=9)))
     assert {q.verdict for q in nine.quantities} == {"inconclusive"}
@@ -427,8 +424,8 @@ def test_a_failure_outweighs_what_was_not_measured():
 def test_a_class_of_few_patients_gives_no_interval():
     paired = _same(_paired(patients=300))
     labels = paired.labels.copy()
-    rare = np.flatnonzero(labels == 2)
-    labels[rare[4:]] = 0
+    who = np.array(paired.patients)
+    labels[(labels == 2) & ~np.isin(who, np.unique(who[labels == 2])[:4])] = 0
     found = compare(replace(paired, labels=labels), classes=("a", "b", "rare"))
     auc = found.quantities[0]
     assert auc.verdict == "inconclusive" and auc.low is None and auc.difference == 0
@@ -442,10 +439,10 @@ def test_a_limit_of_zero_never_passes():
 
 
 def test_flips_fail_pass_and_stay_open():
-    verdicts = [c.judge_flips(k, 400, 0.02).verdict for k in (0, 3, 4, 8, 15, 16, 400)]
+    verdicts = [c.judge_flips(k, 400, 0.02).verdict for k in (0, 3, 4, 8, 14, 15, 400)]
     assert verdicts == ["pass"] * 2 + ["inconclusive"] * 3 + ["fail"] * 2
     assert stats.beta.ppf(0.95, 4, 397) < 0.02 < stats.beta.ppf(0.95, 5, 396)
-    assert stats.beta.ppf(0.025, 15, 386) < 0.02 < stats.beta.ppf(0.025, 16, 385)
+    assert stats.beta.ppf(0.025, 14, 387) < 0.02 < stats.beta.ppf(0.025, 15, 386)
 
 
 def test_reasons_say_how_many_patients_it_takes():
@@ -467,7 +464,7 @@ def test_what_a_set_can_show():
     assert small[2] == "flips: with 120 patients even zero flips cannot exclude 2 %: 149 can"
     assert "120 patients, fewer than the 1500 recommended" in small[0]
     large = lines(_paired(patients=400))
-    assert large[2] == "flips: flips in up to 3 of 400 patients exclude 2 %"
+    assert large[2] == "flips: up to 3 of 400 patients may flip and exclude 2 % still"
     assert "limit of 0" in lines(_paired(patients=30), limits=Limits(flips=0))[2]
     assert lines(_paired(), untrained=["logits", "log_density"]) == ()
     blind = _without(_without(_paired(), "gaze"), "labels")
@@ -523,23 +520,15 @@ def test_few_patients_who_lose_bound_the_loss_as_poisson_does(losing):
     assert percentile > 0.95 * exact, "percentiles would have done"
 
 
-def _shares(name, truth, seeds, resamples=400, **drawn):
-    """Shares of the seeds that cover the truth, and that pass."""
-    covered = passed = 0
-    for seed in range(seeds):
-        found = _of(_paired(seed=seed, **drawn), name, resamples=resamples, seed=seed)
-        covered += found.low <= -truth <= found.high
-        passed += found.verdict == "pass"
-    return covered / seeds, passed / seeds
-
-
-def _both_shares(seeds, resamples, patients, macro, cc):
-    """As `_shares`, for both quantities of the same sets."""
+def _shares(seeds, resamples, patients, macro, cc=None, few=False):
+    """Shares of the seeds that cover the truth, and that pass; no CC where none is given."""
+    truth = {"macro AUC": -macro} if cc is None else {"macro AUC": -macro, "CC": -cc}
     covered, passed = Counter(), Counter()
-    truth = {"macro AUC": -macro, "CC": -cc}
     for seed in range(seeds):
-        paired = _paired(seed, patients, macro, cc)
-        for found in compare(paired, resamples=resamples, seed=seed).quantities[:2]:
+        paired = _paired(seed, patients, macro, cc or 0, few=few)
+        untrained = ["log_density"] if cc is None else []
+        compared = compare(paired, untrained=untrained, resamples=resamples, seed=seed)
+        for found in compared.quantities[: len(truth)]:
             covered[found.name] += found.low <= truth[found.name] <= found.high
             passed[found.name] += found.verdict == "pass"
     return [{name: shares[name] / seeds for name in truth} for shares in (covered, passed)]
@@ -547,17 +536,15 @@ def _both_shares(seeds, resamples, patients, macro, cc):
 
 def test_intervals_cover_and_a_loss_at_the_limit_seldom_passes():
     """Of 100 seeds a true 0.95 gives 88 or more, and a true 0.05 11 or fewer, with 0.996 each."""
-    covered, passed = _both_shares(100, 300, 150, LIMITS.macro_auc, LIMITS.cc)
+    covered, passed = _shares(100, 300, 150, LIMITS.macro_auc, LIMITS.cc)
     assert min(covered.values()) >= 0.88, covered
     assert max(passed.values()) <= 0.11, passed
 
 
 def test_a_loss_by_few_patients_seldom_passes():
     """1.25 % of 600 patients get scores that say nothing; bounds as above."""
-    covered, passed = _shares(
-        "macro AUC", LIMITS.macro_auc, 100, patients=600, macro=LIMITS.macro_auc, few=True
-    )
-    assert covered >= 0.88 and passed <= 0.11
+    covered, passed = _shares(100, 400, 600, LIMITS.macro_auc, few=True)
+    assert covered["macro AUC"] >= 0.88 and passed["macro AUC"] <= 0.11, (covered, passed)
 
 
 @pytest.mark.parametrize("patients", [149, 150, 248, 400, 849, 1450, c.RECOMMENDED_PATIENTS])
@@ -575,20 +562,19 @@ def test_half_of_the_limit_of_flips_passes_at_the_recommended_size():
 
 @pytest.mark.slow
 def test_a_thousand_sets_at_the_limit():
-    covered, passed = _both_shares(1000, 400, 300, LIMITS.macro_auc, LIMITS.cc)
+    covered, passed = _shares(1000, 400, 300, LIMITS.macro_auc, LIMITS.cc)
     assert all(0.935 <= share <= 0.965 for share in covered.values()), covered
     assert max(passed.values()) <= 0.065, passed
 
 
 @pytest.mark.slow
 def test_a_thousand_sets_of_the_recommended_size_at_half_the_limit():
-    _, passed = _both_shares(1000, 200, c.RECOMMENDED_PATIENTS, LIMITS.macro_auc / 2, LIMITS.cc / 2)
+    _, passed = _shares(1000, 200, c.RECOMMENDED_PATIENTS, LIMITS.macro_auc / 2, LIMITS.cc / 2)
     assert min(passed.values()) >= 0.90, passed
 
 
 @pytest.mark.slow
 def test_a_thousand_sets_where_few_patients_lose():
-    covered, passed = _shares(
-        "macro AUC", LIMITS.macro_auc, 1000, patients=800, macro=LIMITS.macro_auc, few=True
-    )
-    assert covered >= 0.935 and passed <= 0.065
+    """Percentiles cover 0.86 of these and let 0.16 pass."""
+    covered, passed = _shares(1000, 400, 800, LIMITS.macro_auc, few=True)
+    assert covered["macro AUC"] >= 0.935 and passed["macro AUC"] <= 0.065, (covered, passed)
