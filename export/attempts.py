@@ -60,9 +60,12 @@ def margin(attempt: Attempt, limits: Limits) -> float:
     if attempt.parity.verdict != "pass" or found is None:
         return -float("inf")
     return min(
-        (q.limit - q.loss) / q.limit if q.limit else -q.loss
-        for q in found.quantities
-        if q.loss is not None
+        (
+            (q.limit - q.loss) / q.limit if q.limit else -q.loss
+            for q in found.quantities
+            if q.loss is not None
+        ),
+        default=-float("inf"),
     )
 
 
