@@ -185,7 +185,7 @@ def gated(
             "from a bundle of higher precision"
         )
     record = record.model_copy(update={"gate": found})
-    cache.store(record, cache.read(record))
+    cache.store_record(record)
     return record
 
 
@@ -366,7 +366,7 @@ def _parser_error(error: Any) -> str:
 
 
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # likewise
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # known when run
         """A bar over the outermost phases' steps in a terminal, a line a phase without one.
 
         Ctrl-C reaches Python between two steps and stops the build at the next.
@@ -377,7 +377,6 @@ def _monitor(trt: Any) -> Any:
             self.interrupted = False
             self.steps = 0
             self._bars: dict[str, Any] = {}
-            self._total = 0
 
         def phase_start(self, name: str, parent: str | None, count: int) -> None:
             if not sys.stderr.isatty():

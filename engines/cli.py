@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tf32", action="store_true", help="allow TensorFloat-32 in fp32 layers (default: off)"
     )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="(default: CXRGAZE_CACHE, or in ~/.cache)"
-    )
+    command.add_cache(parser)
     parser.add_argument(
         "--gate",
         metavar="SET",
@@ -87,12 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "over the labelled set that the bundle was gated with, or 'phantom': a loss deletes the "
         "plan (exit code 5), a set that cannot tell is exit code 9",
     )
-    parser.add_argument(
-        "--gate-split",
-        choices=("train", "val", "test", "all"),
-        default="test",
-        help="(default test)",
-    )
+    command.add_split(parser, "--gate-split", "test")
     parser.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
     parser.add_argument("--rebuild", action="store_true", help="build even if the plan is there")
     return command.execute(parser, _run, argv)
@@ -122,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.gate and args.sm:
         raise UsageError("--gate runs the plan, which needs its GPU; leave out --cpu-only")
-    films = gate_films(bundle, args.gate, args.gate_split, args.heatmap) if args.gate else None
+    films = _films(bundle, args) if args.gate else None
     built = build(bundle, library, options, cache, rebuild=args.rebuild)
     print_built(built, cache)
     verdict = None
@@ -143,27 +136,15 @@ def _run(args: argparse.Namespace) -> int:
     return ExitCode.INCONCLUSIVE if verdict and verdict.verdict == "inconclusive" else ExitCode.OK
 
 
-def gate_films(bundle: Bundle, given: str, split: str, heatmap: str | None) -> GateSet:
-    """The films to gate a plan with: phantoms, or a split of a labelled set.
-
-    Raises:
-        UsageError: no or an unknown heatmap preset for a labelled set.
-        DataError: not a labelled set, or one that breaks a rule.
-    """
+def _films(bundle: Bundle, args: argparse.Namespace) -> GateSet:
+    """The films to gate a plan with: phantoms, or a split of a labelled set."""
     from cxrgaze.engines import gate
-    from cxrgaze.errors import UsageError
-    from cxrgaze.heatmaps import PRESETS
-    from cxrgaze.samples import SPLITS, LabelledSet
+    from cxrgaze.samples import split_named
 
     spec = bundle.manifest.spec
-    if given == "phantom":
+    if args.gate == "phantom":
         return gate.phantom_set(spec)
-    if heatmap not in PRESETS:
-        raise UsageError(
-            f"--gate {given}: say how its maps are made, --heatmap {'|'.join(PRESETS)}"
-        )
-    chosen = next((name for name in SPLITS if name == split), None)
-    return gate.labelled_set(LabelledSet.open(given), spec, PRESETS[heatmap], chosen)
+    return gate.open_set(Path(args.gate), spec, args.heatmap, split_named(args.gate_split))
 
 
 def print_built(built: Built, cache: Cache) -> None:

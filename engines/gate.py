@@ -13,7 +13,8 @@ import io
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from cxrgaze import metrics, phantom
 from cxrgaze.bundle import REFERENCE, Bundle, Gate, GateLevel, Head
 from cxrgaze.command import counted
 from cxrgaze.compare import Limits, Paired, compare
-from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.errors import DataError, IntegrityError, UsageError
 from cxrgaze.files import sha256
 from cxrgaze.heatmaps import PRESETS, HeatmapPreset
 from cxrgaze.runtime.backends import Outputs
@@ -54,7 +55,7 @@ class GateSet:
     """SHA-256 of each film."""
     arrays: Arrays
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 of all that a verdict depends on: films, patients, labels, gaze densities."""
         parts = zip(self.keys, self.patients, self.arrays.labels.tolist(), strict=True)
@@ -137,6 +138,24 @@ def labelled_set(
     )
 
 
+def open_set(folder: Path, spec: ModelSpec, heatmap: str | None, split: Split | None) -> GateSet:
+    """The films of a labelled set's folder.
+
+    Args:
+        heatmap: name of the preset that makes its human maps.
+
+    Raises:
+        UsageError: no preset of that name.
+        DataError: not a labelled set, or one that breaks a rule.
+    """
+    if heatmap not in PRESETS:
+        raise UsageError(
+            f"{folder}: say how its human maps are made with --heatmap, one of "
+            f"{', '.join(PRESETS)}; found {heatmap!r}"
+        )
+    return labelled_set(LabelledSet.open(folder), spec, PRESETS[heatmap], split)
+
+
 @dataclass(frozen=True)
 class Predicted:
     """Both heads on the films of a set."""
@@ -183,14 +202,14 @@ def judge(
         classes: names of the columns of the logits.
         untrained: outputs that nothing taught, which cannot lose anything.
     """
-    own, agreement = _ccs(films, candidate, reference)
+    agreement = _agreement(films, candidate, reference)
     paired = Paired(
         patients=films.patients,
         labels=films.arrays.labels,
         reference_logits=_probabilities(reference.logits),
         candidate_logits=_probabilities(candidate.logits),
-        reference_cc=_ccs(films, reference, reference)[0],
-        candidate_cc=own,
+        reference_cc=_human_cc(films, reference),
+        candidate_cc=_human_cc(films, candidate),
     )
     found = compare(paired, limits, untrained=untrained, classes=classes)
     worst = int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0
@@ -223,28 +242,33 @@ def _number(
     return float(function(values)) if np.isfinite(values).any() else -1.0
 
 
-def _ccs(
-    films: GateSet, found: Predicted, reference: Predicted
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """CC to the human map and to the reference's map, over each film's area; NaN where undefined.
+def _human_cc(films: GateSet, found: Predicted) -> NDArray[np.float64]:
+    """CC to the human map over each film's area; NaN where a film has no gaze.
 
-    A map that is not finite has CC -1 to the human map: it must not pass for a film without gaze.
+    A map that is not finite has CC -1: it must not pass for a film without gaze.
     """
     human = np.full(len(films.keys), np.nan)
-    agreement = np.full(len(films.keys), np.nan)
-    has_gaze = films.arrays.has_gaze
-    for index, geometry in enumerate(films.arrays.geometries):
-        one, other = (
-            geometry.crop(p.log_density[index].astype(np.float64)) for p in (found, reference)
-        )
-        if not np.isfinite(one).all():
-            human[index], agreement[index] = (-1.0 if has_gaze[index] else np.nan), -1.0
-            continue
-        density = np.exp(one)
-        agreement[index] = metrics.cc(density, np.exp(other))
-        if has_gaze[index]:
-            human[index] = metrics.cc(density, geometry.crop(films.arrays.densities[index, 0]))
-    return human, agreement
+    for index in np.flatnonzero(films.arrays.has_gaze).tolist():
+        inside = _inside(films, found, index)
+        truth = films.arrays.geometries[index].crop(films.arrays.densities[index, 0])
+        human[index] = metrics.cc(np.exp(inside), truth) if np.isfinite(inside).all() else -1.0
+    return human
+
+
+def _agreement(films: GateSet, found: Predicted, reference: Predicted) -> NDArray[np.float64]:
+    """CC to the reference's map over each film's area; -1 for a map that is not finite."""
+    agreement = np.full(len(films.keys), -1.0)
+    for index in range(len(films.keys)):
+        one, other = (_inside(films, p, index) for p in (found, reference))
+        if np.isfinite(one).all():
+            agreement[index] = metrics.cc(np.exp(one), np.exp(other))
+    return agreement
+
+
+def _inside(films: GateSet, found: Predicted, index: int) -> NDArray[np.float64]:
+    """The log-density over a film's area of the canvas."""
+    inside = films.arrays.geometries[index].crop(found.log_density[index])
+    return inside.astype(np.float64)
 
 
 def stored_reference(films: GateSet, reference: Predicted, seed: int = 0) -> bytes:

@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="GPUs, driver, memory, system and libraries here, whether they go together, and the "
         "support matrix",
     )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="(default: CXRGAZE_CACHE, or in ~/.cache)"
-    )
+    command.add_cache(parser)
     parser.add_argument(
         "--verify", type=Path, metavar="PUBLIC", help="check the signature with a public key (PEM)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cxrgaze.bundle import Gate, Parity, Trial
@@ -132,7 +133,7 @@ def fallback(
 
     ranks = {}
     for number, block in enumerate(blocks, start=1):
-        ranks[block] = log.margin([block], lambda block=block: measured([block]))  # type: ignore[misc]
+        ranks[block] = log.margin([block], partial(measured, [block]))
         say(f"  trial {number}: {block} back, margin {ranks[block]:.2f} of a limit")
     order = sorted(blocks, key=lambda block: -ranks[block])
     made: list[Attempt] = []

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cxrgaze.bundle import Audit
 from cxrgaze.errors import ParityError
-from cxrgaze.export.fp16 import KEEP, float_tensors
+from cxrgaze.export.fp16 import HALF_MAX, KEEP, float_tensors
 from cxrgaze.export.parity import looked_at
-from cxrgaze.export.ranges import HALF_MAX, collect
+from cxrgaze.export.ranges import collect
+from cxrgaze.export.session import host_session
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 
 
@@ -102,13 +102,8 @@ def _rounding(
     model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]
 ) -> tuple[bool, float, float]:
     """Whether all is finite, and the largest differences of both outputs to the float32 run."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     plain, rough = (
-        onnxruntime.InferenceSession(
-            m.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        for m in (model, rounded(model))
+        host_session(m.SerializeToString(), optimized=False) for m in (model, rounded(model))
     )
     logits_off, density_off = [0.0], [0.0]
     for image in images:

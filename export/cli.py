@@ -6,13 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cxrgaze import command
 
 if TYPE_CHECKING:
     from cxrgaze.bundle import Bundle
-    from cxrgaze.samples import Split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,12 +94,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "beyond a limit is exit code 5 and leaves no bundle, a set that cannot tell is code 9.",
     )
     group.add_argument("--gate", type=Path, metavar="SET", help="a labelled set")
-    group.add_argument(
-        "--gate-split",
-        choices=("train", "val", "test", "all"),
-        default="test",
-        help="(default test)",
-    )
+    command.add_split(group, "--gate-split", "test")
     group.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
     group.add_argument(
         "--limits",
@@ -135,12 +129,7 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         help="a labelled set; its patients must not be in the gate's (a network that was trained "
         "on phantoms takes phantoms)",
     )
-    group.add_argument(
-        "--calibration-split",
-        choices=("train", "val", "test", "all"),
-        default="train",
-        help="(default train)",
-    )
+    command.add_split(group, "--calibration-split", "train")
     group.add_argument(
         "--calibration-films",
         type=command.bounded(1, 4096),
@@ -171,6 +160,7 @@ def _run(args: argparse.Namespace) -> int:
 
         from cxrgaze.export import pipeline
         from cxrgaze.runtime.host import cpu_count
+        from cxrgaze.samples import split_named
         from cxrgaze.train.checkpoint import demo_path
     torch.set_num_threads(args.threads or cpu_count())
     with step("make random weights" if args.random_weights else "load the checkpoint"):
@@ -187,14 +177,14 @@ def _run(args: argparse.Namespace) -> int:
         args.sign,
         pipeline.GateOptions(
             args.gate,
-            _split(args.gate_split),
+            split_named(args.gate_split),
             skip=args.no_gate,
             heatmap=args.heatmap,
             limits=pipeline.read_limits(args.limits),
         ),
         pipeline.Int8Options(
             args.calibration,
-            _split(args.calibration_split),
+            split_named(args.calibration_split),
             films=args.calibration_films,
             method=args.method,
         ),
@@ -209,10 +199,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 _STEPS = {"fp32": 8, "fp16": 9, "int8": 10}
-
-
-def _split(name: str) -> Split | None:
-    return None if name == "all" else cast("Split", name)
 
 
 def _build(made: Bundle, *, wanted: bool) -> None:

@@ -23,7 +23,8 @@ KEEP = frozenset({"LogSoftmax", "Softmax", "GlobalAveragePool", "ReduceMean"})
 
 _MOVES_DATA = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Transpose"})
 _NOT_DATA = {"Resize": (1, 2)}  # roi and scales: float32 whatever the data is
-_HALF_MAX = float(np.finfo(np.float16).max)
+HALF_MAX = float(np.finfo(np.float16).max)
+"""Largest number of float16."""
 _TYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
@@ -166,9 +167,9 @@ def _weight(weight: onnx.TensorProto, wanted: int, made: dict[str, onnx.TensorPr
     if name not in made:
         values = numpy_helper.to_array(weight)
         largest = float(np.abs(values).max(initial=0.0))
-        if not largest <= _HALF_MAX:
+        if not largest <= HALF_MAX:
             raise ParityError(
-                f"weight {weight.name} reaches {largest:.4g}; float16 ends at {_HALF_MAX:.0f}; "
+                f"weight {weight.name} reaches {largest:.4g}; float16 ends at {HALF_MAX:.0f}; "
                 "export with --precision fp32"
             )
         made[name] = numpy_helper.from_array(values.astype(np.float16), name)

@@ -61,8 +61,8 @@ def finished(model: onnx.ModelProto, spec: ModelSpec) -> bytes:
     return data
 
 
-def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
-    """Multiply-accumulates of the convolutions for one film, by the type of their input.
+def for_one_film(model: onnx.ModelProto) -> onnx.GraphProto:
+    """A copy of a graph with the shape of every tensor for a batch of one.
 
     Raises:
         onnx.shape_inference.InferenceError: shapes that do not fit together.
@@ -71,7 +71,16 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     for value in (*single.graph.input, *single.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del single.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True).graph
+    return onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True).graph
+
+
+def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
+    """Multiply-accumulates of the convolutions for one film, by the type of their input.
+
+    Raises:
+        onnx.shape_inference.InferenceError: as `for_one_film`.
+    """
+    graph = for_one_film(model)
     values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     weights = {w.name: tuple(w.dims) for w in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}

@@ -9,7 +9,7 @@ section 4, recipes K and A).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def calibrate(
     model: onnx.ModelProto,
     images: Sequence[NDArray[np.float32]],
     target: Target,
-    method: Method = "percentile",
+    method: Method,
     percentile: float = PERCENTILE,
 ) -> dict[str, tuple[float, float]]:
     """Range of every tensor that quantization for `target` needs, over calibration films.
@@ -221,12 +221,6 @@ def _cpu_nodes(model: onnx.ModelProto, keep: Collection[str]) -> list[onnx.NodeP
         and node.name not in keep
         and (block_of(node) in blocks or node.op_type == "MaxPool")
     ]
-
-
-QUANTIZERS: dict[Target, Callable[[onnx.ModelProto, Ranges, Collection[str]], onnx.ModelProto]] = {
-    "tensorrt": for_tensorrt,
-    "cpu": for_cpu,
-}
 
 
 def lint(model: onnx.ModelProto) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 from cxrgaze import metrics
 from cxrgaze.bundle import OutputParity, Parity, Precision, Tolerance
 from cxrgaze.errors import ParityError
+from cxrgaze.export.fp16 import HALF_MAX
+from cxrgaze.export.session import host_session
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 from cxrgaze.train.model import Network
 
@@ -47,7 +49,6 @@ AGREEMENT: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.6
 LOOKED_AT = 0.01
 """Log-densities are compared where the reference density is at least this share of its peak."""
 
-_HALF_MAX = 65504.0
 _WITNESS: dict[Precision, str] = {
     "fp32": "ONNX Runtime on the CPU computes this graph in float32.",
     "fp16": "ONNX Runtime on the CPU computes float16 graphs in float32 with casts: this shows the "
@@ -58,14 +59,33 @@ _WITNESS: dict[Precision, str] = {
 }
 
 
-def compare(
-    network: Network,
-    graph: bytes,
-    images: NDArray[np.float32],
-    precision: Precision,
-    domain: str,
-) -> Parity:
-    """Differences of both outputs over `images` `(n, 1, H, W)`, film by film, and a verdict.
+@dataclass(frozen=True)
+class Answers:
+    """What the network says of the parity films in torch float32."""
+
+    images: NDArray[np.float32]
+    """`(n, 1, H, W)`."""
+    logits: NDArray[np.float32]
+    """`(n, C)`."""
+    log_density: NDArray[np.float32]
+    """`(n, H, W)`."""
+    peak: float
+    """Largest absolute value that any layer takes or gives."""
+
+
+def answers(network: Network, images: NDArray[np.float32]) -> Answers:
+    """The network's answers, film by film: once for all forms of its graph."""
+    logits, log_density = [], []
+    with _peak_of(network) as peak, torch.inference_mode():
+        for image in images:
+            outputs = network(torch.from_numpy(image[None]))
+            logits.append(outputs.logits[0].numpy())
+            log_density.append(outputs.log_density[0, 0].numpy())
+    return Answers(images, np.stack(logits), np.stack(log_density), peak[0])
+
+
+def compare(wanted: Answers, graph: bytes, precision: Precision, domain: str) -> Parity:
+    """Differences of both outputs to the network's answers, film by film, and a verdict.
 
     Args:
         domain: what the films are, for the record.
@@ -73,37 +93,35 @@ def compare(
     session = host_session(graph)
     logit_diffs, density_diffs, logit_cosines, density_cosines, agreements = [], [], [], [], []
     flips, finite = 0, True
-    with _peak_of(network) as peak, torch.inference_mode():
-        for image in images:
-            reference = network(torch.from_numpy(image[None]))
-            want_logits = reference.logits[0].numpy()
-            want_density = reference.log_density[0, 0].numpy()
-            logits, density = session.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]})
-            logits, density = logits[0], density[0, 0]
-            if not (np.isfinite(logits).all() and np.isfinite(density).all()):
-                finite = False
-                continue
-            looked = looked_at(want_density)
-            logit_diffs.append(np.abs(logits - want_logits))
-            density_diffs.append(np.abs(density - want_density)[looked])
-            logit_cosines.append(_cosine(logits, want_logits))
-            density_cosines.append(_cosine(density, want_density))
-            agreements.append(metrics.cc(np.exp(density), np.exp(want_density)))
-            flips += int(logits.argmax() != want_logits.argmax())
+    for image, want_logits, want_density in zip(
+        wanted.images, wanted.logits, wanted.log_density, strict=True
+    ):
+        logits, density = session.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]})
+        logits, density = logits[0], density[0, 0]
+        if not (np.isfinite(logits).all() and np.isfinite(density).all()):
+            finite = False
+            continue
+        looked = looked_at(want_density)
+        logit_diffs.append(np.abs(logits - want_logits))
+        density_diffs.append(np.abs(density - want_density)[looked])
+        logit_cosines.append(_cosine(logits, want_logits))
+        density_cosines.append(_cosine(density, want_density))
+        agreements.append(metrics.cc(np.exp(density), np.exp(want_density)))
+        flips += int(logits.argmax() != want_logits.argmax())
     limits = LIMITS[precision]
     of_logits = _summary(logit_diffs, logit_cosines)
     of_density = _summary(density_diffs, density_cosines)
     # The network itself may be broken: a peak of NaN or infinity is no number to compare with.
-    finite = finite and bool(np.isfinite(peak[0]))
+    finite = finite and bool(np.isfinite(wanted.peak))
     within = (
         of_logits.max <= limits.logits
         and of_density.max <= limits.log_density
         and min(agreements, default=0.0) >= AGREEMENT[precision]
-        and (precision == "fp32" or peak[0] <= _HALF_MAX)
+        and (precision == "fp32" or wanted.peak <= HALF_MAX)
     )
     return Parity(
         verdict="not_finite" if not finite else "pass" if within else "fail",
-        films=len(images),
+        films=len(wanted.images),
         domain=domain,
         limits=limits,
         logits=of_logits,
@@ -112,18 +130,9 @@ def compare(
         worst_film=int(np.argmin(agreements)) if agreements else 0,
         agreement_cc_mean=float(np.mean(agreements)) if agreements else 0.0,
         label_flips=flips,
-        peak_activation=peak[0] if np.isfinite(peak[0]) else -1.0,
+        peak_activation=wanted.peak if np.isfinite(wanted.peak) else -1.0,
         witness=_WITNESS[precision],
     )
-
-
-def host_session(graph: bytes) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU for a graph of any target: a witness, which serves nobody."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Threads that spin between films cost more than they win on a busy machine.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def looked_at(log_density: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -168,7 +177,7 @@ def require_pass(parity: Parity, precision: Precision) -> None:
         f"{parity.logits.max:.3g} (limit {parity.limits.logits:g}), log-density by "
         f"{parity.log_density.max:.3g} (limit {parity.limits.log_density:g}), agreement CC "
         f"{parity.agreement_cc_min:.6f} (limit {AGREEMENT[precision]}), largest activation "
-        f"{parity.peak_activation:.4g} (float16 ends at {_HALF_MAX:.0f}); nothing was written"
+        f"{parity.peak_activation:.4g} (float16 ends at {HALF_MAX:.0f}); nothing was written"
     )
 
 

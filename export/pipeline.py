@@ -26,6 +26,7 @@ from cxrgaze.errors import DataError, GateError, UsageError
 from cxrgaze.export import attempts, audit, forms, graph, int8, parity, rewrites
 from cxrgaze.export.ranges import Method
 from cxrgaze.export.report import pages
+from cxrgaze.export.session import host_session
 from cxrgaze.files import new_folder, sha256
 from cxrgaze.heatmaps import PRESETS
 from cxrgaze.runtime.backends import Outputs
@@ -80,8 +81,6 @@ class GateOptions:
     heatmap: str | None = None
     """Preset of the human maps; None takes the one that the network was trained with."""
     limits: Limits = Limits()
-    films: int = gate.PHANTOMS
-    """Phantoms."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,6 @@ class Int8Options:
     films: int = 64
     """At most so many, chosen by seed."""
     method: Method = "minmax"
-    percentile: float = int8.PERCENTILE
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,6 @@ class Options:
 class _Calibrated:
     ranges: dict[str, tuple[float, float]]
     record: bundle.Calibration
-    patients: tuple[str, ...]
 
 
 def source_from_checkpoint(path: Path) -> Source:
@@ -209,7 +206,8 @@ def export(source: Source, options: Options, step: Steps) -> bundle.Bundle:
                 calibrated = _calibrated(source, options, model, films)
         with step(f"type the graph as {precision}; parity and gate"):
             say("")
-            judge = _Judge(source, options, images, domain, films, reference)
+            wanted = parity.answers(source.network, images)
+            judge = _Judge(source, options, wanted, domain, films, reference)
             made = _attempts(judge, options, model, calibrated, name)
             chosen = attempts.best(made)
             parity.require_pass(chosen.parity, precision)
@@ -259,22 +257,15 @@ def _gate_set(
     if asked.folder is None:
         if options.precision == "fp32":
             return None, None  # its own reference
-        films = gate.phantom_set(spec, asked.films)
+        films = gate.phantom_set(spec)
     else:
-        heatmap = asked.heatmap or source.heatmap
-        if heatmap not in PRESETS:
-            raise UsageError(
-                f"{asked.folder}: say how its human maps are made, --heatmap "
-                f"{', '.join(PRESETS)}; the network's card has {heatmap!r}"
-            )
-        labelled = LabelledSet.open(asked.folder)
-        films = gate.labelled_set(labelled, spec, PRESETS[heatmap], asked.split)
+        films = gate.open_set(asked.folder, spec, asked.heatmap or source.heatmap, asked.split)
     infer = _infer(graph.finished(model, spec))
     return films, gate.predicted(infer, films.arrays.images)
 
 
 def _infer(data: bytes) -> gate.Infer:
-    session = parity.host_session(data)
+    session = host_session(data)
 
     def infer(image: NDArray[np.float32]) -> Outputs:
         return Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
@@ -303,19 +294,17 @@ def _calibrated(
         warnings.append(f"calibrated on {chosen.domain} films, the network is {spec.domain}")
     for warning in warnings:
         say(f"  warning: {warning}")
-    ranges = int8.calibrate(
-        model, list(chosen.arrays.images), options.target, asked.method, asked.percentile
-    )
+    ranges = int8.calibrate(model, list(chosen.arrays.images), options.target, asked.method)
     record = bundle.Calibration(
         method=asked.method,
-        percentile=asked.percentile,
+        percentile=int8.PERCENTILE,
         set_name=chosen.name,
         domain=chosen.domain,
         films=chosen.keys,
         sha256=sha256("\n".join(chosen.keys).encode()),
         warnings=tuple(warnings),
     )
-    return _Calibrated(ranges, record, chosen.patients)
+    return _Calibrated(ranges, record)
 
 
 @dataclass(frozen=True)
@@ -324,7 +313,7 @@ class _Judge:
 
     source: Source
     options: Options
-    images: NDArray[np.float32]
+    wanted: parity.Answers
     domain: str
     films: gate.GateSet | None
     reference: gate.Predicted | None
@@ -332,7 +321,7 @@ class _Judge:
     def __call__(self, form: forms.Form) -> attempts.Attempt:
         spec, precision = self.source.spec, self.options.precision
         data = graph.finished(form.model, spec)
-        found = parity.compare(self.source.network, data, self.images, precision, self.domain)
+        found = parity.compare(self.wanted, data, precision, self.domain)
         verdict = self._gate(data)
         trial = bundle.Trial(
             form=form.name,

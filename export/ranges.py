@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
+from cxrgaze.export.graph import for_one_film
+from cxrgaze.export.session import host_session
 from cxrgaze.spec import IMAGE
 
 Method = Literal["minmax", "percentile"]
@@ -32,7 +33,6 @@ _EDGES = np.full(_NEGATIVE + 1, np.inf)
 _EDGES[:_INFINITE] = (np.arange(_INFINITE, dtype=np.uint32) << _SHIFT).view(np.float32)
 """Lower edge of each bin of one sign."""
 
-HALF_MAX = float(np.finfo(np.float16).max)
 _HALF_NORMAL = float(np.finfo(np.float16).tiny)
 
 
@@ -119,11 +119,7 @@ def collect(
         if name not in present:
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             watched.graph.output.append(value)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = host_session(watched.SerializeToString())
     tallies = {name: Tally(np.zeros(_BINS, np.int64)) for name in names}
     for image in images:
         if IMAGE in tallies:
@@ -136,11 +132,7 @@ def collect(
 
 def _sizes(model: onnx.ModelProto) -> dict[str, int]:
     """Bytes of every float32 tensor that a node gives, for one film, in the graph's order."""
-    single = onnx.ModelProto.FromString(model.SerializeToString())
-    for value in (*single.graph.input, *single.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    del single.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True).graph
+    graph = for_one_film(model)
     types = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output)}
     found = {}
     for name in (name for node in graph.node for name in node.output):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxrgaze.bundle import DataType, Manifest, Trial
-from cxrgaze.export.parity import host_session
+from cxrgaze.export.session import host_session
 from cxrgaze.files import render_json
 from cxrgaze.report import (
     Block,
@@ -23,6 +23,7 @@ from cxrgaze.report import (
     html_page,
     markdown_page,
 )
+from cxrgaze.runtime import overlay
 from cxrgaze.spec import IMAGE, LOG_DENSITY
 from cxrgaze.train.model import Network
 
@@ -207,17 +208,14 @@ def _maps(
             reference = network(torch.from_numpy(image[None])).log_density[0, 0].numpy()
             (found,) = session.run([LOG_DENSITY], {IMAGE: image[None]})
             peak = float(np.exp(reference).max())
-            maps = [_coloured(np.exp(m) / peak) for m in (reference, found[0, 0])]
+            maps = [
+                overlay.coloured(np.clip(np.exp(m) / peak, 0, 1)) for m in (reference, found[0, 0])
+            ]
             film = cv2.cvtColor((image[0] * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
             rows.append(np.hstack([_enlarged(picture) for picture in (film, *maps)]))
     data = cv2.imencode(".png", np.vstack(rows))[1].tobytes()
     caption = f"Phantom, map in float32, map of the {manifest.precision} graph; one colour scale."
     return Figure("maps.png", data, caption)
-
-
-def _coloured(density: NDArray[np.floating]) -> NDArray[np.uint8]:
-    levels = (np.clip(density, 0, 1) * 255).astype(np.uint8)
-    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), dtype=np.uint8)
 
 
 def _enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -139,9 +139,9 @@ def tensorrts_beside_a_gpu() -> list[str]:
     """TensorRTs that could run here; none without a GPU, whatever is installed."""
     from cxrgaze.runtime import device, trt_library
 
-    if not (installed := trt_library.versions()) or isinstance(device.gpus(), str):
+    if isinstance(device.gpus(), str):  # asked first: importing a TensorRT takes its time
         return []
-    return [name for name in NAMES if name in installed]
+    return list(trt_library.versions())
 
 
 def _tensorrt(bundle: Bundle, wish: Wish, name: str) -> Backend:

@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="auto, tensorrt, tensorrt_rtx or onnxruntime (default auto: a TensorRT that has a "
         "plan of this bundle for this GPU, else onnxruntime)",
     )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="plans (default: CXRGAZE_CACHE, or in ~/.cache)"
-    )
+    command.add_cache(parser)
     parser.add_argument(
         "--allow-host-code",
         action="store_true",

@@ -270,7 +270,8 @@ class PyCuda(Device):
         """See `Device.pinned`."""
         make = self._driver.pagelocked_empty
         array: NDArray[Any] = _pycuda("pagelocked_empty", make, tuple(shape), np.dtype(dtype))
-        self._resources.callback(_pycuda, "HostPointer.free", array.base.free)  # type: ignore[union-attr]
+        pointer: Any = array.base  # pycuda's own owner of the page-locked memory
+        self._resources.callback(_pycuda, "HostPointer.free", pointer.free)
         return array
 
     def to_device(self, address: int, array: NDArray[Any]) -> None:

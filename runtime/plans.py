@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from cxrgaze.files import (
     sha256,
     write_atomic,
 )
+from cxrgaze.runtime.trt_library import version_number
 from cxrgaze.spec import NOTICE, Frozen, complaint
 
 SCHEMA_VERSION = 1
@@ -205,9 +205,13 @@ class Cache:
 
     def store(self, record: PlanRecord, plan: bytes) -> None:
         """Write the plan, then its record: a record never lies about a plan that is not there."""
-        path = self.plan_path(record.inputs)
-        write_atomic(path, plan)
-        write_atomic(path.with_suffix(".json"), render_json(record.model_dump(mode="json")))
+        write_atomic(self.plan_path(record.inputs), plan)
+        self.store_record(record)
+
+    def store_record(self, record: PlanRecord) -> None:
+        """Write the record of a plan that is there."""
+        path = self.plan_path(record.inputs).with_suffix(".json")
+        write_atomic(path, render_json(record.model_dump(mode="json")))
 
     def read(self, record: PlanRecord) -> bytes:
         """The plan's bytes, verified; deserialize these and never the path.
@@ -272,8 +276,8 @@ def require_fit(record: PlanRecord, here: Here, *, allow_host_code: bool = False
         built.library_version == here.library_version
         or (
             built.version_compatible
-            and _number(built.library_version) <= _number(here.library_version)
-            and _number(built.library_version)[0] == _number(here.library_version)[0]
+            and version_number(built.library_version) <= version_number(here.library_version)
+            and version_number(built.library_version)[0] == version_number(here.library_version)[0]
         )
     )
     same_device = here.capability in built.architecture or (
@@ -316,7 +320,7 @@ def check_header(plan: bytes, inputs: PlanInputs) -> None:
             f"the plan {inputs.key} begins with {plan[:4]!r}, a plan of {inputs.library} with "
             f"{magic!r}: it is none; run: cxrgaze-build --rebuild"
         )
-    said = _number(inputs.library_version)[:3]
+    said = version_number(inputs.library_version)[:3]
     found = tuple(plan[_VERSION_AT : _VERSION_AT + 3])
     if found != said:
         raise IncompatibleError(
@@ -328,10 +332,6 @@ def check_header(plan: bytes, inputs: PlanInputs) -> None:
 def now_utc() -> str:
     """The time for a record."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def _default_folder() -> Path:

@@ -34,7 +34,6 @@ class Support:
 
 
 _TURING_ON = ("75", "80", "86", "89", "90", "100", "120")
-_JETSON_11 = "TensorRT 11.4.1, migration guide, Jetson"
 
 MATRIX = (
     Support(
@@ -59,7 +58,7 @@ MATRIX = (
     ),
     Support(
         "tensorrt", (11, 4, 1), (12,), "linux-aarch64", ((39, 2, 2), (40,)), "JetPack 7.2.2 on",
-        ("87", "110"), (13, 2), _JETSON_11,
+        ("87", "110"), (13, 2), "TensorRT 11.4.1, migration guide, Jetson",
     ),
     Support(
         "tensorrt_rtx", (1,), (2,), "linux-x86_64", None, "workstation",

@@ -154,14 +154,19 @@ class TensorRT:
         if self._device is None:
             raise RuntimeError("infer before activate")
         largest = self._record.inputs.batch[2]
+        outputs = {
+            name: np.empty((len(image), *self._host[name].shape[1:]), np.float32)
+            for name in (LOGITS, LOG_DENSITY)
+        }
         with self._device.current():
-            parts = [
-                self._run(self._device, image[start : start + largest])
-                for start in range(0, len(image), largest)
-            ]
-        return Outputs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            for start in range(0, len(image), largest):
+                part = slice(start, start + largest)
+                self._run(self._device, image[part], {n: a[part] for n, a in outputs.items()})
+        return Outputs(outputs[LOGITS], outputs[LOG_DENSITY])
 
-    def _run(self, device: Device, part: NDArray[np.float32]) -> Outputs:
+    def _run(
+        self, device: Device, part: NDArray[np.float32], outputs: dict[str, NDArray[np.float32]]
+    ) -> None:
         count = len(part)
         size = max(count, self._record.inputs.batch[0])
         host = {name: array[:size] for name, array in self._host.items()}
@@ -174,10 +179,11 @@ class TensorRT:
             self._size = size
         device.to_device(self._address[IMAGE], host[IMAGE])
         self._accepted(self._context.execute_async_v3(device.stream), "execute_async_v3")
-        for name in (LOGITS, LOG_DENSITY):
+        for name in outputs:
             device.to_host(host[name], self._address[name])
         device.synchronize()
-        return Outputs(host[LOGITS][:count].copy(), host[LOG_DENSITY][:count].copy())
+        for name, array in outputs.items():
+            array[:] = host[name][:count]
 
     def _accepted(self, done: bool, call: str) -> None:
         if not done:

@@ -40,7 +40,7 @@ class Library:
     @property
     def number(self) -> tuple[int, ...]:
         """The version as numbers."""
-        return tuple(int(part) for part in re.findall(r"\d+", self.version))
+        return version_number(self.version)
 
     @property
     def is_rtx(self) -> bool:
@@ -164,6 +164,11 @@ class Library:
 
 _RTX_LACKS = {"workspace", "version_compatible", "hardware_compatible"}
 _RTX_ONLY = {"cpu_only"}
+
+
+def version_number(version: str) -> tuple[int, ...]:
+    """A version as numbers that compare: "10.3.0" as (10, 3, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def versions() -> dict[str, str]:

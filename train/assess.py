@@ -23,6 +23,7 @@ from scipy.special import softmax
 from cxrgaze import heatmaps, intervals, metrics
 from cxrgaze.bundle import MANIFEST, Bundle, Decision
 from cxrgaze.command import say
+from cxrgaze.compare import clopper_pearson
 from cxrgaze.errors import DataError, ParityError, UsageError
 from cxrgaze.files import make_output_folder, render_json, write_atomic
 from cxrgaze.intervals import Interval, PatientBootstrap
@@ -404,13 +405,9 @@ def _aucs(
 
 
 def exact_share(value: int, patients: int) -> Interval:
-    """A share of 0 or 1 over so many patients with its Clopper-Pearson interval.
-
-    Source: Clopper & Pearson, Biometrika 26 (1934) 404; one trial a patient.
-    """
-    edge = float((0.5 - intervals.LEVEL / 2) ** (1 / patients))
-    low, high = (edge, 1.0) if value else (0.0, 1 - edge)
-    return Interval(value=value, low=low, high=high)
+    """A share of 0 or 1 over so many patients with its exact interval; one trial a patient."""
+    bounds = clopper_pearson(patients * value, patients)
+    return Interval(value=value, low=bounds.low, high=bounds.high)
 
 
 def _bootstrapped_ece(

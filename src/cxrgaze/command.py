@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -100,6 +101,22 @@ def add_threads(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
         "--threads", type=bounded(1, 1024), metavar="N", help="CPU threads (default: all cores)"
     )
+
+
+def add_cache(arguments: argparse.ArgumentParser) -> None:
+    """Add `--cache`, the folder of plans, None where it is not given."""
+    arguments.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of plans (default: CXRGAZE_CACHE, or in ~/.cache)",
+    )
+
+
+def add_split(arguments: argparse._ActionsContainer, flag: str, default: str) -> None:
+    """Add a split of a labelled set, or "all" (`cxrgaze.samples.split_named`)."""
+    choices = ("train", "val", "test", "all")
+    arguments.add_argument(flag, choices=choices, default=default, help=f"(default {default})")
 
 
 def say(text: str) -> None:

@@ -44,6 +44,11 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
+def split_named(name: str) -> Split | None:
+    """The split of that name, None for "all"."""
+    return next((split for split in SPLITS if split == name), None)
+
+
 class SetInfo(Frozen):
     """What `set.json` holds."""
 

@@ -13,7 +13,7 @@ from cxrgaze.bundle import GRAPH, Bundle
 from cxrgaze.engines import gate
 from cxrgaze.errors import ParityError
 from cxrgaze.export import forms, graph, int8
-from cxrgaze.export.parity import host_session
+from cxrgaze.export.session import host_session
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,10 @@ def test_a_quantized_convolution_is_the_textbook_sum():
     assert int8.lint(made) == 3
     session = onnxruntime.InferenceSession(made.SerializeToString())
     (found,) = session.run(None, {"image": image})
-    half = lambda v: float(np.float16(v))  # noqa: E731
+
+    def half(value):
+        return float(np.float16(value))
+
     s_x = half(1 / 127)
     x = np.clip(np.rint(image[0, 0] / s_x), -128, 127) * s_x
     padded = np.pad(x, 1)

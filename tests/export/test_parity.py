@@ -37,7 +37,7 @@ def test_the_right_graph_passes_and_the_figures_are_those_of_a_slow_loop(source,
     import onnxruntime
 
     data = _graph(source, precision)
-    found = parity.compare(source.network, data, images, precision, "test")
+    found = parity.compare(parity.answers(source.network, images), data, precision, "test")
     assert found.verdict == "pass" and found.label_flips == 0 and found.films == 6
     session = onnxruntime.InferenceSession(data)
     worst = 0.0
@@ -85,7 +85,7 @@ WRONG = {
 def test_a_wrong_graph_fails(source, images, name):
     change, verdict = WRONG[name]
     data = _graph(source, change=change)
-    found = parity.compare(source.network, data, images, "fp32", "test")
+    found = parity.compare(parity.answers(source.network, images), data, "fp32", "test")
     assert found.verdict == verdict
     with pytest.raises(ParityError) as caught:
         parity.require_pass(found, "fp32")
@@ -106,11 +106,11 @@ def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see
     """The CPU computes float16 chains in float32: only the float32 range tells (toolchain.md 9)."""
     network = _scaled(source, 3e4)
     changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
-    found = parity.compare(network, _graph(changed, "fp16"), images, "fp16", "test")
+    found = parity.compare(parity.answers(network, images), _graph(changed, "fp16"), "fp16", "test")
     assert found.peak_activation > 65504 and found.verdict != "pass"
     with pytest.raises(ParityError):
         parity.require_pass(found, "fp16")
-    as_float = parity.compare(network, _graph(changed), images, "fp32", "test")
+    as_float = parity.compare(parity.answers(network, images), _graph(changed), "fp32", "test")
     assert as_float.verdict == "pass"
 
 
@@ -119,7 +119,7 @@ def test_a_network_with_nan_inside_is_not_finite(source, images):
     with torch.no_grad():
         network.saliency[3].weight.fill_(float("nan"))
     changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
-    found = parity.compare(network, _graph(changed), images, "fp32", "test")
+    found = parity.compare(parity.answers(network, images), _graph(changed), "fp32", "test")
     assert found.verdict == "not_finite"
 
 
