@@ -16,8 +16,9 @@ demo: $(VENV)/export
 	@echo "readings   $(OUT)/readings (readings.csv, a JSON, an overlay PNG and a heatmap per film)"
 	@echo "report     $(OUT)/bench/report.md"
 
+# One thread a process: two that spin for two cores take longer than one.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 # With what is slow: the paper network, the whole demo training run.
 test-all: $(VENV)/dev
