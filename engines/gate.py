@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze import metrics, phantom
-from cxrgaze.bundle import REFERENCE, Bundle, Gate, GateLevel, Head
+from cxrgaze.bundle import REFERENCE, Bundle, Gate, GateLevel, Head, Histogram
 from cxrgaze.command import counted
 from cxrgaze.compare import Limits, Paired, compare
 from cxrgaze.errors import DataError, IntegrityError, UsageError
@@ -203,11 +203,12 @@ def judge(
         untrained: outputs that nothing taught, which cannot lose anything.
     """
     agreement = _agreement(films, candidate, reference)
+    before, after = _probabilities(reference.logits), _probabilities(candidate.logits)
     paired = Paired(
         patients=films.patients,
         labels=films.arrays.labels,
-        reference_logits=_probabilities(reference.logits),
-        candidate_logits=_probabilities(candidate.logits),
+        reference_logits=before,
+        candidate_logits=after,
         reference_cc=_human_cc(films, reference),
         candidate_cc=_human_cc(films, candidate),
     )
@@ -224,6 +225,8 @@ def judge(
         agreement_cc_min=_number(np.nanmin, agreement),
         agreement_cc_mean=_number(np.nanmean, agreement),
         worst_film_sha256=films.keys[worst],
+        agreement_loss=Histogram.by_decade(1 - agreement, -8),
+        probability_change=Histogram.by_decade(np.abs(after - before).max(axis=1), -8),
     )
 
 

@@ -15,11 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from cxrgaze.bundle import Audit
+from cxrgaze.bundle import Audit, Histogram
 from cxrgaze.errors import ParityError
 from cxrgaze.export.fp16 import HALF_MAX, KEEP, float_tensors
 from cxrgaze.export.parity import looked_at
-from cxrgaze.export.ranges import collect
+from cxrgaze.export.ranges import Tally, collect
 from cxrgaze.export.session import host_session
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 
@@ -56,6 +56,23 @@ def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain:
         rounding_finite=finite,
         rounding_logits=logits,
         rounding_log_density=log_density,
+        magnitudes=_magnitudes(list(tallies.values())),
+    )
+
+
+def _magnitudes(tallies: Sequence[Tally]) -> Histogram:
+    """Absolute values of all tensors by powers of two, from the smallest to the largest there is.
+
+    Exponent 0 of float32 (its subnormals) and 255 (infinity, NaN) stand as the next power of two.
+    """
+    counts = np.sum([tally.magnitudes for tally in tallies], axis=0)
+    (there,) = np.nonzero(counts)
+    if not len(there):
+        return Histogram(edges=(1.0, 2.0), counts=(0,))
+    exponents = range(int(there[0]), int(there[-1]) + 1)
+    return Histogram(
+        edges=tuple(2.0 ** (e - 127) for e in (*exponents, exponents[-1] + 1)),
+        counts=tuple(int(counts[e]) for e in exponents),
     )
 
 

@@ -214,10 +214,14 @@ def export(source: Source, options: Options, step: Steps) -> bundle.Bundle:
             _require_gate(chosen, made)
         with step("write and verify the bundle"):
             manifest = _manifest(source, options, name, chosen, made, names, audited, calibrated)
+            drawn: dict[bundle.Precision, bytes] = {precision: chosen.data}
+            if precision == "int8":
+                (half,) = forms.forms(model, "fp16", options.target)
+                drawn = {"fp16": graph.finished(half.model, spec), **drawn}
             files = {
                 bundle.GRAPH: chosen.data,
                 bundle.GOLDEN: _golden(source.network, spec),
-                **pages(manifest, source.network, chosen.data, _phantoms(spec, 3, GOLDEN_SEED + 1)),
+                **pages(manifest, source.network, drawn, _phantoms(spec, 3, GOLDEN_SEED + 1)),
             }
             if films and reference:
                 files[bundle.REFERENCE] = gate.stored_reference(films, reference)

@@ -8,7 +8,7 @@ are held at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from cxrgaze.spec import IMAGE
 
 Method = Literal["minmax", "percentile"]
 
-BUDGET = 1 << 30
+BUDGET = 1 << 29
 """Bytes of activations that are held at once, beside one tensor that may be larger alone."""
 
 _SHIFT = 17  # keeps sign, 8 bits of exponent, 6 of mantissa
@@ -83,6 +83,13 @@ class Tally:
         return self._magnitudes(small) / self.nonzero if self.nonzero else 0.0
 
     @property
+    def magnitudes(self) -> NDArray[np.int64]:
+        """Values other than zero by their exponent as float32 stores it, `(256,)`."""
+        both = self.counts[:_NEGATIVE] + self.counts[_NEGATIVE:]
+        both[0] = 0
+        return np.asarray(both.reshape(256, -1).sum(axis=1))
+
+    @property
     def nonzero(self) -> int:
         """Values other than zero, to the smallest bin."""
         return self._magnitudes(np.arange(_NEGATIVE) > 0)
@@ -99,7 +106,7 @@ def _upper(counts: NDArray[np.int64], outside: float) -> float:
 
 
 def collect(
-    model: onnx.ModelProto, names: Collection[str], images: Iterable[NDArray[np.float32]]
+    model: onnx.ModelProto, names: Collection[str], images: Sequence[NDArray[np.float32]]
 ) -> dict[str, Tally]:
     """Counts of the tensors called `names` while the float32 `model` reads films one at a time.
 
@@ -113,21 +120,38 @@ def collect(
     groups = list(_groups([name for name in sizes if name in set(names)], sizes))
     if unknown := set(names) - {IMAGE} - set(sizes):
         raise KeyError(f"no float32 tensors of the graph: {sorted(unknown)}")
-    watched = onnx.ModelProto.FromString(model.SerializeToString())
-    present = {value.name for value in watched.graph.output}
-    for name in (name for group in groups for name in group):
-        if name not in present:
-            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-            watched.graph.output.append(value)
-    session = host_session(watched.SerializeToString())
     tallies = {name: Tally(np.zeros(_BINS, np.int64)) for name in names}
-    for image in images:
-        if IMAGE in tallies:
+    if IMAGE in tallies:
+        for image in images:
             tallies[IMAGE].add(image)
-        for group in groups:
+    for group in groups:
+        session = host_session(_giving(model, group))
+        for image in images:
             for name, values in zip(group, session.run(group, {IMAGE: image[None]}), strict=True):
                 tallies[name].add(values)
     return tallies
+
+
+def _giving(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
+    """The graph with these outputs alone, and the nodes that they need.
+
+    ONNX Runtime keeps every output of a graph until the run ends, also those not asked for.
+    """
+    watched = onnx.ModelProto.FromString(model.SerializeToString())
+    needed, nodes = set(names), []
+    for node in reversed(watched.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    nodes.reverse()
+    stored = [w for w in watched.graph.initializer if w.name in needed]
+    del watched.graph.node[:], watched.graph.initializer[:], watched.graph.output[:]
+    watched.graph.node.extend(nodes)
+    watched.graph.initializer.extend(stored)
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+    )
+    return watched.SerializeToString()
 
 
 def _sizes(model: onnx.ModelProto) -> dict[str, int]:

@@ -1,16 +1,17 @@
-"""The evidence of a bundle as Markdown, HTML and JSON: parity, rounding, gate, trials, maps."""
+"""The evidence of a bundle as Markdown, HTML and JSON, with its histograms and maps."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Plot
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import DataType, Manifest, Trial
+from cxrgaze.bundle import DataType, Histogram, Manifest, Precision, Trial
 from cxrgaze.export.session import host_session
 from cxrgaze.files import render_json
 from cxrgaze.report import (
@@ -20,30 +21,36 @@ from cxrgaze.report import (
     Heading,
     Paragraph,
     Table,
+    drawn,
     html_page,
     markdown_page,
 )
-from cxrgaze.runtime import overlay
 from cxrgaze.spec import IMAGE, LOG_DENSITY
 from cxrgaze.train.model import Network
 
 FOLDER = "report"
-_SIDE = 256
-"""Pixels of the longer side of a map in the picture."""
 
 
 def pages(
-    manifest: Manifest, network: Network, graph: bytes, phantoms: NDArray[np.float32]
+    manifest: Manifest,
+    network: Network,
+    graphs: Mapping[Precision, bytes],
+    phantoms: NDArray[np.float32],
 ) -> dict[str, bytes]:
     """Files of the bundle's report, by path.
 
     Args:
-        network, graph: what is drawn side by side, in float32 and as it ships.
+        network: the reference, in float32.
+        graphs: what is drawn beside it, the one that ships among them.
         phantoms: canvases `(n, 1, H, W)` to draw, never a patient's.
     """
-    figures = [_maps(manifest, network, graph, phantoms)]
-    if plot := _search(manifest):
-        figures.append(plot)
+    drawings = {
+        "maps": _maps(network, graphs, phantoms),
+        "search": _search(manifest),
+        "activations": _activations(manifest),
+        "differences": _differences(manifest),
+    }
+    figures = {name: figure for name, figure in drawings.items() if figure}
     title = f"{manifest.name}: parity and gate"
     blocks = _blocks(manifest, figures)
     evidence = manifest.model_dump(
@@ -53,12 +60,14 @@ def pages(
         f"{FOLDER}/parity.md": markdown_page(title, blocks).encode(),
         f"{FOLDER}/parity.html": html_page(title, blocks).encode(),
         f"{FOLDER}/parity.json": render_json(evidence),
-        **{f"{FOLDER}/{figure.name}": figure.data for figure in figures},
+        **{f"{FOLDER}/{figure.name}": figure.data for figure in figures.values()},
     }
 
 
-def _blocks(manifest: Manifest, figures: Sequence[Figure]) -> list[Block]:
-    maps, *others = figures
+def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
+    def drawing(name: str) -> list[Block]:
+        return [figures[name]] if name in figures else []
+
     return [
         Paragraph(f"{manifest.notice} {manifest.spec.caution or ''}".rstrip()),
         Paragraph(
@@ -70,12 +79,15 @@ def _blocks(manifest: Manifest, figures: Sequence[Figure]) -> list[Block]:
         Heading("Parity with the network"),
         *_parity(manifest),
         *_audit(manifest),
+        *drawing("activations"),
         *_calibration(manifest),
         Heading("Gate"),
         *_gate(manifest),
-        *_trials(manifest.trials, others),
+        *drawing("differences"),
+        *_trials(manifest.trials),
+        *drawing("search"),
         Heading("Maps"),
-        maps,
+        *drawing("maps"),
     ]
 
 
@@ -165,7 +177,7 @@ def _gate(manifest: Manifest) -> list[Block]:
     ]
 
 
-def _trials(trials: Sequence[Trial], plots: Sequence[Figure]) -> list[Block]:
+def _trials(trials: Sequence[Trial]) -> list[Block]:
     if len(trials) < 2:
         return []
     rows = [
@@ -189,7 +201,7 @@ def _trials(trials: Sequence[Trial], plots: Sequence[Figure]) -> list[Block]:
         "parity",
         "gate",
     )
-    return [Heading("Forms that were tried"), Table(header, rows), *plots]
+    return [Heading("Forms that were tried"), Table(header, rows)]
 
 
 def _work(macs: Mapping[DataType, int]) -> str:
@@ -198,48 +210,91 @@ def _work(macs: Mapping[DataType, int]) -> str:
 
 
 def _maps(
-    manifest: Manifest, network: Network, graph: bytes, phantoms: NDArray[np.float32]
+    network: Network, graphs: Mapping[Precision, bytes], phantoms: NDArray[np.float32]
 ) -> Figure:
-    """Film, float32 map and the graph's map side by side, a row a phantom."""
-    session = host_session(graph)
-    rows = []
+    """A row a phantom: the film, the network's map, the map of each graph."""
+    tensors = torch.from_numpy(phantoms)
     with torch.inference_mode():
-        for image in phantoms:
-            reference = network(torch.from_numpy(image[None])).log_density[0, 0].numpy()
-            (found,) = session.run([LOG_DENSITY], {IMAGE: image[None]})
-            peak = float(np.exp(reference).max())
-            maps = [
-                overlay.coloured(np.clip(np.exp(m) / peak, 0, 1)) for m in (reference, found[0, 0])
-            ]
-            film = cv2.cvtColor((image[0] * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-            rows.append(np.hstack([_enlarged(picture) for picture in (film, *maps)]))
-    data = cv2.imencode(".png", np.vstack(rows))[1].tobytes()
-    caption = f"Phantom, map in float32, map of the {manifest.precision} graph; one colour scale."
-    return Figure("maps.png", data, caption)
+        found = {"network, float32": [network(t[None]).log_density[0, 0].numpy() for t in tensors]}
+    for precision, graph in graphs.items():
+        session = host_session(graph)
+        maps = [session.run([LOG_DENSITY], {IMAGE: image[None]})[0][0, 0] for image in phantoms]
+        found[f"graph, {precision}"] = maps
+    plot = Plot(figsize=(2.2 * (1 + len(found)), 2.3 * len(phantoms)), layout="constrained")
+    axes = plot.subplots(len(phantoms), 1 + len(found), squeeze=False)
+    for row, image in enumerate(phantoms):
+        axes[row, 0].imshow(image[0], cmap="gray", vmin=0, vmax=1)
+        peak = float(np.exp(found["network, float32"][row]).max())
+        for axis, maps in zip(axes[row, 1:], found.values(), strict=True):
+            axis.imshow(np.exp(maps[row]), cmap="viridis", vmin=0, vmax=peak)
+    for axis, name in zip(axes[0], ("phantom", *found), strict=True):
+        axis.set_title(name, fontsize=8)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    caption = "Phantoms (synthetic) and their maps; one colour scale a row, that of float32."
+    return drawn("maps.png", plot, caption)
 
 
-def _enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = _SIDE / max(picture.shape[:2])
-    size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
-    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+def _activations(manifest: Manifest) -> Figure | None:
+    """Magnitudes of the activations, with what float16 holds in full between two lines."""
+    if manifest.audit is None:
+        return None
+    half = np.finfo(np.float16)
+    plot, axes = _axes("absolute activation", "share of values other than zero (%)")
+    _bars(axes, manifest.audit.magnitudes)
+    for value, name in ((float(half.tiny), "smallest normal"), (float(half.max), "largest")):
+        axes.axvline(value, color="C3", linewidth=1, label=f"float16, {name}: {value:.3g}")
+    axes.legend(fontsize=7)
+    caption = (
+        "Activations of the float32 graph by powers of two: those left of the first line lose bits "
+        "in float16, those right of the second overflow."
+    )
+    return drawn("activations.svg", plot, caption)
+
+
+def _differences(manifest: Manifest) -> Figure | None:
+    """Film by film, how far the graph that ships is from float32, where a gate was run."""
+    gate = manifest.gate
+    if gate.agreement_loss is None or gate.probability_change is None:
+        return None
+    plot, axes = _axes("1 - agreement CC; largest change of a probability", "films (%)")
+    _bars(axes, gate.agreement_loss, label="map: 1 - agreement CC with fp32", alpha=0.6)
+    _bars(axes, gate.probability_change, label="diagnosis: change of a probability", alpha=0.6)
+    axes.legend(fontsize=7)
+    caption = (
+        f"Differences to float32, film by film ({gate.set_name}); what is below the first decade "
+        "stands in the first bar."
+    )
+    return drawn("differences.svg", plot, caption)
+
+
+def _axes(x: str, y: str) -> tuple[Plot, Axes]:
+    plot = Plot(figsize=(6, 3.2), layout="constrained")
+    return plot, plot.add_subplot(xlabel=x, ylabel=y, xscale="log")
+
+
+def _bars(axes: Axes, found: Histogram, **look: Any) -> None:
+    """Shares in percent, between the edges; an edge of zero stands a quarter decade further."""
+    edges = np.asarray(found.edges)
+    if edges[0] == 0:
+        edges[0] = edges[1] ** 2 / edges[2]
+    shares = 100 * np.asarray(found.counts) / max(sum(found.counts), 1)
+    axes.bar(edges[:-1], shares, np.diff(edges), align="edge", **look)
 
 
 def _search(manifest: Manifest) -> Figure | None:
     """Smallest agreement CC against the share of work in low precision, where blocks went back."""
     if not any(trial.kept for trial in manifest.trials):
         return None
-    from matplotlib.figure import Figure as Drawing
-
-    drawing = Drawing(figsize=(6, 3.5), layout="constrained")
-    axes = drawing.add_subplot()
+    plot = Plot(figsize=(6, 3.5), layout="constrained")
+    axes = plot.add_subplot(
+        xlabel=f"convolution work in {manifest.precision} (%)",
+        ylabel="smallest agreement CC with fp32",
+    )
     for trial in manifest.trials:
         share = trial.macs.get(manifest.precision, 0) / (sum(trial.macs.values()) or 1)
         marker = "o" if trial.gate == "pass" else "x"
         axes.plot(100 * share, trial.agreement_cc_min, marker, color="C0")
         axes.annotate(f" {len(trial.kept)}", (100 * share, trial.agreement_cc_min))
-    axes.set_xlabel(f"convolution work in {manifest.precision} (%)")
-    axes.set_ylabel("smallest agreement CC with fp32")
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=150)
     caption = "Blocks that went back (their number); a circle passed the gate, a cross did not."
-    return Figure("fallback.png", buffer.getvalue(), caption)
+    return drawn("fallback.png", plot, caption)

@@ -35,7 +35,7 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     relative = density / max(float(density.max()), np.finfo(np.float32).tiny)
 
     grey = cv2.cvtColor((film * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR).astype(np.float32)
-    colour = coloured(relative).astype(np.float32)
+    colour = cv2.applyColorMap((relative * 255).astype(np.uint8), _COLOURS).astype(np.float32)
     opacity = 0.65 * np.sqrt(relative)[..., None]
     picture = (grey * (1 - opacity) + colour * opacity).astype(np.uint8)
     region = (density >= top_mass_level(density)).astype(np.uint8)
@@ -46,12 +46,6 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     missing = max(_MIN_WIDTH - picture.shape[1], 0)
     picture = cv2.copyMakeBorder(picture, 0, 0, 0, missing, cv2.BORDER_CONSTANT)
     return np.asarray(np.vstack([picture, _caption(reading, picture.shape[1])]), dtype=np.uint8)
-
-
-def coloured(relative: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Values `(H, W)` in [0, 1] as colours, BGR."""
-    levels = (relative * 255).astype(np.uint8)
-    return np.asarray(cv2.applyColorMap(levels, _COLOURS), dtype=np.uint8)
 
 
 def top_mass_level(density: NDArray[Any], mass: float = TOP_MASS) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Plot
 from sklearn.metrics import roc_curve
@@ -20,6 +18,7 @@ from cxrgaze.report import (
     Heading,
     Paragraph,
     Table,
+    drawn,
     html_page,
     markdown_page,
 )
@@ -163,7 +162,7 @@ def _roc(outcome: Outcome) -> Figure:
         name = f"{outcome.classes[c]} ({area:.3f})"
         axes.plot(false_positive, true_positive, color=_COLOURS[c % 3], label=name)
     axes.legend(loc="lower right", fontsize=8)
-    return Figure("roc.svg", _svg(plot), "ROC of each class against the rest, with its AUC.")
+    return drawn("roc.svg", plot, "ROC of each class against the rest, with its AUC.")
 
 
 def _reliability(outcome: Outcome) -> Figure:
@@ -177,9 +176,9 @@ def _reliability(outcome: Outcome) -> Figure:
     axes.scatter(confidence, hits, s=8 + 200 * counts / counts.sum(), color=_COLOURS[0])
     for x, y, count in zip(confidence, hits, counts, strict=True):
         axes.annotate(str(count), (x, y), (4, -10), textcoords="offset points", fontsize=7)
-    return Figure(
+    return drawn(
         "reliability.svg",
-        _svg(plot),
+        plot,
         "Accuracy by confidence after temperature scaling; the numbers are films in each bin.",
     )
 
@@ -204,18 +203,9 @@ def _maps(outcome: Outcome) -> Figure:
         line[2].set_title(f"predicted, CC {outcome.films[index]['cc']:.2f}", fontsize=8)
     for axis in axes.ravel():
         axis.set_axis_off()
-    data = io.BytesIO()
-    plot.savefig(data, format="png", dpi=90, metadata={"Software": None})
-    return Figure(
+    return drawn(
         "maps.png",
-        data.getvalue(),
+        plot,
         "Film, true and predicted map of films from the lowest CC to the highest. "
         "These are films of the set: keep this page where the set may be.",
     )
-
-
-def _svg(plot: Plot) -> bytes:
-    data = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "cxrgaze", "svg.fonttype": "none"}):
-        plot.savefig(data, format="svg", metadata={"Date": None})
-    return data.getvalue()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.compare import Comparison
@@ -26,7 +28,7 @@ from cxrgaze.files import (
 )
 from cxrgaze.spec import NOTICE, Domain, Frozen, ModelSpec, complaint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUFFIX = ".cxrgaze"
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -107,6 +109,24 @@ class Parity(Frozen):
     """What this comparison can and cannot show."""
 
 
+class Histogram(Frozen):
+    """How many values lie between neighbouring edges, the upper edge excluded."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def by_decade(cls, values: NDArray[np.floating], lowest: int) -> Histogram:
+        """Counts of values in [0, 10), four bins a decade from 10**lowest on, all smaller in one.
+
+        Values that are not finite, and those from 10 on, are in the last bin.
+        """
+        edges = np.concatenate([[0.0], np.logspace(lowest, 1, 4 * (1 - lowest) + 1)])
+        inside = np.nan_to_num(values.astype(np.float64), nan=9.0, posinf=9.0).clip(0, 9.0)
+        counts = np.histogram(inside, edges)[0]
+        return cls(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
+
+
 class Gate(Frozen):
     """Accuracy against the fp32 reference on a labelled set."""
 
@@ -124,6 +144,10 @@ class Gate(Frozen):
     """CC of the candidate's map to the fp32 one, the worst film; -1 where it was not run."""
     agreement_cc_mean: float = -1.0
     worst_film_sha256: str = ""
+    agreement_loss: Histogram | None = None
+    """1 - agreement CC, film by film."""
+    probability_change: Histogram | None = None
+    """Largest change of a class's probability, film by film."""
 
 
 class Audit(Frozen):
@@ -145,6 +169,8 @@ class Audit(Frozen):
     """Largest difference of the logits when every operation's output is rounded to float16."""
     rounding_log_density: float
     """Likewise of the log-density, in nats, where the density is at least 1 % of its peak."""
+    magnitudes: Histogram
+    """Absolute activations other than zero, by powers of two."""
 
 
 class Trial(Frozen):

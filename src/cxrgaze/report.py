@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -110,6 +115,19 @@ class Figure:
             f'<figure><img alt="{caption}" src="data:{media};base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+
+
+def drawn(name: str, plot: Plot, caption: str) -> Figure:
+    """A plot of matplotlib as a figure, the same bytes for the same plot; SVG or PNG by `name`."""
+    import matplotlib
+
+    data = io.BytesIO()
+    if name.endswith(".svg"):
+        with matplotlib.rc_context({"svg.hashsalt": "cxrgaze", "svg.fonttype": "none"}):
+            plot.savefig(data, format="svg", metadata={"Date": None})
+    else:
+        plot.savefig(data, format="png", dpi=90, metadata={"Software": None})
+    return Figure(name, data.getvalue(), caption)
 
 
 def _markdown_cell(text: str) -> str:

@@ -87,7 +87,10 @@ def test_the_report_has_tables_maps_and_json(quantized):
     page = (folder / "parity.md").read_text()
     for text in ("Calibration", "Gate", "ynthetic", "not a medical device", "maps.png"):
         assert text in page
+    assert {"maps.png", "activations.svg", "differences.svg"} <= set(os.listdir(folder))
     content = json.loads((folder / "parity.json").read_text())
+    assert sum(content["gate"]["agreement_loss"]["counts"]) == gate.PHANTOMS
+    assert sum(content["gate"]["probability_change"]["counts"]) == gate.PHANTOMS
     assert content["gate"]["verdict"] == "pass" and content["calibration"]["films"]
 
 

@@ -99,3 +99,29 @@ def test_the_share_of_subnormals_is_numpys():
     exact = (some < np.finfo(np.float16).tiny).mean()
     assert _tally(values).subnormal_share == pytest.approx(exact, abs=0.01)
     assert _tally(values).nonzero == some.size and _tally([0.0, 0.0]).subnormal_share == 0
+
+
+def test_magnitudes_are_numpys_powers_of_two():
+    rng = np.random.default_rng(4)
+    values = (rng.normal(size=5000) * 10 ** rng.uniform(-6, 4, 5000)).astype(np.float32)
+    values[:100] = 0
+    exponents = np.frexp(values[values != 0])[1] - 1  # |value| = 1.x * 2**exponent
+    expected = np.bincount(exponents + 127, minlength=256)
+    assert np.array_equal(_tally(values[:2000], values[2000:]).magnitudes, expected)
+
+
+def test_one_session_gives_no_more_than_its_group(model, images, monkeypatch):
+    """ONNX Runtime keeps every output of a graph until a run ends: 14 GB for `paper` at once."""
+    monkeypatch.setattr(ranges, "BUDGET", 100_000)
+    given = []
+    real = ranges.host_session
+
+    def watched(graph):
+        given.append(len(onnx.load_from_string(graph).graph.output))
+        return real(graph)
+
+    monkeypatch.setattr(ranges, "host_session", watched)
+    sizes = ranges._sizes(model)
+    names = [name for name in sizes if name.startswith("/decoder.4")]
+    collect(model, names, images[:1])
+    assert given == [len(group) for group in ranges._groups(names, sizes)] and len(given) > 3

@@ -6,9 +6,17 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 
-from cxrgaze.bundle import MANIFEST, Bundle, Decision, FileRecord
+from cxrgaze.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Bundle,
+    Decision,
+    FileRecord,
+    Histogram,
+)
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
 from cxrgaze.runtime import cli
 
@@ -75,9 +83,10 @@ def _rewrite(bundle, change):
 
 
 def test_another_schema_version_is_named(bundle, films, capsys):
-    _rewrite(bundle, lambda content: content.update(schema_version=2))
+    _rewrite(bundle, lambda content: content.update(schema_version=SCHEMA_VERSION + 1))
     assert _predict(bundle, films) == ExitCode.INTEGRITY
-    assert "schema version 2, this cxrgaze reads 1" in capsys.readouterr().err
+    expected = f"schema version {SCHEMA_VERSION + 1}, this cxrgaze reads {SCHEMA_VERSION}"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_hand_edited_manifest_is_refused(bundle, films, capsys):
@@ -211,3 +220,12 @@ def test_an_operating_point_of_no_class_is_refused(bundle, films):
     decision = Decision(operating_points={"nosuch": 0.5})
     (bundle / MANIFEST).write_bytes(manifest.model_copy(update={"decision": decision}).rendered())
     assert _predict(bundle, films) == ExitCode.INTEGRITY
+
+
+def test_a_histogram_by_decade_loses_no_film():
+    values = np.array([0.0, 1e-12, 0.0011, 0.0012, 0.5, 2.0, 40.0, np.nan, np.inf])
+    found = Histogram.by_decade(values, -4)
+    assert sum(found.counts) == len(values) and len(found.edges) == len(found.counts) + 1
+    assert found.counts[0] == 2 and found.counts[-1] == 3
+    (inside,) = [c for low, c in zip(found.edges, found.counts, strict=False) if low == 0.001]
+    assert inside == 2 and found.edges[-1] == 10
