@@ -9,13 +9,13 @@ import time
 
 def main() -> None:
     """Read one film with one bundle and print milliseconds and peak memory."""
-    bundle, film, threads = sys.argv[1:]
+    bundle, film, threads, device = sys.argv[1:]
     started = time.perf_counter()
     from cxrgaze.runtime.host import peak_memory_bytes
     from cxrgaze.runtime.reader import load
 
     imported = time.perf_counter()
-    with load(bundle, threads=int(threads) or None) as reader:
+    with load(bundle, device, threads=int(threads)) as reader:
         loaded = time.perf_counter()
         reader.read(film)
         done = time.perf_counter()

@@ -1,160 +1,135 @@
-"""Measure a bundle as it ships: film file to reading, stage by stage, and a cold start."""
+"""Measure a bundle as it ships: film file to reading and files, part by part."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cxrgaze.benchmarks.timing import Latency, latency
-from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.errors import CxrgazeError, FilmError, UsageError
-from cxrgaze.runtime import host
-from cxrgaze.runtime.canvas import to_canvas
-from cxrgaze.runtime.film import load_film
-from cxrgaze.runtime.isolate import decode_ahead
-from cxrgaze.runtime.reader import Reader, load
-from cxrgaze.spec import NOTICE, Frozen
+import cv2
+import numpy as np
 
-SCHEMA_VERSION = 1
+from cxrgaze.benchmarks import energy, paired, scenarios
+from cxrgaze.benchmarks.machine import Watch, machine
+from cxrgaze.benchmarks.plain import Plain
+from cxrgaze.benchmarks.record import (
+    STAGES,
+    ColdStart,
+    Config,
+    FilmTimes,
+    Host,
+    Memory,
+    Objective,
+    Overhead,
+    Peer,
+    Report,
+    Sweep,
+)
+from cxrgaze.benchmarks.timing import NEEDED, Latency, latency, warm_up
+from cxrgaze.bundle import GRAPH
+from cxrgaze.command import Steps
+from cxrgaze.errors import CxrgazeError, UsageError
+from cxrgaze.files import render_json, write_atomic
+from cxrgaze.runtime import overlay
+from cxrgaze.runtime.canvas import to_canvas
+from cxrgaze.runtime.film import Film, load_film
+from cxrgaze.runtime.reader import Reader, load
+
 PER_FILM = 10
 """Decodings of each film for its row."""
-TURNS = 5
-"""Turns of the throughput comparison, fewer where time runs out."""
+IDLE_SECONDS = 1.0
+"""Pause before each reading after idle."""
 
-STAGES = {
-    "decode": "file on disk to display values in [0, 1]",
-    "preprocess": "display values to canvas",
-    "infer": "canvas to both heads, host memory to host memory",
-    "postprocess": "logits to probabilities; the map stays on the canvas",
-    "heatmap": "map on the canvas to a density in pixels of the film",
-    "end_to_end": "file on disk to reading and heatmap, by one clock around all of it",
-}
-"""Where each figure begins and ends."""
+STEPS = 7
+"""Steps of `measure`, without those of its extras."""
+
+Peers = Callable[[Sequence[Film]], tuple[Peer, ...]]
+Sweeps = Callable[[Sequence[Film]], tuple[Sweep, ...]]
 
 
-class Config(Frozen):
-    """What was asked for."""
-
-    samples: int
-    warmup: int
-    seconds: float
-    """Sampling, and then the throughput comparison, each stop after this time."""
-    threads: int | None
-    cold_starts: int
-
-
-class ColdStart(Frozen):
-    """Process start to the first reading; medians over `count` processes, in milliseconds."""
-
-    count: int
-    process_ms: float
-    import_ms: float
-    load_ms: float
-    first_reading_ms: float
-    peak_memory_bytes: int
-    """Largest resident set of a process that does nothing else; largest of all."""
-
-
-class FilmTimes(Frozen):
-    """One film's share of the work; names are left out, they may identify a patient."""
-
-    film: str
-    """First 12 digits of the file's SHA-256."""
-    container: str
-    """Suffix of the file and source of its pixel values."""
-    width: int
-    height: int
-    decode: Latency
-    preprocess: Latency
-
-
-class Throughput(Frozen):
-    """The films read one after another, decoded ahead of inference and not, in turns."""
-
-    films: int
-    """Films per turn."""
-    turns: int
-    plain_films_per_s: float
-    """Median over turns: decode, then infer, then the next."""
-    ahead_films_per_s: float
-    """Median over turns: the next films are decoded while one is inferred."""
-    ratio: float
-    """Median over turns of ahead over plain of the same turn."""
-
-
-class Report(Frozen):
-    """Content of `report.json`."""
-
-    schema_version: int = SCHEMA_VERSION
-    notice: str = NOTICE
-    caution: str | None
-    bundle: dict[str, Any]
-    config: Config
-    films: int
-    boundaries: dict[str, str]
-    steady: dict[str, Latency]
-    """Latency by stage, in milliseconds, one film at a time, after warm-up."""
-    per_film: tuple[FilmTimes, ...]
-    throughput: Throughput
-    cold: ColdStart
-    not_measured: tuple[str, ...]
-    host: dict[str, Any]
-    """Machine, versions and time: what differs when the same is run elsewhere or again."""
-
-
-def measure(bundle: Path, films: Sequence[Path], config: Config) -> Report:
+def measure(
+    bundle: Path,
+    films: Sequence[Path],
+    config: Config,
+    step: Steps,
+    *,
+    slo: Mapping[str, float] | None = None,
+    peers: Peers = lambda films: (),
+    sweeps: Sweeps = lambda films: (),
+) -> Report:
     """Run the benchmark.
+
+    Args:
+        slo: limits of the end-to-end latency in milliseconds, by percentile.
+        peers, sweeps: measure further parts, of the same films, once the bundle's reader is closed.
 
     Raises:
         CxrgazeError: a film cannot be read, a cold start failed, or the bundle cannot be loaded.
     """
-    for path in films:
-        if reasons := load_film(path).reasons:
-            raise UsageError(f"{path} is not applicable ({'; '.join(reasons)}); leave it out")
-    before = list(os.getloadavg())
-    Bundle.open(bundle).verify()  # its error, not that of a child process
-    cold = cold_start(bundle, films[0], config)
-    with load(bundle, threads=config.threads) as reader:
-        for index in range(config.warmup):
-            _sample(reader, films[index % len(films)])
-        steady = _steady(reader, films, config)
-        per_film = tuple(_film_times(reader, path) for path in films)
-        throughput = _throughput(reader, films, config)
-        described, caution = _described(reader), reader.bundle.manifest.spec.caution
+    decoded = [load_film(path) for path in films]
+    for path, film in zip(films, decoded, strict=True):
+        if film.reasons:
+            raise UsageError(f"{path} is not applicable ({'; '.join(film.reasons)}); leave it out")
+    watch = Watch()
+    load(bundle, config.device, threads=config.threads).close()  # its error, not a child's
+    with step(f"cold starts, processes: {config.cold_starts}"):
+        cold = cold_start(bundle, films[0], config)
+    with (
+        load(bundle, config.device, threads=config.threads) as reader,
+        tempfile.TemporaryDirectory(prefix="cxrgaze-bench-") as folder,
+    ):
+        work = _Work(reader, films, Path(folder))
+        with step("warm up"):
+            settled = warm_up(lambda: work.sample(work.next())["end_to_end"], config.warmup_seconds)
+        with step(f"steady state, at most {config.samples} readings"):
+            samples = _steady(work, config)
+        with step(f"after idle, readings: {config.after_idle}"):
+            after_idle = _after_idle(work, config)
+        with step("films one by one, all at once, and under load"):
+            per_film = tuple(_film_times(reader, path) for path in films)
+            offline = scenarios.offline(reader, films, decoded, config.seconds)
+            canvases = [to_canvas(film.pixels, reader.bundle.manifest.spec)[0] for film in decoded]
+            loaded = scenarios.loadgen(reader.backend, np.stack(canvases)[:, None, None])
+        with step("energy"):
+            spent = _energy(reader, decoded, config)
+        with step("our own overhead"):
+            overhead = _overhead(reader, decoded, config)
+        memory, described = _memory(reader, cold), _described(reader)
+    others, swept = peers(decoded), sweeps(decoded)
     return Report(
-        caution=caution,
+        caution=reader.bundle.manifest.spec.caution,
         bundle=described,
         config=config,
         films=len(films),
-        boundaries=STAGES,
-        steady=steady,
-        per_film=per_film,
-        throughput=throughput,
+        warm_up=settled,
         cold=cold,
-        not_measured=("energy", "GPU", "clocks and temperature", "throughput in batches"),
-        host={
-            "created_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(
-                timespec="seconds"
-            ),
-            "cpu": host.cpu_name(),
-            "cpu_count": host.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "cxrgaze": version("cxrgaze"),
-            "onnxruntime": version("onnxruntime"),
-            "numpy": version("numpy"),
-            "load_average_before": before,
-        },
+        steady={stage: latency(values) for stage, values in samples.items()},
+        after_idle=after_idle,
+        idle_seconds=IDLE_SECONDS,
+        per_film=per_film,
+        offline=offline,
+        loadgen=loaded,
+        memory=memory,
+        energy=spent,
+        overhead=overhead,
+        peers=others,
+        sweeps=swept,
+        objectives=tuple(
+            objective(name, limit, samples["end_to_end"]) for name, limit in (slo or {}).items()
+        ),
+        samples={stage: tuple(values) for stage, values in samples.items()},
+        host=Host(
+            created_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            machine=machine(),
+            conditions=watch.conditions(),
+        ),
     )
 
 
@@ -166,7 +141,7 @@ def cold_start(bundle: Path, film: Path, config: Config) -> ColdStart:
     """
     runs = []
     for _ in range(config.cold_starts):
-        arguments = [str(bundle), str(film), str(config.threads or 0)]
+        arguments = [str(bundle), str(film), str(config.threads), config.device]
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "cxrgaze.benchmarks.cold", *arguments],
@@ -185,28 +160,85 @@ def cold_start(bundle: Path, film: Path, config: Config) -> ColdStart:
     return ColdStart(count=len(runs), **medians)
 
 
-def _steady(reader: Reader, films: Sequence[Path], config: Config) -> dict[str, Latency]:
-    samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
+class _Work:
+    """Reads the films in turn, from file to files."""
+
+    def __init__(self, reader: Reader, films: Sequence[Path], folder: Path) -> None:
+        self._reader = reader
+        self._films = films
+        self._folder = folder
+        self._done = 0
+
+    def next(self) -> Path:
+        """The next film."""
+        self._done += 1
+        return self._films[(self._done - 1) % len(self._films)]
+
+    def sample(self, path: Path) -> dict[str, float]:
+        """Milliseconds of each stage of one film."""
+        start = time.perf_counter()
+        film = load_film(path)
+        reading = self._reader.read(film)
+        read = time.perf_counter()
+        reading.heatmap()
+        mapped = time.perf_counter()
+        picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
+        write_atomic(self._folder / "film.overlay.png", picture.tobytes())
+        write_atomic(self._folder / "film.json", render_json(reading.to_json()))
+        done = time.perf_counter()
+        return {
+            **reading.timings_ms,
+            "heatmap": (mapped - read) * 1e3,
+            "write": (done - mapped) * 1e3,
+            "end_to_end": (done - start) * 1e3,
+        }
+
+
+def _steady(work: _Work, config: Config) -> dict[str, list[float]]:
+    taken: list[dict[str, float]] = []
     deadline = time.perf_counter() + config.seconds
-    for index in range(config.samples):
-        for stage, ms in _sample(reader, films[index % len(films)]).items():
-            samples[stage].append(ms)
-        if time.perf_counter() > deadline:
-            break
-    return {stage: latency(values) for stage, values in samples.items()}
-
-
-def _sample(reader: Reader, film: Path) -> dict[str, float]:
-    start = time.perf_counter()
-    reading = reader.read(film)
-    read = time.perf_counter()
-    reading.heatmap()
-    done = time.perf_counter()
+    while len(taken) < config.samples and (not taken or time.perf_counter() < deadline):
+        taken.append(work.sample(work.next()))
     return {
-        **reading.timings_ms,
-        "heatmap": (done - read) * 1e3,
-        "end_to_end": (done - start) * 1e3,
+        stage: [round(sample[stage], 4) for sample in taken]
+        for stage in STAGES
+        if stage in taken[0]
     }
+
+
+def _after_idle(work: _Work, config: Config) -> Latency:
+    found = []
+    for _ in range(config.after_idle):
+        time.sleep(IDLE_SECONDS)
+        found.append(work.sample(work.next())["end_to_end"])
+    return latency(found)
+
+
+def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Objective:
+    """The verdict on one objective: met or missed where the whole interval says so.
+
+    With too few samples for the percentile, or an interval around the limit, inconclusive.
+    """
+    found = getattr(latency(samples), percentile)
+    share = sum(sample > limit_ms for sample in samples) / len(samples)
+    if found is None or found.low is None or found.high is None:
+        needed = NEEDED[percentile]
+        reason = f"{len(samples)} samples say nothing of {percentile}, which needs {needed}"
+        verdict = "inconclusive"
+    else:
+        reason = f"{percentile} is {found.low:.2f} to {found.high:.2f} ms (95 %)"
+        verdict = "met" if found.high <= limit_ms else "missed" if found.low > limit_ms else ""
+        if not verdict:
+            verdict = "inconclusive"
+            reason += f", around the limit of {limit_ms:g} ms: more --samples, or a quieter machine"
+    return Objective(
+        percentile=percentile,
+        limit_ms=limit_ms,
+        found_ms=found.value if found else None,
+        missed_share=share,
+        verdict=verdict,  # type: ignore[arg-type]
+        reason=reason,
+    )
 
 
 def _film_times(reader: Reader, path: Path) -> FilmTimes:
@@ -227,48 +259,75 @@ def _film_times(reader: Reader, path: Path) -> FilmTimes:
     )
 
 
-def _throughput(reader: Reader, films: Sequence[Path], config: Config) -> Throughput:
-    def plain() -> None:
-        for path in films:
-            reader.read(path)
+def _energy(reader: Reader, films: Sequence[Film], config: Config) -> energy.Energy | str:
+    sensor = energy.find_sensor()
+    if sensor is None:
+        return "not measured: no power sensor that this process can read (NVML, INA3221, RAPL)"
+    return energy.measure(
+        lambda number: reader.read(films[number % len(films)]), min(config.seconds, 10.0), sensor
+    )
 
-    def ahead() -> None:
-        for film in decode_ahead(films, load_film):
-            if isinstance(film, FilmError):
-                raise film
-            reader.read(film)
 
-    rates: dict[str, list[float]] = {"plain": [], "ahead": []}
-    deadline = time.perf_counter() + config.seconds
-    while len(rates["ahead"]) < TURNS:
-        for name, run in (("plain", plain), ("ahead", ahead)):
-            start = time.perf_counter()
-            run()
-            rates[name].append(len(films) / (time.perf_counter() - start))
-        if time.perf_counter() > deadline:
-            break
-    ratios = [a / p for a, p in zip(rates["ahead"], rates["plain"], strict=True)]
-    return Throughput(
-        films=len(films),
-        turns=len(ratios),
-        plain_films_per_s=median(rates["plain"]),
-        ahead_films_per_s=median(rates["ahead"]),
-        ratio=median(ratios),
+def _overhead(reader: Reader, films: Sequence[Film], config: Config) -> Overhead | str:
+    if reader.backend.name != "onnxruntime":
+        return f"not measured: the script by hand runs ONNX Runtime, not {reader.backend.name}"
+    manifest = reader.bundle.manifest
+    size = (manifest.spec.height, manifest.spec.width)
+    graph = reader.bundle.read(GRAPH)
+    plain = Plain(graph, size, manifest.decision.temperature, config.threads)
+    ours_ms: list[dict[str, float]] = []
+    plain_ms: list[dict[str, float]] = []
+
+    def ours(number: int) -> None:
+        start = time.perf_counter()
+        reading = reader.read(films[number % len(films)])
+        whole = (time.perf_counter() - start) * 1e3
+        stages = {name: reading.timings_ms[name] for name in ("preprocess", "infer", "postprocess")}
+        ours_ms.append({**stages, "rest": whole - sum(stages.values())})
+
+    def by_hand(number: int) -> None:
+        start = time.perf_counter()
+        plain(films[number % len(films)].pixels)
+        whole = (time.perf_counter() - start) * 1e3
+        plain_ms.append({**plain.timings_ms, "rest": whole - sum(plain.timings_ms.values())})
+
+    times = paired.interleave({"plain": by_hand, "ours": ours}, seconds=config.seconds)
+    return Overhead(
+        ratio=paired.compare(times["plain"], times["ours"]),
+        ours_us=_medians_us(ours_ms),
+        plain_us=_medians_us(plain_ms),
+    )
+
+
+def _medians_us(samples: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: 1e3 * median(sample[name] for sample in samples) for name in samples[0]}
+
+
+def _memory(reader: Reader, cold: ColdStart) -> Memory:
+    files = reader.bundle.manifest.files
+    on_device = reader.backend.memory_bytes
+    return Memory(
+        graph=next(r.size for r in files if r.path == GRAPH),
+        bundle=sum(r.size for r in files),
+        plan=on_device.get("plan"),
+        host_peak=cold.peak_memory_bytes,
+        device_used=on_device.get("device"),
     )
 
 
 def _described(reader: Reader) -> dict[str, Any]:
-    bundle: Bundle = reader.bundle
-    manifest = bundle.manifest
+    manifest = reader.bundle.manifest
     return {
         "name": manifest.name,
-        "sha256": bundle.sha256,
+        "sha256": reader.bundle.sha256,
         "variant": manifest.spec.variant,
         "canvas": f"{manifest.spec.height} x {manifest.spec.width}",
         "precision": manifest.precision,
         "target": manifest.target,
+        "rewrites": list(manifest.rewrites),
+        "gmac": sum(manifest.convolution_macs.values()) / 1e9,
+        "domain": manifest.spec.domain,
         "backend": reader.backend.name,
         "device": reader.backend.device,
-        "graph_bytes": next(r.size for r in manifest.files if r.path == GRAPH),
-        "gate": manifest.gate.verdict,
+        "gate": (reader.backend.gate or manifest.gate).verdict,
     }

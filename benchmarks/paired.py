@@ -18,11 +18,11 @@ from cxrgaze.command import counted
 from cxrgaze.intervals import LEVEL, Interval
 from cxrgaze.spec import Frozen
 
-ROUNDS = 30
+ROUNDS = 60
 """Rounds of a comparison."""
 TURN = 5
 """Readings of a turn, after one that does not count: it finds the caches of whoever ran before."""
-MARGIN = 0.02
+MARGIN = 0.03
 """A ratio nearer to 1 than this is no difference."""
 FEWEST = 10
 """Rounds below which no verdict is given."""

@@ -100,8 +100,8 @@ WINDOWS = 3
 TOLERANCE = 0.05
 """Largest difference between the medians, over the smallest."""
 RULE = (
-    f"settled when the medians of {WINDOWS} windows in a row, of {WINDOW} readings each, are within "
-    f"{TOLERANCE:.0%} of each other"
+    f"settled when the medians of {WINDOWS} windows in a row, of {WINDOW} readings each, are "
+    f"within {TOLERANCE:.0%} of each other"
 )
 
 

@@ -151,7 +151,8 @@ def _giving(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
     )
-    return watched.SerializeToString()
+    data: bytes = watched.SerializeToString()
+    return data
 
 
 def _sizes(model: onnx.ModelProto) -> dict[str, int]:

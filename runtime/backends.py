@@ -57,6 +57,16 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def stages_ms(self) -> Mapping[str, float]:
+        """Parts of the last `infer` by the device's clock: h2d, compute, d2h; empty on a CPU."""
+        ...
+
+    @property
+    def memory_bytes(self) -> Mapping[str, int]:
+        """The size of the plan, and what it takes on the device; empty on a CPU."""
+        ...
+
     def infer(self, image: NDArray[np.float32]) -> Outputs:
         """Both heads of `image` `(N, 1, H, W)` float32 in [0, 1], any N >= 1."""
         ...

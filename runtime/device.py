@@ -99,6 +99,22 @@ class Device:
         """Queue a copy from device memory that fills a contiguous array."""
         raise NotImplementedError
 
+    def event(self) -> Any:
+        """An event, to be put into the stream by `mark`, again and again."""
+        raise NotImplementedError
+
+    def mark(self, event: Any) -> None:
+        """Queue an event: it takes the time when the device comes to it."""
+        raise NotImplementedError
+
+    def between_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds of the device's clock between two events, after `synchronize`.
+
+        Raises:
+            DeviceError: one of them has not happened.
+        """
+        raise NotImplementedError
+
     def synchronize(self) -> None:
         """Wait for all that was queued; errors of queued work come up here.
 
@@ -193,6 +209,20 @@ class CudaBindings(Device):
         """See `Device.to_host`."""
         _driver("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self._stream)
 
+    def event(self) -> Any:
+        """See `Device.event`."""
+        event = _driver("cuEventCreate", 0)
+        self._resources.callback(_driver, "cuEventDestroy", event)
+        return event
+
+    def mark(self, event: Any) -> None:
+        """See `Device.mark`."""
+        _driver("cuEventRecord", event, self._stream)
+
+    def between_ms(self, first: Any, second: Any) -> float:
+        """See `Device.between_ms`."""
+        return float(_driver("cuEventElapsedTime", first, second))
+
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
         _driver("cuStreamSynchronize", self._stream)
@@ -228,6 +258,8 @@ class PyCuda(Device):
             with self.current():
                 self._stream = _pycuda("Stream", driver.Stream, _NON_BLOCKING)
                 self._resources.callback(setattr, self, "_stream", None)  # destroyed with it
+                self._events: list[Any] = []
+                self._resources.callback(self._events.clear)
         except BaseException:
             self.close()
             raise
@@ -283,6 +315,20 @@ class PyCuda(Device):
         """See `Device.to_host`."""
         copy = self._driver.memcpy_dtoh_async
         _pycuda("memcpy_dtoh_async", copy, array, address, self._stream)
+
+    def event(self) -> Any:
+        """See `Device.event`."""
+        self._events.append(_pycuda("Event", self._driver.Event))
+        return len(self._events) - 1  # pycuda destroys an event with its last reference
+
+    def mark(self, event: Any) -> None:
+        """See `Device.mark`."""
+        _pycuda("Event.record", self._events[event].record, self._stream)
+
+    def between_ms(self, first: Any, second: Any) -> float:
+        """See `Device.between_ms`."""
+        start, end = self._events[first], self._events[second]
+        return float(_pycuda("Event.time_till", start.time_till, end))
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""

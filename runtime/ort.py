@@ -34,6 +34,8 @@ class OnnxRuntime:
     tolerance = name
     gate: Gate | None = None
     notes: tuple[str, ...] = ()
+    stages_ms: Mapping[str, float] = {}
+    memory_bytes: Mapping[str, int] = {}
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads

@@ -179,6 +179,7 @@ class Reader:
         start = time.perf_counter()
         outputs = self.backend.infer(image)
         infer_ms = (time.perf_counter() - start) * 1e3 / len(films)
+        stages = {name: ms / len(films) for name, ms in self.backend.stages_ms.items()}
         readings = []
         for index, (film, geometry, times) in enumerate(prepared):
             start = time.perf_counter()
@@ -195,6 +196,7 @@ class Reader:
                     geometry=geometry,
                     timings_ms={
                         **times,
+                        **stages,
                         "infer": infer_ms,
                         "postprocess": (time.perf_counter() - start) * 1e3,
                     },

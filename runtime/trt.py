@@ -21,6 +21,8 @@ from cxrgaze.runtime.device import Device, open_device
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec
 
+_STAGES = ("h2d", "compute", "d2h")
+
 
 @dataclass(frozen=True)
 class LoadedEngine:
@@ -96,6 +98,8 @@ class TensorRT:
         self._device: Device | None = None
         self._loaded: LoadedEngine | None = None
         self._context: Any = None
+        self.stages_ms: Mapping[str, float] = {}
+        self.memory_bytes: Mapping[str, int] = {}
 
     def activate(self, bundle: Bundle) -> None:
         """Load the plan, make its context and all buffers.
@@ -112,7 +116,10 @@ class TensorRT:
         self.device = device.gpu.name
         try:
             with device.current():
+                free = device.free_bytes()
                 self._prepare(device, plan, bundle.manifest.spec)
+                taken = max(free - device.free_bytes(), 0)
+                self.memory_bytes = {"plan": len(plan), "device": taken}
         except BaseException:
             self.deactivate()
             raise
@@ -141,6 +148,7 @@ class TensorRT:
         for name, address in self._address.items():
             self._accepted(self._context.set_tensor_address(name, address), "set_tensor_address")
         self._size = 0
+        self._events = [device.event() for _ in range(len(_STAGES) + 1)]
 
     def infer(self, image: NDArray[np.float32]) -> Outputs:
         """Both heads of `image` `(N, 1, H, W)`, any N >= 1; the outputs belong to the caller.
@@ -158,6 +166,7 @@ class TensorRT:
             name: np.empty((len(image), *self._host[name].shape[1:]), np.float32)
             for name in (LOGITS, LOG_DENSITY)
         }
+        self.stages_ms = dict.fromkeys(_STAGES, 0.0)
         with self._device.current():
             for start in range(0, len(image), largest):
                 part = slice(start, start + largest)
@@ -177,11 +186,20 @@ class TensorRT:
                 self._context.set_input_shape(IMAGE, host[IMAGE].shape), "set_input_shape"
             )
             self._size = size
+        begin, copied, computed, end = self._events
+        device.mark(begin)
         device.to_device(self._address[IMAGE], host[IMAGE])
+        device.mark(copied)
         self._accepted(self._context.execute_async_v3(device.stream), "execute_async_v3")
+        device.mark(computed)
         for name in outputs:
             device.to_host(host[name], self._address[name])
+        device.mark(end)
         device.synchronize()
+        self.stages_ms = {
+            stage: self.stages_ms[stage] + device.between_ms(*self._events[index : index + 2])
+            for index, stage in enumerate(_STAGES)
+        }
         for name, array in outputs.items():
             array[:] = host[name][:count]
 

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 EXIT_HELP = (
     "exit codes: 0 ok, 1 failure (also when some of many inputs failed), 2 usage, 3 build, "
-    "4 parity, 5 gate, 6 incompatible, 7 integrity, 9 inconclusive, 10 out of memory, 11 data, "
-    "130 interrupted. "
+    "4 parity, 5 gate, 6 incompatible, 7 integrity, 8 objective missed, 9 inconclusive, "
+    "10 out of memory, 11 data, 130 interrupted. "
     "Research software, not a medical device."
 )
 
@@ -78,7 +78,7 @@ def execute(
         return _fail(f"{error.filename or 'input or output'}: {error.strerror}", ExitCode.FAILURE)
 
 
-_EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export"}
+_EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export", "cxrgaze-bench": "bench"}
 
 
 def bounded(low: int, high: int) -> Callable[[str], int]:

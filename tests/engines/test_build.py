@@ -76,11 +76,15 @@ def test_a_profile_is_another_plan(bundles, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_paper_network_is_built(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.01), ("fp16", 0.51), ("int8", 0.35)])
+def test_the_paper_network_is_built(tmp_path, precision, share):
     arguments = ["--variant", "paper", "--random-weights", "--precision", precision]
-    assert export_cli.main([*arguments, "--output", str(tmp_path)]) == 0
-    assert _build(tmp_path / f"paper-random-{precision}.cxrgaze", tmp_path) == 0
+    arguments += ["--calibration-films", "2", "--output", str(tmp_path)]
+    assert export_cli.main(arguments) == 0
+    bundle = tmp_path / f"paper-random-{precision}.cxrgaze"
+    assert (bundle / GRAPH).stat().st_size <= share * 4 * 66_637_380
+    assert Bundle.open(bundle).manifest.gate.verdict == "not_gated" or precision == "fp32"
+    assert _build(bundle, tmp_path) == 0
 
 
 REFUSED = {

@@ -16,7 +16,7 @@
 #include <string.h>
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY, NOT_INITIALIZED, NO_DEVICE = 100, INVALID_DEVICE };
-enum { INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600 };
 static const struct { int code; const char *name, *meaning; } ERRORS[] = {
     {0, "CUDA_SUCCESS", "no error"},
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
@@ -26,15 +26,17 @@ static const struct { int code; const char *name, *meaning; } ERRORS[] = {
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
 };
-enum { GPUS = 2, BLOCKS = 256, STREAMS = 8, COPIES = 64, DEPTH = 16 };
+enum { GPUS = 2, BLOCKS = 256, STREAMS = 8, EVENTS = 16, COPIES = 64, DEPTH = 16 };
 enum { FREE, DEVICE, PINNED };
 typedef uint64_t Address;
 typedef struct { int retained; } Context; /* a primary context, one per GPU */
 typedef struct { Context *context; } Stream; /* in use while it has a context */
 typedef struct { int kind, gpu; size_t bytes; char *memory; Address address; } Block;
-typedef struct { Stream *stream; char *to; const char *from; size_t bytes; } Copy;
+typedef struct { Context *context; int marked, done; } Event; /* done: as many copies before it */
+typedef struct { Stream *stream; char *to; const char *from; size_t bytes; Event *event; } Copy;
 
 static const size_t MEMORY = 64u << 20;
 static const Address FIRST = (Address)0xD << 40;
@@ -42,8 +44,9 @@ static Address next_address = FIRST; /* no address is given out twice */
 static Context contexts[GPUS];
 static Stream streams[STREAMS];
 static Block blocks[BLOCKS];
-static Copy copies[COPIES];
-static int queued, initialised;
+static Event events[EVENTS];
+static Copy copies[COPIES]; /* and events between them */
+static int queued, copied, initialised;
 static _Thread_local Context *stack[DEPTH];
 static _Thread_local int depth;
 static struct { char call[64]; int nth, code; } failure;
@@ -53,12 +56,14 @@ static struct { char call[64]; int nth, code; } failure;
 int host_driver_gpus = 1;
 
 int host_driver_live(const char *what) {
-    int count[] = {[DEVICE] = 0, [PINNED] = 0}, in_use = 0, retains = 0;
+    int count[] = {[DEVICE] = 0, [PINNED] = 0}, in_use = 0, retains = 0, marks = 0;
+    for (int i = 0; i < EVENTS; i++) marks += events[i].context != NULL;
     for (int i = 0; i < BLOCKS; i++) count[blocks[i].kind]++;
     for (int i = 0; i < STREAMS; i++) in_use += streams[i].context != NULL;
     for (int i = 0; i < GPUS; i++) retains += contexts[i].retained;
     return !strcmp(what, "device memory") ? count[DEVICE] : !strcmp(what, "queued") ? queued
          : !strcmp(what, "pinned memory") ? count[PINNED] : !strcmp(what, "streams") ? in_use
+         : !strcmp(what, "events") ? marks
          : !strcmp(what, "retains") ? retains : !strcmp(what, "context depth") ? depth : -1;
 }
 
@@ -171,8 +176,11 @@ static int finish(const Stream *stream) { /* the work of this one, or of all */
     int kept = 0, code = 0;
     for (int i = 0; i < queued; i++)
         if (stream && copies[i].stream != stream) copies[kept++] = copies[i];
-        else if (!code && !(code = injected("queued copy")))
+        else if (copies[i].event) copies[i].event->marked = 0, copies[i].event->done = copied;
+        else if (!code && !(code = injected("queued copy"))) {
             memcpy(copies[i].to, copies[i].from, copies[i].bytes);
+            copied++;
+        }
     queued = kept;
     return code;
 }
@@ -183,6 +191,50 @@ int cuStreamDestroy_v2(Stream *stream) { /* its work is still done */
     STREAM(stream);
     OR_RETURN(finish(stream));
     stream->context = NULL;
+    return 0;
+}
+
+/* Events. Their clock counts copies: it measures nothing. */
+static int is_event(const Event *event) { /* and of the current context */
+    return event >= events && event < events + EVENTS && event->context == current();
+}
+
+int cuEventCreate(Event **event, unsigned flags) {
+    CONTEXT;
+    NEED(!flags, INVALID_VALUE);
+    for (*event = events; (*event)->context; ++*event)
+        NEED(*event < events + EVENTS - 1, OUT_OF_MEMORY);
+    **event = (Event){current(), 0, -1};
+    return 0;
+}
+
+int cuEventRecord(Event *event, Stream *stream) {
+    STREAM(stream);
+    NEED(is_event(event), INVALID_HANDLE);
+    NEED(queued < COPIES, OUT_OF_MEMORY);
+    event->marked = 1;
+    copies[queued++] = (Copy){stream, NULL, NULL, 0, event};
+    return 0;
+}
+
+int cuEventElapsedTime(float *ms, Event *first, Event *second) {
+    CONTEXT;
+    NEED(is_event(first) && is_event(second), INVALID_HANDLE);
+    NEED(first->marked || first->done >= 0, INVALID_HANDLE); /* never recorded */
+    NEED(second->marked || second->done >= 0, INVALID_HANDLE);
+    NEED(!first->marked && !second->marked, NOT_READY);
+    *ms = (float)(second->done - first->done);
+    return 0;
+}
+
+int cuEventElapsedTime_v2(float *ms, Event *first, Event *second) {
+    return cuEventElapsedTime(ms, first, second);
+}
+
+int cuEventDestroy_v2(Event *event) {
+    CONTEXT;
+    NEED(is_event(event), INVALID_HANDLE);
+    event->context = NULL;
     return 0;
 }
 
@@ -257,7 +309,7 @@ static int copy(int to_device, Address address, char *host, size_t bytes, Stream
     NEED(!pinned || bytes <= pinned->bytes - (at - pinned->address), INVALID_VALUE);
     NEED(queued < COPIES, OUT_OF_MEMORY);
     char *device = block->memory + (address - block->address);
-    copies[queued++] = (Copy){stream, to_device ? device : host, to_device ? host : device, bytes};
+    copies[queued++] = (Copy){stream, to_device ? device : host, to_device ? host : device, bytes, NULL};
     return 0;
 }
 

@@ -30,7 +30,15 @@ STAND_IN = "stand-in"
 ILLEGAL = 700
 ILLEGAL_TEXT = r"CUDA_ERROR_ILLEGAL_ADDRESS \(700\): an illegal memory access was encountered"
 MIB = 1 << 20
-COUNTERS = ("device memory", "pinned memory", "streams", "retains", "context depth", "queued")
+COUNTERS = (
+    "device memory",
+    "pinned memory",
+    "streams",
+    "events",
+    "retains",
+    "context depth",
+    "queued",
+)
 
 
 class Driver:
@@ -191,6 +199,39 @@ def pinned_arrays_are_plain_arrays(provider, driver):
 
 
 @contract
+def events_take_the_devices_time_between_the_work(provider, driver):
+    with opened(provider) as device:
+        array, address = device.pinned((1 << 20,), np.float32), device.allocate(4 << 20)
+        first, second, third = (device.event() for _ in range(3))
+        for copies in (2, 3):  # events may be marked again
+            device.mark(first)
+            for _ in range(copies):
+                device.to_device(address, array)
+            device.mark(second)
+            device.to_host(array, address)
+            device.mark(third)
+            device.synchronize()
+            found = [device.between_ms(*pair) for pair in ((first, second), (second, third))]
+            assert all(0 < ms < 10_000 for ms in found)
+            assert not driver.is_stand_in or found == [copies, 1]  # its clock counts copies
+
+
+@on_stand_in
+def an_event_that_has_not_happened_has_no_time(provider, driver):
+    with opened(provider) as device:
+        first, second = device.event(), device.event()
+        device.mark(first)
+        device.synchronize()
+        with pytest.raises(DeviceError, match="invalid resource handle"):
+            device.between_ms(first, second)  # never marked
+        device.mark(second)
+        with pytest.raises(DeviceError, match="device not ready"):
+            device.between_ms(first, second)
+        device.synchronize()
+        assert device.between_ms(first, second) == 0
+
+
+@contract
 def free_bytes_falls_by_an_allocation(provider, driver):
     with opened(provider) as device:
         before = device.free_bytes()
@@ -316,6 +357,7 @@ def _acts(device, array, address):
         "cuMemcpyHtoDAsync_v2": lambda: device.to_device(address, array),
         "cuMemcpyDtoHAsync_v2": lambda: device.to_host(array, address),
         "cuStreamSynchronize": lambda: device.synchronize(),
+        "cuEventCreate": lambda: device.event(),
         "cuMemGetInfo_v2": lambda: device.free_bytes(),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import time
 import types
 
 import numpy as np
@@ -74,6 +75,18 @@ class HostDevice(Device):
         assert self.depth and array.flags.c_contiguous
         assert array.nbytes <= len(self.memory[address])
         self.queue.append(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))
+
+    def event(self):
+        assert self.depth
+        return [None]
+
+    def mark(self, event):
+        assert self.depth
+        self.queue.append(lambda: event.__setitem__(0, time.perf_counter()))
+
+    def between_ms(self, first, second):
+        assert self.depth and not self.queue
+        return (second[0] - first[0]) * 1e3
 
     def synchronize(self):
         for work in self.queue:

@@ -1,0 +1,60 @@
+"""What one would write by hand: numpy, OpenCV and onnxruntime, nothing checked, nothing recorded.
+
+The yardstick for what our own runtime costs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import cv2
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+
+class Plain:
+    """Pixels to probabilities and log-density.
+
+    Args:
+        graph: bytes of the ONNX graph. size: height and width of its canvas.
+        threads: of ONNX Runtime; 0 leaves the choice to it.
+    """
+
+    def __init__(
+        self, graph: bytes, size: tuple[int, int], temperature: float, threads: int
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"]
+        )
+        self._size = size
+        self._temperature = temperature
+        self.timings_ms: dict[str, float] = {}
+
+    def __call__(
+        self, pixels: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Probabilities `(C,)` and log-density `(H, W)` of a film `(h, w)` in [0, 1]."""
+        start = time.perf_counter()
+        height, width = self._size
+        scale = min(height / pixels.shape[0], width / pixels.shape[1])
+        h, w = round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)
+        way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        canvas = np.zeros((1, 1, height, width), np.float32)
+        top, left = (height - h) // 2, (width - w) // 2
+        canvas[0, 0, top : top + h, left : left + w] = cv2.resize(pixels, (w, h), interpolation=way)
+        prepared = time.perf_counter()
+        logits, density = self._session.run(None, {"image": canvas})
+        inferred = time.perf_counter()
+        odds = np.exp((logits[0] - logits[0].max()) / self._temperature)
+        probabilities = odds / odds.sum()
+        done = time.perf_counter()
+        self.timings_ms = {
+            "preprocess": (prepared - start) * 1e3,
+            "infer": (inferred - prepared) * 1e3,
+            "postprocess": (done - inferred) * 1e3,
+        }
+        return probabilities, density[0, 0]
