@@ -82,9 +82,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     run.add_argument(
         "--peers",
-        action="store_true",
+        nargs="*",
+        metavar="NAME",
         help="also torch, plain ONNX Runtime and OpenVINO (pip install 'cxrgaze[peers]'), with "
-        "what each changes in accuracy",
+        "what each changes in accuracy; with names, only those that contain one of them",
     )
     run.add_argument(
         "--beside",
@@ -157,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.runtime.host import cpu_count
 
     slo = dict(map(_objective, args.slo))
-    if args.beside and not args.peers:
+    if args.beside and args.peers is None:
         raise UsageError("--beside goes with --peers")
     config = Config(
         samples=args.samples,
@@ -169,7 +170,8 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     opened = Bundle.open(args.bundle)
-    step = command.Steps(measure.STEPS + 1 + bool(args.peers) + bool(args.sweep) + _wants(args))
+    further = (_wants(args), args.peers is not None, bool(args.sweep))
+    step = command.Steps(measure.STEPS + 1 + sum(further))
     extras = _extras(args, opened, config, step) if _wants(args) else {}
     with _films(args) as films:
         report = measure.measure(args.bundle, films, config, step, slo=slo, **extras)
@@ -197,7 +199,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _wants(args: argparse.Namespace) -> bool:
     """Whether anything needs the network itself."""
-    return bool(args.peers or args.sweep)
+    return args.peers is not None or bool(args.sweep)
 
 
 def _extras(
@@ -216,12 +218,13 @@ def _extras(
         bundles = [opened, *map(Bundle.open, args.beside)]
         weights = peers.weights_of(opened, args.checkpoint, config.threads)
         peers.require_same(bundles)
+        asked = peers.contenders(weights, bundles, config.device, args.peers or ())
 
     def measure_peers(films: Sequence[Film]) -> tuple[Peer, ...]:
         images = np.stack([to_canvas(film.pixels, spec)[0] for film in films])[:, None]
         with step("other ways to run the same weights"):
             command.say("")
-            return peers.measure(weights, bundles, images, config)
+            return peers.measure(weights, asked, images, config)
 
     def measure_sweeps(films: Sequence[Film]) -> tuple[Sweep, ...]:
         with step("sweeps"):
@@ -229,7 +232,7 @@ def _extras(
             return sweep.measure(weights, wanted, config.seconds / 10)
 
     return {
-        **({"peers": measure_peers} if args.peers else {}),
+        **({"peers": measure_peers} if args.peers is not None else {}),
         **({"sweeps": measure_sweeps} if args.sweep else {}),
     }
 

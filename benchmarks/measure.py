@@ -32,7 +32,7 @@ from cxrgaze.benchmarks.record import (
     Report,
     Sweep,
 )
-from cxrgaze.benchmarks.timing import NEEDED, Latency, latency, warm_up
+from cxrgaze.benchmarks.timing import NEEDED, SMALLEST_INTERVAL, Latency, latency, warm_up
 from cxrgaze.bundle import GRAPH
 from cxrgaze.command import Steps
 from cxrgaze.errors import CxrgazeError, UsageError
@@ -222,7 +222,7 @@ def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Obj
     found = getattr(latency(samples), percentile)
     share = sum(sample > limit_ms for sample in samples) / len(samples)
     if found is None or found.low is None or found.high is None:
-        needed = NEEDED[percentile]
+        needed = max(NEEDED[percentile], SMALLEST_INTERVAL)
         reason = f"{len(samples)} samples say nothing of {percentile}, which needs {needed}"
         verdict = "inconclusive"
     else:

@@ -11,9 +11,9 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,24 +119,24 @@ def require_same(bundles: Sequence[Bundle]) -> None:
             )
 
 
-Opened = contextlib.AbstractContextManager[Infer]
+Opener = Callable[[], contextlib.AbstractContextManager[Infer]]
 
 
 def contenders(
-    weights: Weights, bundles: Sequence[Bundle], device: str
-) -> dict[str, Callable[[], Opened]]:
-    """Openers by name: the bundles first, then the peers."""
+    weights: Weights, bundles: Sequence[Bundle], device: str, names: Sequence[str] = ()
+) -> dict[str, Opener]:
+    """Openers by name: the bundles first, then the peers.
+
+    Args:
+        names: only the peers whose name contains one of these; none: all.
+
+    Raises:
+        UsageError: a name that no peer contains.
+    """
     on = "cuda" if torch.cuda.is_available() else "cpu"
     half = "float16" if on == "cuda" else "bfloat16"
     rewritten = rewrites.for_target("cpu")
-    made: dict[str, Callable[[], Opened]] = {
-        f"cxrgaze {b.manifest.precision}, target {b.manifest.target} ({b.manifest.name})": (
-            lambda b=b: _bundle(b, device, weights.threads)  # type: ignore[misc]
-        )
-        for b in bundles
-    }
-    return {
-        **made,
+    known: dict[str, Opener] = {
         "ONNX Runtime fp32, no rewrites": lambda: _onnxruntime(weights, ()),
         f"ONNX Runtime fp32, rewrites {', '.join(rewritten)}": lambda: _onnxruntime(
             weights, rewritten
@@ -149,6 +149,17 @@ def contenders(
         "OpenVINO bf16 hint": lambda: _openvino(weights, "bf16"),
         "OpenVINO int8 by NNCF": lambda: _openvino(weights, "int8"),
     }
+    for name in names:
+        if not any(name.lower() in one.lower() for one in known):
+            raise UsageError(f"--peers {name}: none is called so; there are {'; '.join(known)}")
+    made: dict[str, Opener] = {
+        f"cxrgaze {b.manifest.precision}, target {b.manifest.target} ({b.manifest.name})": partial(
+            _bundle, b, device, weights.threads
+        )
+        for b in bundles
+    }
+    wanted = [one for one in known if not names or any(n.lower() in one.lower() for n in names)]
+    return made | {one: known[one] for one in wanted}
 
 
 @contextlib.contextmanager
@@ -260,23 +271,20 @@ class _Open:
 
 
 def measure(
-    weights: Weights,
-    bundles: Sequence[Bundle],
-    images: NDArray[np.float32],
-    config: Config,
+    weights: Weights, asked: Mapping[str, Opener], images: NDArray[np.float32], config: Config
 ) -> tuple[Peer, ...]:
-    """A row each: the bundles, then the peers, compared with the first bundle.
+    """A row each, compared with the first.
 
     Args:
+        asked: of `contenders`.
         images: canvases `(n, 1, H, W)` that all read in turn.
 
     Raises:
-        IncompatibleError: the first bundle does not run here.
+        IncompatibleError: the first does not run here.
     """
     with contextlib.ExitStack() as stack:
         opened: dict[str, _Open] = {}
         missing: dict[str, str] = {}
-        asked = contenders(weights, bundles, config.device)
         for name, opener in asked.items():
             say(f"  open {name}")
             found = _opened(stack, opener, images[:1])
@@ -287,13 +295,14 @@ def measure(
         base = next(iter(asked))
         if base in missing:
             raise IncompatibleError(f"the bundle does not run here: {missing[base]}")
-        slowest = max(_once(o.infer, images[:1]) for o in opened.values())
+        slowest_ms = max(_once(o.infer, images[:1]) for o in opened.values())
         turns = paired.interleave(
             {name: _turn(o.infer, images) for name, o in opened.items()},
-            turn=1 if slowest > SLOW_MS else paired.TURN,
+            turn=1 if slowest_ms > SLOW_MS else paired.TURN,
             seconds=config.seconds,
         )
-        accuracies = _accuracies(weights, opened, slowest)
+        a_film_ms = sum(float(np.median(times)) for times in turns.values())
+        accuracies = _accuracies(weights, opened, a_film_ms)
     rows = []
     for name in asked:
         if name in missing:
@@ -313,9 +322,7 @@ def measure(
     return tuple(rows)
 
 
-def _opened(
-    stack: contextlib.ExitStack, opener: Callable[[], Opened], image: NDArray[np.float32]
-) -> _Open | str:
+def _opened(stack: contextlib.ExitStack, opener: Opener, image: NDArray[np.float32]) -> _Open | str:
     """An opened contender with its first reading, or why it is not to be had."""
     start = time.perf_counter()
     try:
@@ -345,7 +352,7 @@ def _once(infer: Infer, image: NDArray[np.float32]) -> float:
 
 
 def _accuracies(
-    weights: Weights, opened: dict[str, _Open], slowest_ms: float
+    weights: Weights, opened: dict[str, _Open], a_film_ms: float
 ) -> dict[str, Accuracy]:
     """Differences of each to the network in torch float32, on phantoms.
 
@@ -353,7 +360,7 @@ def _accuracies(
     only how alike the outputs are.
     """
     source = weights.source
-    affordable = int(ACCURACY_SECONDS * 1e3 / (slowest_ms * (len(opened) + 1)))
+    affordable = int(ACCURACY_SECONDS * 1e3 / a_film_ms)
     films = gate.phantom_set(source.spec, min(max(affordable, 4), ACCURACY_FILMS))
     images = films.arrays.images
     with _torch(weights, "cpu", _eager) as infer:

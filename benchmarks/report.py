@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Plot
 
 from cxrgaze.benchmarks.energy import Energy
 from cxrgaze.benchmarks.paired import Ratio
@@ -27,6 +26,16 @@ from cxrgaze.report import (
     markdown_page,
 )
 
+try:
+    from matplotlib.figure import Figure as Plot
+except ImportError:  # on a device; a machine that has it renders the report with its figures
+    _DRAWS = False
+else:
+    _DRAWS = True
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _PERCENTILES = tuple(NEEDED)
 _COLOUR = "#3b6fb6"
 _GREY = "#888888"
@@ -35,7 +44,7 @@ _GREY = "#888888"
 def pages(report: Report) -> dict[str, bytes]:
     """Files of the report by name, `report.json` among them."""
     title = f"{report.bundle['name']} on {report.host.machine.cpu}"
-    figures = {f.name: f for f in _figures(report)}
+    figures = {f.name: f for f in _figures(report)} if _DRAWS else {}
     blocks = _blocks(report, figures)
     return {
         "report.json": report.rendered(),
@@ -60,7 +69,7 @@ def _blocks(report: Report, figures: Mapping[str, Figure]) -> list[Block]:
         *_verdict(report),
         Heading("Latency, one film at a time"),
         *_latency(report),
-        figures["samples.svg"],
+        *_drawing(figures, "samples.svg"),
         Heading("Cold, first, after idle"),
         *_regimes(report),
         Heading("Films"),
@@ -75,6 +84,17 @@ def _blocks(report: Report, figures: Mapping[str, Figure]) -> list[Block]:
         *_sweeps(report.sweeps, figures),
         Heading("Machine"),
         *_machine(report),
+    ]
+
+
+def _drawing(figures: Mapping[str, Figure], name: str) -> list[Block]:
+    if name in figures:
+        return [figures[name]]
+    return [
+        Paragraph(
+            "A figure belongs here; matplotlib, which draws it, is not installed. Where it is "
+            "(pip install 'cxrgaze[bench]'), cxrgaze-bench render draws it from report.json."
+        )
     ]
 
 
@@ -93,12 +113,13 @@ def _verdict(report: Report) -> list[Block]:
 
 def _latency(report: Report) -> list[Block]:
     rows = []
-    for stage, boundary in report.boundaries.items():
+    for stage in report.boundaries:
         found = report.steady.get(stage)
         cells = _cells(found) if found else ["not measured", *[""] * (len(_PERCENTILES) + 1)]
-        rows.append((stage, boundary, *cells))
+        rows.append((stage, *cells))
     return [
-        Table(("stage", "from, to", "n", *(_name(p) for p in _PERCENTILES), "max"), rows),
+        Table(("stage, ms", "n", *(_name(p) for p in _PERCENTILES), "max"), rows),
+        Bullets([f"{stage}: {boundary}" for stage, boundary in report.boundaries.items()]),
         Paragraph(
             "Milliseconds with 95 % intervals (block bootstrap); a dash where there are too few "
             "samples to have the percentile. Nothing is clipped. Stages are measured by clocks "
@@ -283,7 +304,7 @@ def _peers(peers: Sequence[Peer], figures: Mapping[str, Figure]) -> list[Block]:
             ("way", "p50 ms", "max", "n", "time over the first row's", "open + first call, s"),
             speed,
         ),
-        figures["peers.svg"],
+        *_drawing(figures, "peers.svg"),
         Paragraph(
             "Canvas in host memory to both heads in host memory, batch 1, the same films and "
             "threads, one process, turns in an order drawn anew each round; ratios are medians "
@@ -329,7 +350,7 @@ def _sweeps(sweeps: Sequence[Sweep], figures: Mapping[str, Figure]) -> list[Bloc
         ]
         header = (sweep.name, "GMAC a call", "p50 ms a call", "n", "films/s", "float32 floor ms")
         blocks += [Heading(f"Sweep: {sweep.name}"), Table(header, rows)]
-        blocks.append(figures[f"sweep-{sweep.name}.svg"])
+        blocks += _drawing(figures, f"sweep-{sweep.name}.svg")
     if blocks:
         blocks.append(
             Paragraph(

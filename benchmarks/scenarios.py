@@ -29,6 +29,7 @@ TURNS = 5
 """Turns of the throughput comparison, fewer where time runs out."""
 LOADGEN_SECONDS = 3.0
 """Of each scenario. LoadGen's own rules ask for 600."""
+_AMPLE = 1.5  # times the rate that was seen: LoadGen calls an offline run that ends early invalid
 
 
 def offline(
@@ -112,9 +113,12 @@ def loadgen(backend: Backend, canvases: NDArray[np.float32]) -> LoadGen | str:
                 lg.DestroySUT(system)
             return Path(folder, "mlperf_log_summary.txt").read_text()
 
-    start = time.perf_counter()
-    backend.infer(canvases[0])
-    expected = 1 / (time.perf_counter() - start)
+    times = []
+    for canvas in canvases:
+        start = time.perf_counter()
+        backend.infer(canvas)
+        times.append(time.perf_counter() - start)
+    expected = _AMPLE / median(times)
     single = summary(lg.TestScenario.SingleStream)
     together = summary(lg.TestScenario.Offline)
     return LoadGen(

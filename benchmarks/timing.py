@@ -19,8 +19,10 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 NEEDED = {"p50": 1, "p90": 10, "p95": 20, "p99": 100, "p99_9": 10_000}
 """Samples from which a percentile is given: below 1 / (1 - p) it would only repeat the maximum."""
 
+SMALLEST_INTERVAL = 20
+"""Samples below which no interval is given."""
+
 _RESAMPLES = 1000
-_SMALLEST_INTERVAL = 20  # samples below which no interval is given
 _CHUNK = 1 << 21  # samples drawn at once
 
 
@@ -59,7 +61,7 @@ def latency(samples_ms: Sequence[float], seed: int = 0) -> Latency:
     shares = [PERCENTILES[name] for name in asked]
     values = _quantiles(samples[None], shares)[:, 0]
     bounds = None
-    if len(samples) >= _SMALLEST_INTERVAL:
+    if len(samples) >= SMALLEST_INTERVAL:
         drawn = _block_bootstrap(samples, shares, seed)
         bounds = np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
     found: dict[str, Interval | None] = dict.fromkeys(NEEDED)

@@ -78,7 +78,7 @@ def execute(
         return _fail(f"{error.filename or 'input or output'}: {error.strerror}", ExitCode.FAILURE)
 
 
-_EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export", "cxrgaze-bench": "bench"}
+_EXTRA = {"cxrgaze-train": "train", "cxrgaze-export": "export", "cxrgaze-bench": "peers"}
 
 
 def bounded(low: int, high: int) -> Callable[[str], int]:

@@ -267,6 +267,19 @@ def test_any_batch_goes_through_in_parts_that_the_plan_takes(bundle, cache, batc
     backend.deactivate()
 
 
+def test_the_devices_own_clock_times_the_parts_of_an_inference(bundle, cache):
+    backend = _backend(cache, _stored(cache, bundle, (1, 2, 2)))
+    backend.activate(bundle)
+    backend.infer(_images(5))
+    assert list(backend.stages_ms) == ["h2d", "compute", "d2h"]
+    assert all(ms > 0 for ms in backend.stages_ms.values())  # summed over the three parts
+    before = dict(backend.stages_ms)
+    backend.infer(_images(1))
+    assert backend.stages_ms["compute"] < before["compute"] * 2  # of the last call alone
+    assert backend.memory_bytes == {"plan": backend._record.plan_bytes, "device": 0}
+    backend.deactivate()
+
+
 def test_outputs_belong_to_the_caller(bundle, cache):
     backend = _backend(cache, _stored(cache, bundle))
     backend.activate(bundle)
