@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -37,6 +37,7 @@ from cxrgaze.bundle import GRAPH
 from cxrgaze.command import Steps
 from cxrgaze.errors import CxrgazeError, UsageError
 from cxrgaze.files import render_json, write_atomic
+from cxrgaze.intervals import Interval
 from cxrgaze.runtime import overlay
 from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.film import Film, load_film
@@ -219,26 +220,31 @@ def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Obj
 
     With too few samples for the percentile, or an interval around the limit, inconclusive.
     """
-    found = getattr(latency(samples), percentile)
-    share = sum(sample > limit_ms for sample in samples) / len(samples)
-    if found is None or found.low is None or found.high is None:
-        needed = max(NEEDED[percentile], SMALLEST_INTERVAL)
-        reason = f"{len(samples)} samples say nothing of {percentile}, which needs {needed}"
-        verdict = "inconclusive"
-    else:
-        reason = f"{percentile} is {found.low:.2f} to {found.high:.2f} ms (95 %)"
-        verdict = "met" if found.high <= limit_ms else "missed" if found.low > limit_ms else ""
-        if not verdict:
-            verdict = "inconclusive"
-            reason += f", around the limit of {limit_ms:g} ms: more --samples, or a quieter machine"
+    found: Interval | None = getattr(latency(samples), percentile)
+    verdict, reason = _met(percentile, found, limit_ms, len(samples))
     return Objective(
         percentile=percentile,
         limit_ms=limit_ms,
         found_ms=found.value if found else None,
-        missed_share=share,
-        verdict=verdict,  # type: ignore[arg-type]
+        missed_share=sum(sample > limit_ms for sample in samples) / len(samples),
+        verdict=verdict,
         reason=reason,
     )
+
+
+def _met(
+    percentile: str, found: Interval | None, limit_ms: float, count: int
+) -> tuple[Literal["met", "missed", "inconclusive"], str]:
+    if found is None or found.low is None or found.high is None:
+        needed = max(NEEDED[percentile], SMALLEST_INTERVAL)
+        return "inconclusive", f"{count} samples say nothing of {percentile}, which needs {needed}"
+    between = f"{percentile} is {found.low:.2f} to {found.high:.2f} ms (95 %)"
+    if found.high <= limit_ms:
+        return "met", between
+    if found.low > limit_ms:
+        return "missed", between
+    around = f"around the limit of {limit_ms:g} ms: more --samples, or a quieter machine"
+    return "inconclusive", f"{between}, {around}"
 
 
 def _film_times(reader: Reader, path: Path) -> FilmTimes:

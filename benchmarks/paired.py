@@ -22,6 +22,8 @@ ROUNDS = 60
 """Rounds of a comparison."""
 TURN = 5
 """Readings of a turn, after one that does not count: it finds the caches of whoever ran before."""
+SLOW_MS = 200.0
+"""A turn is one reading where the slowest contender takes longer."""
 MARGIN = 0.03
 """A ratio nearer to 1 than this is no difference."""
 FEWEST = 10
@@ -50,7 +52,7 @@ def interleave(
     contenders: Mapping[str, Callable[[int], object]],
     *,
     rounds: int = ROUNDS,
-    turn: int = TURN,
+    turn: int | None = None,
     seconds: float = float("inf"),
     seed: int = 0,
 ) -> dict[str, Times]:
@@ -58,8 +60,11 @@ def interleave(
 
     Args:
         contenders: each reads film number i, the same of all in the same place of a round.
+        turn: readings of a turn; None: `TURN`, or one of slow contenders.
         seconds: no new round begins after this time.
     """
+    if turn is None:
+        turn = 1 if max(_once(reading) for reading in contenders.values()) > SLOW_MS else TURN
     rng = np.random.default_rng(seed)
     found: dict[str, list[list[float]]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
@@ -77,6 +82,12 @@ def interleave(
         if time.perf_counter() > deadline:
             break
     return {name: np.array(times) for name, times in found.items()}
+
+
+def _once(reading: Callable[[int], object]) -> float:
+    start = time.perf_counter()
+    reading(0)
+    return (time.perf_counter() - start) * 1e3
 
 
 def compare(base: Times, new: Times, margin: float = MARGIN, seed: int = 0) -> Ratio:

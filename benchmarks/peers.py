@@ -46,8 +46,6 @@ ACCURACY_FILMS = 300
 """Phantoms for the differences to float32, the first of those of the default gate."""
 ACCURACY_SECONDS = 60.0
 """Time that all peers may take for them: fewer films on a large network, never below 4."""
-SLOW_MS = 200.0
-"""A turn is one reading where the slowest contender takes longer, else `paired.TURN`."""
 
 
 @dataclass(frozen=True)
@@ -295,10 +293,8 @@ def measure(
         base = next(iter(asked))
         if base in missing:
             raise IncompatibleError(f"the bundle does not run here: {missing[base]}")
-        slowest_ms = max(_once(o.infer, images[:1]) for o in opened.values())
         turns = paired.interleave(
             {name: _turn(o.infer, images) for name, o in opened.items()},
-            turn=1 if slowest_ms > SLOW_MS else paired.TURN,
             seconds=config.seconds,
         )
         a_film_ms = sum(float(np.median(times)) for times in turns.values())
@@ -343,12 +339,6 @@ def _turn(infer: Infer, images: NDArray[np.float32]) -> Callable[[int], object]:
         infer(images[index : index + 1])
 
     return reading
-
-
-def _once(infer: Infer, image: NDArray[np.float32]) -> float:
-    start = time.perf_counter()
-    infer(image)
-    return (time.perf_counter() - start) * 1e3
 
 
 def _accuracies(

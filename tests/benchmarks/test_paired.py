@@ -112,3 +112,10 @@ def test_the_order_changes_and_time_is_limited():
     assert len(firsts) > 1
     slow = {"a": lambda film: time.sleep(0.01)}
     assert len(interleave(slow, rounds=1000, seconds=0.05)["a"]) < 10
+
+
+def test_slow_contenders_take_one_reading_a_turn(monkeypatch):
+    readers = {"a": lambda film: time.sleep(0.002)}
+    assert interleave(readers, rounds=2)["a"].shape == (2, TURN)
+    monkeypatch.setattr(paired, "SLOW_MS", 1.0)
+    assert interleave(readers, rounds=2)["a"].shape == (2, 1)
