@@ -131,6 +131,7 @@ def contenders(
     Raises:
         UsageError: a name that no peer contains.
     """
+    threads = weights.threads
     on = "cuda" if torch.cuda.is_available() else "cpu"
     half = "float16" if on == "cuda" else "bfloat16"
     rewritten = rewrites.for_target("cpu")
@@ -146,13 +147,15 @@ def contenders(
         "OpenVINO fp32": lambda: _openvino(weights, "f32"),
         "OpenVINO bf16 hint": lambda: _openvino(weights, "bf16"),
         "OpenVINO int8 by NNCF": lambda: _openvino(weights, "int8"),
+        "TensorRT, the first bundle's plan": partial(_bundle, bundles[0], "tensorrt", threads),
+        "TensorRT-RTX, its plan": partial(_bundle, bundles[0], "tensorrt_rtx", threads),
     }
     for name in names:
         if not any(name.lower() in one.lower() for one in known):
             raise UsageError(f"--peers {name}: none is called so; there are {'; '.join(known)}")
     made: dict[str, Opener] = {
         f"cxrgaze {b.manifest.precision}, target {b.manifest.target} ({b.manifest.name})": partial(
-            _bundle, b, device, weights.threads
+            _bundle, b, device, threads
         )
         for b in bundles
     }

@@ -331,7 +331,7 @@ def _peers(peers: Sequence[Peer], figures: Mapping[str, Figure]) -> list[Block]:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
+    return "-" if value is None else f"{round(value, 4) + 0.0:+.4f}"
 
 
 def _sweeps(sweeps: Sequence[Sweep], figures: Mapping[str, Figure]) -> list[Block]:

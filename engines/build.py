@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from cxrgaze.bundle import GRAPH, Bundle
 from cxrgaze.command import say, steps
-from cxrgaze.compare import Limits
 from cxrgaze.engines import gate, precision
 from cxrgaze.errors import (
     BuildError,
@@ -161,7 +160,6 @@ def gated(
     cache: plans.Cache,
     record: plans.PlanRecord,
     films: gate.GateSet,
-    limits: Limits,
     *,
     allow_host_code: bool = False,
 ) -> plans.PlanRecord:
@@ -175,7 +173,7 @@ def gated(
     backend = TensorRT(library, cache, record, allow_host_code=allow_host_code)
     backend.activate(bundle)
     try:
-        found = gate.judge_engine(bundle, films, backend.infer, limits)
+        found = gate.judge_engine(bundle, films, backend.infer)
     finally:
         backend.deactivate()
     if found.verdict == "fail":

@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gate",
         metavar="SET",
         help="measure the plan's accuracy on this device against the bundle's float32 reference, "
-        "over the labelled set that the bundle was gated with, or 'phantom': a loss deletes the "
+        "over the labelled set that the bundle was gated with, or 'phantom', by the limits that "
+        "it was gated with: a loss deletes the "
         "plan (exit code 5), a set that cannot tell is exit code 9",
     )
     command.add_split(parser, "--gate-split", "test")
@@ -93,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.bundle import Bundle
-    from cxrgaze.compare import Limits
     from cxrgaze.engines.build import Options, build, gated
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.runtime import plans, trt_library
@@ -126,7 +126,6 @@ def _run(args: argparse.Namespace) -> int:
             cache,
             built.record,
             films,
-            Limits(),
             allow_host_code=args.allow_host_code,
         )
         verdict = record.gate

@@ -316,10 +316,19 @@ def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
     return tuple(key.decode() for key in keys), Predicted(logits, maps)
 
 
-def judge_engine(bundle: Bundle, films: GateSet, infer: Infer, limits: Limits) -> Gate:
+def limits_of(recorded: Gate) -> Limits:
+    """The limits that a verdict was judged by; the defaults where it was not run."""
+    if recorded.comparison is None:
+        return Limits()
+    names = {"macro AUC": "macro_auc", "CC": "cc", "flips": "flips"}
+    return Limits(**{names[q.name]: q.limit for q in recorded.comparison.quantities})
+
+
+def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     """The verdict on what runs on this device, against the reference that the bundle stores.
 
-    Films of the set that the bundle has no reference of are left out.
+    By the limits that its graph was judged by. Films of the set that the bundle has no reference of
+    are left out.
 
     Raises:
         DataError: none of the films has one.
@@ -338,6 +347,7 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer, limits: Limits) -
     candidate = predicted(infer, part.arrays.images)
     manifest = bundle.manifest
     names = manifest.spec.class_names
+    limits = limits_of(manifest.gate)
     return judge(part, matching, candidate, limits, "engine", manifest.untrained, names)
 
 

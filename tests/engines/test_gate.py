@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cxrgaze import metrics
-from cxrgaze.bundle import REFERENCE, Bundle
+from cxrgaze.bundle import REFERENCE, Bundle, Gate
 from cxrgaze.compare import Limits
 from cxrgaze.engines import gate
 from cxrgaze.errors import DataError, IntegrityError
@@ -114,14 +114,25 @@ def test_the_cc_is_that_of_the_films_area(films, reference):
 def test_an_engine_is_judged_against_what_the_bundle_stores(bundle, films):
     backend = OnnxRuntime()
     backend.activate(bundle)
-    found = gate.judge_engine(bundle, films, backend.infer, Limits())
+    found = gate.judge_engine(bundle, films, backend.infer)
     assert found.level == "engine" and found.verdict == "pass"
 
     def swapped(image):
         outputs = backend.infer(image)
         return outputs._replace(logits=outputs.logits[:, ::-1])
 
-    assert gate.judge_engine(bundle, films, swapped, Limits()).verdict == "fail"
+    assert gate.judge_engine(bundle, films, swapped).verdict == "fail"
+
+
+def test_an_engine_is_judged_by_the_limits_of_its_graph(bundle, films, reference):
+    strict = gate.judge(films, reference, reference, Limits(macro_auc=0.004, flips=0.5), "graph")
+    assert gate.limits_of(strict) == Limits(macro_auc=0.004, flips=0.5)
+    manifest = bundle.manifest.model_copy(update={"gate": strict})
+    backend = OnnxRuntime()
+    backend.activate(bundle)
+    found = gate.judge_engine(Bundle(bundle.path, manifest, bundle.sha256), films, backend.infer)
+    assert gate.limits_of(found) == Limits(macro_auc=0.004, flips=0.5)
+    assert gate.limits_of(Gate(verdict="not_gated", reason="")) == Limits()
 
 
 def test_films_without_a_reference_are_left_out_and_none_at_all_is_an_error(bundle, films):
@@ -129,7 +140,7 @@ def test_films_without_a_reference_are_left_out_and_none_at_all_is_an_error(bund
     backend.activate(bundle)
     others = gate.phantom_set(bundle.manifest.spec, 3, 5_000_000)
     with pytest.raises(DataError, match="none of the 3 films"):
-        gate.judge_engine(bundle, others, backend.infer, Limits())
+        gate.judge_engine(bundle, others, backend.infer)
 
 
 def test_a_bundle_without_a_reference_says_what_to_do(bundles, films):

@@ -18,7 +18,6 @@ import pytest
 
 import cxrgaze
 from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.compare import Limits
 from cxrgaze.engines import gate
 from cxrgaze.engines.build import gated
 from cxrgaze.errors import (
@@ -485,13 +484,13 @@ def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
     with pytest.raises(GateError, match="gate not_gated at engine level"):
         cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass")
     films = gate.phantom_set(half.manifest.spec, 300)
-    found = gated(half, library, cache, record, films, Limits())
+    found = gated(half, library, cache, record, films)
     assert found.gate is not None and (found.gate.level, found.gate.verdict) == ("engine", "pass")
     with cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass") as reader:
         assert not any("gate" in warning for warning in reader.standing_warnings)
     beside_a_gpu.broken = "swapped"
     with pytest.raises(GateError, match="The plan was deleted"):
-        gated(half, library, cache, record, films, Limits())
+        gated(half, library, cache, record, films)
     assert not list(cache.folder.iterdir()) and not HostDevice.open_now
 
 
