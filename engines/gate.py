@@ -31,7 +31,7 @@ from cxrgaze.runtime.canvas import to_canvas
 from cxrgaze.runtime.dataset import Arrays, canvas_density, load_arrays
 from cxrgaze.runtime.film import film_from_array
 from cxrgaze.samples import LabelledSet, Split
-from cxrgaze.spec import Domain, ModelSpec
+from cxrgaze.spec import LOG_DENSITY, Domain, ModelSpec
 
 PHANTOMS = 1000
 """Phantoms of the gate of a network that was trained on phantoms."""
@@ -228,6 +228,20 @@ def judge(
         agreement_loss=Histogram.by_decade(1 - agreement, -8),
         probability_change=Histogram.by_decade(np.abs(after - before).max(axis=1), -8),
     )
+
+
+def distance(films: GateSet, reference: Predicted, candidate: Predicted, head: Head) -> float:
+    """How far one output is from the reference's, mean over films, 0 where it is the same.
+
+    The largest change of a class's probability, or 1 - agreement CC. Infinity where something is
+    not finite.
+    """
+    if head == LOG_DENSITY:
+        changes = 1 - _agreement(films, candidate, reference)
+    else:
+        changes = np.abs(_probabilities(candidate.logits) - _probabilities(reference.logits))
+        changes = changes.max(axis=1)
+    return float(changes.mean()) if np.isfinite(changes).all() else float("inf")
 
 
 def _probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:

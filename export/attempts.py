@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cxrgaze.bundle import Gate, Parity, Trial
+from cxrgaze.bundle import Gate, Head, Parity, Trial
 from cxrgaze.command import say
-from cxrgaze.compare import Limits
 from cxrgaze.errors import ParityError
 from cxrgaze.export.forms import Form
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
@@ -52,30 +51,22 @@ def best(attempts: Sequence[Attempt]) -> Attempt:
     return min(attempts, key=lambda a: (a.parity.verdict != "pass", _ORDER[a.gate.verdict]))
 
 
-def margin(attempt: Attempt, limits: Limits) -> float:
-    """How far inside its limit the worst gated quantity is, in units of the limit.
-
-    Below 0 outside. Measured at the estimate and not at its bound: for ranking, not for a verdict.
-    """
+def weakest_head(attempt: Attempt) -> Head:
+    """The output behind the gated quantity that is furthest outside its limit."""
     found = attempt.gate.comparison
-    if attempt.parity.verdict != "pass" or found is None:
-        return -float("inf")
-    return min(
-        (
-            (q.limit - q.loss) / q.limit if q.limit else -q.loss
-            for q in found.quantities
-            if q.loss is not None
-        ),
-        default=-float("inf"),
-    )
+    quantities = [q for q in found.quantities if q.loss is not None] if found else []
+    if not quantities:
+        return "logits"
+    worst = max(quantities, key=lambda q: (q.loss or 0.0) / (q.limit or 1e-9))
+    return "log_density" if worst.name == "CC" else "logits"
 
 
 @dataclass
 class Log:
-    """Margins by form and kept blocks, written after each trial, so that a search goes on.
+    """Distances by kept blocks, written after each trial, so that a search goes on.
 
     Args:
-        path: the file. key: SHA-256 of all that a margin depends on; another key's file is begun
+        path: the file. key: SHA-256 of all that a distance depends on; another key's file is begun
             anew.
     """
 
@@ -89,14 +80,14 @@ class Log:
         except OSError:
             return
         if content.get("key") == self.key:
-            self._known = {str(k): float(v) for k, v in dict(content["margins"]).items()}
+            self._known = {str(k): float(v) for k, v in dict(content["distances"]).items()}
 
-    def margin(self, kept: Collection[str], measure: Callable[[], float]) -> float:
-        """The margin with these blocks kept, measured where it is not known."""
+    def distance(self, kept: Collection[str], measure: Callable[[], float]) -> float:
+        """The distance with these blocks kept, measured where it is not known."""
         name = json.dumps(sorted(kept))
         if name not in self._known:
-            self._known[name] = max(measure(), -1e9)
-            write_atomic(self.path, render_json({"key": self.key, "margins": self._known}))
+            self._known[name] = min(measure(), 1e9)
+            write_atomic(self.path, render_json({"key": self.key, "distances": self._known}))
         return self._known[name]
 
 
@@ -104,17 +95,18 @@ def fallback(
     forms: Forms,
     blocks: Sequence[str],
     attempt: Try,
-    limits: Limits,
+    distance: Callable[[Form], float],
     log: Log,
     budget: int,
 ) -> list[Attempt]:
     """Blocks go back to higher precision until the gate passes: the smallest set by their rank.
 
-    Each block is tried alone at the higher precision, and ranked by how much that brings the worst
-    gated quantity back inside its limit; then the first one, two, ... of the ranking go back
-    together until the gate passes.
+    Each block is tried alone at the higher precision, and ranked by how near to the reference that
+    brings the output that fails; then the first one, two, ... of the ranking go back together until
+    the gate passes. What ranks is continuous: counts of flips change by chance from block to block.
 
     Args:
+        distance: of a form to the reference, at the output that fails.
         budget: trials that may be made; the ranking takes as many as there are blocks.
 
     Returns:
@@ -129,13 +121,15 @@ def fallback(
         )
 
     def measured(kept: Collection[str]) -> float:
-        return max(margin(attempt(form), limits) for form in forms(kept))
+        return min(distance(form) for form in forms(kept))
 
+    before = log.distance([], partial(measured, []))
     ranks = {}
     for number, block in enumerate(blocks, start=1):
-        ranks[block] = log.margin([block], partial(measured, [block]))
-        say(f"  trial {number}: {block} back, margin {ranks[block]:.2f} of a limit")
-    order = sorted(blocks, key=lambda block: -ranks[block])
+        ranks[block] = log.distance([block], partial(measured, [block]))
+        change = ranks[block] / before - 1 if before else 0.0
+        say(f"  trial {number}: {block} back changes the distance to fp32 by {100 * change:+.1f} %")
+    order = sorted(blocks, key=lambda block: ranks[block])
     made: list[Attempt] = []
     for count in range(1, min(len(order), budget - len(blocks)) + 1):
         kept = order[:count]

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +48,8 @@ PARITY_SEED = 1_000_000  # apart from every seed that training uses
 CALIBRATION_SEED = 2_000_000
 LARGE_CANVAS = 256 * 256
 """Pixels above which parity takes 4 phantoms instead of 32, and the audit one film."""
+RANKING_FILMS = 200
+"""Films of the gate's set that blocks are ranked on; the gate takes all."""
 FEW_FILMS = 32
 """Below so many calibration films a warning is written."""
 
@@ -340,6 +343,16 @@ class _Judge:
         )
         return attempts.Attempt(form, data, found, verdict, trial)
 
+    def distance(self, head: bundle.Head, form: forms.Form) -> float:
+        """Of a form to the reference at one output, on the first films of the gate's set."""
+        if self.films is None or self.reference is None:
+            raise ValueError("there is no gate's set to measure a distance on")
+        some = range(min(RANKING_FILMS, len(self.films.keys)))
+        films, reference = self.films.chosen(some), self.reference.chosen(some)
+        data = graph.finished(form.model, self.source.spec)
+        found = gate.predicted(_infer(data), films.arrays.images)
+        return gate.distance(films, reference, found, head)
+
     def _gate(self, data: bytes) -> bundle.Gate:
         spec = self.source.spec
         if spec.domain == "none":
@@ -390,8 +403,8 @@ def _attempts(
     )
     log = attempts.Log(_log_path(options, name), key)
     blocks = forms.blocks_of(model, options.precision)
-    limits = options.gate.limits
-    return made + attempts.fallback(typed, blocks, judge, limits, log, options.fallback_trials)
+    distance = partial(judge.distance, attempts.weakest_head(attempts.best(made)))
+    return made + attempts.fallback(typed, blocks, judge, distance, log, options.fallback_trials)
 
 
 def _log_path(options: Options, name: str) -> Path:

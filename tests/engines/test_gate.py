@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -179,3 +181,19 @@ def test_calibration_and_gate_must_be_apart(films):
     assert films.patients[3] not in str(caught.value)
     with pytest.raises(DataError, match="0 patients and 1 films"):
         gate.require_apart(films, [], [films.keys[0]])
+
+
+def test_the_distance_of_an_output_is_that_of_its_films(films, reference):
+    assert gate.distance(films, reference, reference, "logits") == 0
+    assert gate.distance(films, reference, reference, "log_density") == pytest.approx(0, abs=1e-9)
+    rng = np.random.default_rng(0)
+    off = replace(
+        reference, logits=reference.logits + rng.normal(0, 0.1, reference.logits.shape).astype("f4")
+    )
+    odds = [np.exp(p.logits.astype(float)) for p in (reference, off)]
+    before, after = (o / o.sum(axis=1, keepdims=True) for o in odds)
+    by_hand = np.abs(after - before).max(axis=1).mean()
+    assert gate.distance(films, reference, off, "logits") == pytest.approx(by_hand)
+    assert gate.distance(films, reference, off, "log_density") == pytest.approx(0, abs=1e-9)
+    broken = replace(reference, logits=reference.logits * np.nan)
+    assert gate.distance(films, reference, broken, "logits") == np.inf

@@ -14,7 +14,6 @@ import pytest
 
 import cxrgaze
 from cxrgaze.bundle import GRAPH, REFERENCE, Bundle
-from cxrgaze.compare import Limits
 from cxrgaze.engines import gate
 from cxrgaze.errors import ExitCode, GateError, IncompatibleError, ParityError
 from cxrgaze.export import attempts, audit, cli, forms, int8, pipeline
@@ -95,40 +94,38 @@ def test_the_report_has_tables_maps_and_json(quantized):
 
 
 class _Fake:
-    """Attempts on forms that are names of kept blocks; passes once both of `needed` are kept."""
+    """Forms that are names of kept blocks; the gate passes once all of `needed` are kept."""
 
     def __init__(self, needed, effect):
-        self.needed, self.effect, self.tried = needed, effect, []
+        self.needed, self.effect, self.tried, self.measured = needed, effect, [], []
 
     def forms(self, kept):
         return [types.SimpleNamespace(name="form", kept=tuple(sorted(kept)))]
 
+    def distance(self, form):
+        self.measured.append(form.kept)
+        return 0.05 - sum(self.effect.get(block, 0.0) for block in form.kept)
+
     def __call__(self, form):
-        kept = form.kept
-        self.tried.append(kept)
-        loss = 0.05 - sum(self.effect.get(block, 0.0) for block in kept)
-        verdict = "pass" if set(self.needed) <= set(kept) else "fail"
-        quantity = types.SimpleNamespace(limit=0.02, loss=loss)
-        gate_ = types.SimpleNamespace(
-            verdict=verdict,
-            reason="",
-            comparison=types.SimpleNamespace(quantities=[quantity]),
-        )
+        self.tried.append(form.kept)
+        verdict = "pass" if set(self.needed) <= set(form.kept) else "fail"
         return types.SimpleNamespace(
-            form=form, gate=gate_, parity=types.SimpleNamespace(verdict="pass")
+            form=form,
+            gate=types.SimpleNamespace(verdict=verdict, reason=""),
+            parity=types.SimpleNamespace(verdict="pass"),
         )
 
 
 def _search(fake, tmp_path, blocks=("a", "b", "c"), budget=10):
     log = attempts.Log(tmp_path / "log.json", "key")
-    return attempts.fallback(fake.forms, blocks, fake, Limits(), log, budget)
+    return attempts.fallback(fake.forms, blocks, fake, fake.distance, log, budget)
 
 
 def test_the_search_ranks_blocks_and_keeps_the_fewest_that_pass(tmp_path):
     fake = _Fake({"b", "c"}, {"a": 0.001, "b": 0.01, "c": 0.02})
     made = _search(fake, tmp_path)
-    assert fake.tried == [("a",), ("b",), ("c",), ("c",), ("b", "c")]
-    assert [m.form.kept for m in made] == [("c",), ("b", "c")]
+    assert fake.measured == [(), ("a",), ("b",), ("c",)]
+    assert fake.tried == [("c",), ("b", "c")] == [m.form.kept for m in made]
     assert attempts.best(made).gate.verdict == "pass"
 
 
@@ -137,17 +134,38 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
     _search(fake, tmp_path)
     again = _Fake({"b"}, {"b": 0.01})
     _search(again, tmp_path)
-    assert again.tried == [("b",)]  # the ranking was known
+    assert again.tried == [("b",)] and not again.measured  # the ranking was known
     log = attempts.Log(tmp_path / "log.json", "another network")
-    assert log.margin(["a"], lambda: 0.5) == 0.5
+    assert log.distance(["a"], lambda: 0.5) == 0.5
+    assert log.distance(["b"], lambda: float("inf")) == 1e9  # what is not finite comes last
 
 
 def test_the_search_keeps_to_its_budget(tmp_path):
     fake = _Fake({"z"}, {})
     made = _search(fake, tmp_path, budget=5)
-    assert len(fake.tried) == 5 and attempts.best(made).gate.verdict == "fail"
+    assert len(fake.tried) == 2 and attempts.best(made).gate.verdict == "fail"
     with pytest.raises(ParityError, match="takes 3 trials"):
         _search(fake, tmp_path, budget=2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "head"),
+    [
+        ({"macro AUC": 0.001, "CC": 0.02, "flips": 0.01}, "log_density"),
+        ({"macro AUC": 0.001, "CC": 0.02, "flips": 0.05}, "logits"),
+        ({"macro AUC": 0.02, "CC": None, "flips": 0.01}, "logits"),
+        ({}, "logits"),
+    ],
+)
+def test_what_ranks_is_the_output_that_fails(losses, head):
+    limits = {"macro AUC": 0.005, "CC": 0.01, "flips": 0.02}
+    quantities = [
+        types.SimpleNamespace(name=name, loss=loss, limit=limits[name])
+        for name, loss in losses.items()
+    ]
+    comparison = types.SimpleNamespace(quantities=quantities)
+    attempt = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=comparison))
+    assert attempts.weakest_head(attempt) == head
 
 
 def _export(tmp_path, *arguments):
