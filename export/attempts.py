@@ -101,9 +101,11 @@ def fallback(
 ) -> list[Attempt]:
     """Blocks go back to higher precision until the gate passes: the smallest set by their rank.
 
-    Each block is tried alone at the higher precision, and ranked by how near to the reference that
-    brings the output that fails; then the first one, two, ... of the ranking go back together until
-    the gate passes. What ranks is continuous: counts of flips change by chance from block to block.
+    Each block is tried alone in low precision, and ranked by how far from the reference that takes
+    the output that fails; then the first one, two, ... of the ranking go back together until the
+    gate passes. What ranks is continuous: counts of flips change by chance from block to block. And
+    it is a block's own error: with all others in low precision, errors of two blocks can make up
+    for each other, and taking one of them away looks like a loss.
 
     Args:
         distance: of a form to the reference, at the output that fails.
@@ -123,13 +125,12 @@ def fallback(
     def measured(kept: Collection[str]) -> float:
         return min(distance(form) for form in forms(kept))
 
-    before = log.distance([], partial(measured, []))
     ranks = {}
     for number, block in enumerate(blocks, start=1):
-        ranks[block] = log.distance([block], partial(measured, [block]))
-        change = ranks[block] / before - 1 if before else 0.0
-        say(f"  trial {number}: {block} back changes the distance to fp32 by {100 * change:+.1f} %")
-    order = sorted(blocks, key=lambda block: ranks[block])
+        others = [other for other in blocks if other != block]
+        ranks[block] = log.distance(others, partial(measured, others))
+        say(f"  trial {number}: {block} alone takes the output {ranks[block]:.2g} from fp32")
+    order = sorted(blocks, key=lambda block: -ranks[block])
     made: list[Attempt] = []
     for count in range(1, min(len(order), budget - len(blocks)) + 1):
         kept = order[:count]

@@ -392,8 +392,9 @@ def _attempts(
     if not failed or not options.fallback_trials or judge.films is None:
         return made
     say("  blocks go back to higher precision:")
+    head = attempts.weakest_head(attempts.best(made))
     key = attempts.log_key(
-        version("cxrgaze"),
+        f"cxrgaze {version('cxrgaze')}, each block alone, {head}, {RANKING_FILMS} films",
         sha256(graph.finished(model, judge.source.spec)),
         judge.films.identity,
         options.precision,
@@ -403,7 +404,7 @@ def _attempts(
     )
     log = attempts.Log(_log_path(options, name), key)
     blocks = forms.blocks_of(model, options.precision)
-    distance = partial(judge.distance, attempts.weakest_head(attempts.best(made)))
+    distance = partial(judge.distance, head)
     return made + attempts.fallback(typed, blocks, judge, distance, log, options.fallback_trials)
 
 

@@ -104,7 +104,7 @@ class _Fake:
 
     def distance(self, form):
         self.measured.append(form.kept)
-        return 0.05 - sum(self.effect.get(block, 0.0) for block in form.kept)
+        return sum(effect for block, effect in self.effect.items() if block not in form.kept)
 
     def __call__(self, form):
         self.tried.append(form.kept)
@@ -124,7 +124,7 @@ def _search(fake, tmp_path, blocks=("a", "b", "c"), budget=10):
 def test_the_search_ranks_blocks_and_keeps_the_fewest_that_pass(tmp_path):
     fake = _Fake({"b", "c"}, {"a": 0.001, "b": 0.01, "c": 0.02})
     made = _search(fake, tmp_path)
-    assert fake.measured == [(), ("a",), ("b",), ("c",)]
+    assert fake.measured == [("b", "c"), ("a", "c"), ("a", "b")]  # each alone in low precision
     assert fake.tried == [("c",), ("b", "c")] == [m.form.kept for m in made]
     assert attempts.best(made).gate.verdict == "pass"
 
@@ -137,7 +137,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
     assert again.tried == [("b",)] and not again.measured  # the ranking was known
     log = attempts.Log(tmp_path / "log.json", "another network")
     assert log.distance(["a"], lambda: 0.5) == 0.5
-    assert log.distance(["b"], lambda: float("inf")) == 1e9  # what is not finite comes last
+    assert log.distance(["b"], lambda: float("inf")) == 1e9
 
 
 def test_the_search_keeps_to_its_budget(tmp_path):
