@@ -4,20 +4,26 @@
 2x2 kernels for each of the four pixels that a small one becomes. `shortcut` reads the input of a
 residual block once; it saves no multiply-accumulate.
 
-Time without over time with, the whole graph, one film, median of interleaved blocks (quartiles),
-2026-11. Intel Xeon (family 6, model 207, AVX-512), two cores that were shared; torch 2.13.0:
+Time without over time with, the whole graph, one film, contenders in turns (`benchmarks.paired`:
+median over rounds, 95 % interval), 2026-11-25. Two idle cores of an Intel Xeon (family 6, model 207,
+AVX-512 VNNI); ONNX Runtime 1.32.0, torch 2.13.0:
 
-    ONNX Runtime 1.32.0          stem      upsample             stem+upsample        shortcut
-    tiny,  1 thread, 60 blocks   1.02      1.04 (1.03 to 1.05)  1.06 (1.05 to 1.06)  0.98
-    edge,  1 thread, 60 blocks   1.00      1.04 (1.03 to 1.07)  1.03 (1.01 to 1.06)  0.92
-    edge,  2 threads, 40 blocks  1.00      1.01 (0.99 to 1.02)  1.01 (0.99 to 1.02)  0.93
-    paper, 1 thread, 6-7 blocks  1.00      not measured         1.08 (1.04 to 1.12)  0.95
+    ONNX Runtime                  stem   stem+upsample        with shortcut too
+    tiny,  1 thread,  60 rounds   1.01   1.05 (1.04 to 1.06)  1.02
+    tiny,  2 threads, 60 rounds   0.99   0.96 (0.92 to 0.99)  0.91
+    edge,  1 thread,  12 rounds   1.00   1.04 (1.04 to 1.04)  0.94
+    edge,  2 threads, 18 rounds   0.99   1.00 (1.00 to 1.01)  0.90
+    paper, 1 thread,   3 rounds   1.00   1.07 (no interval)   1.01
+    paper, 2 threads,  5 rounds   1.00   1.03 (no interval)   0.97
+    int8 for the CPU
+    edge,  1 thread,  14 rounds   1.01   1.07 (1.07 to 1.08)  not measured
+    edge,  2 threads, 20 rounds   1.02   1.07 (1.06 to 1.07)  not measured
     torch, without gradients
-    tiny,  1 thread, 20 blocks   1.01      1.05 (1.04 to 1.06)  1.05 (1.04 to 1.06)  1.02
-    edge,  1 thread, 20 blocks   1.00      1.18 (1.17 to 1.18)  1.18 (1.17 to 1.19)  1.00
-    edge,  2 threads, 20 blocks  1.00      1.02 (1.01 to 1.03)  1.03 (1.02 to 1.04)  0.98
+    edge,  1 thread,   7 rounds   1.00   1.03 (no interval)   not measured
+    edge,  2 threads, 10 rounds   1.01   1.04 (0.93 to 1.06)  not measured
 
-Not measured: `tiny` and `paper` in ONNX Runtime at two threads (the cores were not free), any GPU.
+On a busier day torch gained 1.18 on `edge` at one thread (20 blocks). Not measured: torch on `paper`,
+any GPU. `upsample` loses on `tiny` at two threads, and pays or costs nothing elsewhere: it stays on.
 The same graph twice differs by up to 0.006. A step of the decoder by itself gains more than in its
 graph (toolchain.md section 9): alone, its baseline pays for a change of layout. The transpositions
 run on one thread. `shortcut` loses because its Split leaves ONNX Runtime's blocked layout and takes
