@@ -5,8 +5,8 @@
 residual block once; it saves no multiply-accumulate.
 
 Time without over time with, the whole graph, one film, contenders in turns (`benchmarks.paired`:
-median over rounds, 95 % interval), 2026-11-25. Two idle cores of an Intel Xeon (family 6, model 207,
-AVX-512 VNNI); ONNX Runtime 1.32.0, torch 2.13.0:
+median over rounds, 95 % interval), 2026-11-25. Two idle cores of an Intel Xeon (family 6, model
+207, AVX-512 VNNI); ONNX Runtime 1.32.0, torch 2.13.0:
 
     ONNX Runtime                  stem   stem+upsample        with shortcut too
     tiny,  1 thread,  60 rounds   1.01   1.05 (1.04 to 1.06)  1.02
@@ -22,8 +22,9 @@ AVX-512 VNNI); ONNX Runtime 1.32.0, torch 2.13.0:
     edge,  1 thread,   7 rounds   1.00   1.03 (no interval)   not measured
     edge,  2 threads, 10 rounds   1.01   1.04 (0.93 to 1.06)  not measured
 
-On a busier day torch gained 1.18 on `edge` at one thread (20 blocks). Not measured: torch on `paper`,
-any GPU. `upsample` loses on `tiny` at two threads, and pays or costs nothing elsewhere: it stays on.
+On a busier day torch gained 1.18 on `edge` at one thread (20 blocks). Not measured: torch on
+`paper`, any GPU. `upsample` loses on `tiny` at two threads, and pays or costs nothing elsewhere: it
+stays on.
 The same graph twice differs by up to 0.006. A step of the decoder by itself gains more than in its
 graph (toolchain.md section 9): alone, its baseline pays for a change of layout. The transpositions
 run on one thread. `shortcut` loses because its Split leaves ONNX Runtime's blocked layout and takes
