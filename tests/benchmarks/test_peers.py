@@ -16,7 +16,7 @@ from cxrgaze.export import cli as export_cli
 from cxrgaze.export import pipeline
 from cxrgaze.runtime.backends import Outputs
 
-CONFIG = Config(samples=1, warmup_seconds=0, seconds=4, threads=1, cold_starts=1, after_idle=1)
+CONFIG = Config(samples=1, warmup_seconds=0, seconds=1, threads=1, cold_starts=1, after_idle=1)
 
 
 @pytest.fixture(scope="module")
