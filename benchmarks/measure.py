@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
 from cxrgaze.benchmarks import energy, paired, scenarios
@@ -183,8 +182,7 @@ class _Work:
         read = time.perf_counter()
         reading.heatmap()
         mapped = time.perf_counter()
-        picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
-        write_atomic(self._folder / "film.overlay.png", picture.tobytes())
+        write_atomic(self._folder / "film.overlay.png", overlay.png(reading, film.pixels))
         write_atomic(self._folder / "film.json", render_json(reading.to_json()))
         done = time.perf_counter()
         return {

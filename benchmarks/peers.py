@@ -35,7 +35,7 @@ from cxrgaze.export import graph, pipeline, rewrites
 from cxrgaze.export.pipeline import Source
 from cxrgaze.runtime.backends import Outputs
 from cxrgaze.runtime.reader import load
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec
 from cxrgaze.train.checkpoint import demo_path
 
 Infer = gate.Infer
@@ -55,15 +55,15 @@ class Weights:
     source: Source
     threads: int
 
-    def exported(self, names: Sequence[str] = ()) -> onnx.ModelProto:
-        """The float32 graph, with the exact rewrites called `names`."""
-        network = rewrites.rewritten(self.source.network, tuple(names))
-        return graph.simplified(graph.onnx_from_network(network, self.source.spec))
+    def exported(self, names: Sequence[str], spec: ModelSpec) -> onnx.ModelProto:
+        """The float32 graph on the canvas of `spec`, with the exact rewrites called `names`."""
+        network = rewrites.rewritten(self.source.network, names)
+        return graph.simplified(graph.onnx_from_network(network, spec))
 
     @cached_property
     def plain(self) -> bytes:
         """The float32 graph without rewrites."""
-        return graph.finished(self.exported(), self.source.spec)
+        return graph.finished(self.exported((), self.source.spec), self.source.spec)
 
     @cached_property
     def calibration(self) -> NDArray[np.float32]:
@@ -169,16 +169,19 @@ def _bundle(bundle: Bundle, device: str, threads: int) -> Iterator[Infer]:
         yield reader.backend.infer
 
 
+def plain_session(made: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime as one makes it by hand, all defaults but the threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+
+
 @contextlib.contextmanager
 def _onnxruntime(weights: Weights, names: Sequence[str]) -> Iterator[Infer]:
-    """As one makes a session by hand, all defaults but the threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = weights.threads
-    options.log_severity_level = 3
-    made = weights.plain
-    if names:
-        made = graph.finished(weights.exported(names), weights.source.spec)
-    session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    spec = weights.source.spec
+    made = graph.finished(weights.exported(names, spec), spec) if names else weights.plain
+    session = plain_session(made, weights.threads)
     yield lambda image: Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
 
 
@@ -190,7 +193,7 @@ def _eager(network: torch.nn.Module, device: str) -> Forward:
 
 
 def _channels_last(network: torch.nn.Module, device: str) -> Forward:
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
     return lambda image: network(image.contiguous(memory_format=torch.channels_last))
 
 

@@ -13,7 +13,7 @@ from cxrgaze.benchmarks.paired import Ratio
 from cxrgaze.benchmarks.timing import Latency, WarmUp
 from cxrgaze.bundle import Verdict
 from cxrgaze.errors import IntegrityError
-from cxrgaze.files import parse_json, read_regular, render_json, sha256
+from cxrgaze.files import parse_json, read_regular, render_digested
 from cxrgaze.spec import NOTICE, Frozen, complaint
 
 SCHEMA_VERSION = 2
@@ -237,10 +237,7 @@ class Report(Frozen):
 
     def rendered(self) -> bytes:
         """The canonical bytes, digest filled in."""
-        content = self.model_dump(mode="json")
-        content["digest"] = ""
-        content["digest"] = sha256(render_json(content))
-        return render_json(content)
+        return render_digested(self.model_dump(mode="json"))
 
 
 def read_report(path: Path) -> Report:

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze.benchmarks.peers import Weights
+from cxrgaze.benchmarks.peers import Weights, plain_session
 from cxrgaze.benchmarks.record import Point, Sweep
 from cxrgaze.benchmarks.timing import latency
 from cxrgaze.bundle import Precision
@@ -48,7 +48,7 @@ def asked(texts: Sequence[str], spec: ModelSpec, threads: int) -> dict[Name, tup
         chosen = tuple(filter(None, values.split(","))) or defaults[name]
         for value in chosen:
             _checked(name, value, spec)
-        found[name] = chosen  # type: ignore[index]
+        found[cast(Name, name)] = chosen
     return found
 
 
@@ -117,10 +117,7 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
         spec = spec.model_copy(update={"height": height, "width": width})
     precision = cast(Precision, value) if name == "precision" else "fp32"
     made, macs = _graph(weights, spec, precision)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    session = plain_session(made, threads)
     shape = (batch, 1, spec.height, spec.width)
     image = np.random.default_rng(0).random(shape, dtype=np.float32)
     times = list(_calls(session, image, seconds))
@@ -137,8 +134,7 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
 
 def _graph(weights: Weights, spec: ModelSpec, precision: Precision) -> tuple[bytes, int]:
     """A graph for the CPU and its multiply-accumulates for one film."""
-    network = rewrites.rewritten(weights.source.network, rewrites.for_target("cpu"))
-    model = graph.simplified(graph.onnx_from_network(network, spec))
+    model = weights.exported(rewrites.for_target("cpu"), spec)
     ranges = None
     if precision == "int8":
         ranges = int8.calibrate(model, list(weights.calibration[:4]), "cpu", "minmax")

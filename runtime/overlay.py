@@ -48,6 +48,11 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.asarray(np.vstack([picture, _caption(reading, picture.shape[1])]), dtype=np.uint8)
 
 
+def png(reading: Reading, pixels: NDArray[np.float32]) -> bytes:
+    """The overlay as a PNG file (`render`)."""
+    return cv2.imencode(".png", render(reading, pixels))[1].tobytes()
+
+
 def top_mass_level(density: NDArray[Any], mass: float = TOP_MASS) -> float:
     """The level above which lies the smallest area with the share `mass` of the density."""
     ordered = np.sort(density, axis=None)[::-1].astype(np.float64)

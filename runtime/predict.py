@@ -105,8 +105,7 @@ def _one(
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         if outcome.status == "read" and isinstance(film, Film):
-            picture = cv2.imencode(".png", overlay.render(reading, film.pixels))[1]
-            write_atomic(_with(stem, ".overlay.png"), picture.tobytes())
+            write_atomic(_with(stem, ".overlay.png"), overlay.png(reading, film.pixels))
             if options.heatmap:
                 _write_heatmap(stem, reading, options.heatmap)
         write_atomic(_with(stem, ".json"), render_json(outcome.record))

@@ -23,7 +23,7 @@ from cxrgaze.files import (
     parse_json,
     read_regular,
     read_verified,
-    render_json,
+    render_digested,
     sha256,
 )
 from cxrgaze.spec import NOTICE, Domain, Frozen, ModelSpec, complaint
@@ -259,10 +259,7 @@ class Manifest(Frozen):
 
     def rendered(self) -> bytes:
         """The canonical bytes, digest filled in."""
-        content = self.model_dump(mode="json")
-        content["digest"] = ""
-        content["digest"] = sha256(render_json(content))
-        return render_json(content)
+        return render_digested(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)

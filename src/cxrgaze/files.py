@@ -117,6 +117,12 @@ def render_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def render_digested(content: dict[str, Any]) -> bytes:
+    """The rendering of an object whose `digest` is the SHA-256 of it with an empty digest."""
+    digest = sha256(render_json({**content, "digest": ""}))
+    return render_json({**content, "digest": digest})
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all: a sibling file, fsync, rename.
 
