@@ -14,8 +14,8 @@ from cxrgaze import command
 
 if TYPE_CHECKING:
     from cxrgaze.benchmarks.record import Config, Peer, Sweep
-    from cxrgaze.bundle import Bundle
-    from cxrgaze.runtime.film import Film
+    from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.films.film import Film
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +152,7 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.benchmarks import measure
     from cxrgaze.benchmarks.record import Config
     from cxrgaze.benchmarks.report import pages
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder, write_atomic
     from cxrgaze.runtime.host import cpu_count
@@ -170,8 +170,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     opened = Bundle.open(args.bundle)
-    further = (_wants(args), args.peers is not None, bool(args.sweep))
-    step = command.Steps(measure.STEPS + 1 + sum(further))
+    step = command.Steps()
     extras = _extras(args, opened, config, step) if _wants(args) else {}
     with _films(args) as films:
         report = measure.measure(args.bundle, films, config, step, slo=slo, **extras)
@@ -210,8 +209,8 @@ def _extras(
 
     with step("load torch, and the network that the bundle was made of"):
         from cxrgaze.benchmarks import peers, sweep
-        from cxrgaze.bundle import Bundle
-        from cxrgaze.runtime.canvas import to_canvas
+        from cxrgaze.bundles.bundle import Bundle
+        from cxrgaze.films.canvas import to_canvas
 
         spec = opened.manifest.spec
         wanted = sweep.asked(args.sweep, spec, config.threads)
@@ -242,7 +241,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from cxrgaze.benchmarks import paired
     from cxrgaze.errors import ExitCode, UsageError
-    from cxrgaze.runtime.film import load_film
+    from cxrgaze.films.decode import load_film
     from cxrgaze.runtime.host import cpu_count
     from cxrgaze.runtime.reader import load
     from cxrgaze.spec import NOTICE
@@ -331,8 +330,8 @@ def _films(args: argparse.Namespace) -> Iterator[list[Path]]:
 
     import cv2
 
-    from cxrgaze import phantom
-    from cxrgaze.runtime.film import find_films
+    from cxrgaze.evidence import phantom
+    from cxrgaze.films.find import find_films
 
     given = [path for path, _ in find_films(args.films)]
     with tempfile.TemporaryDirectory(prefix="cxrgaze-bench-") as folder:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.spec import Frozen
+from cxrgaze.records import Frozen
 
 INTERVAL = 0.02
 """Seconds between samples."""

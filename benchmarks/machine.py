@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cxrgaze.records import Frozen
 from cxrgaze.runtime import host
-from cxrgaze.spec import Frozen
 
 _PACKAGES = (
     "cxrgaze",

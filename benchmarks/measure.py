@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
-
-import numpy as np
 
 from cxrgaze.benchmarks import energy, paired, scenarios
 from cxrgaze.benchmarks.machine import Watch, machine
@@ -32,23 +29,22 @@ from cxrgaze.benchmarks.record import (
     Sweep,
 )
 from cxrgaze.benchmarks.timing import NEEDED, SMALLEST_INTERVAL, Latency, latency, warm_up
-from cxrgaze.bundle import GRAPH
+from cxrgaze.bundles.bundle import GRAPH
 from cxrgaze.command import Steps
+from cxrgaze.environment import now_utc
 from cxrgaze.errors import CxrgazeError, UsageError
+from cxrgaze.evidence.intervals import Interval
 from cxrgaze.files import render_json, write_atomic
-from cxrgaze.intervals import Interval
+from cxrgaze.films.canvas import canvases, to_canvas
+from cxrgaze.films.decode import load_film
+from cxrgaze.films.film import Film
 from cxrgaze.runtime import overlay
-from cxrgaze.runtime.canvas import to_canvas
-from cxrgaze.runtime.film import Film, load_film
 from cxrgaze.runtime.reader import Reader, load
 
 PER_FILM = 10
 """Decodings of each film for its row."""
 IDLE_SECONDS = 1.0
 """Pause before each reading after idle."""
-
-STEPS = 7
-"""Steps of `measure`, without those of its extras."""
 
 Peers = Callable[[Sequence[Film]], tuple[Peer, ...]]
 Sweeps = Callable[[Sequence[Film]], tuple[Sweep, ...]]
@@ -95,8 +91,8 @@ def measure(
         with step("films one by one, all at once, and under load"):
             per_film = tuple(_film_times(reader, path) for path in films)
             offline = scenarios.offline(reader, films, decoded, config.seconds)
-            canvases = [to_canvas(film.pixels, reader.bundle.manifest.spec)[0] for film in decoded]
-            loaded = scenarios.loadgen(reader.backend, np.stack(canvases)[:, None, None])
+            images, _ = canvases(decoded, reader.bundle.manifest.spec)
+            loaded = scenarios.loadgen(reader.backend, images[:, None])
         with step("energy"):
             spent = _energy(reader, decoded, config)
         with step("our own overhead"):
@@ -126,7 +122,7 @@ def measure(
         ),
         samples={stage: tuple(values) for stage, values in samples.items()},
         host=Host(
-            created_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created_utc=now_utc(),
             machine=machine(),
             conditions=watch.conditions(),
         ),

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.command import counted
-from cxrgaze.intervals import LEVEL, Interval
-from cxrgaze.spec import Frozen
+from cxrgaze.evidence.intervals import LEVEL, Interval
+from cxrgaze.records import Frozen
 
 ROUNDS = 60
 """Rounds of a comparison."""

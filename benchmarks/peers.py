@@ -7,38 +7,39 @@ manifest. What is not installed, or does not run here, is a row that says so.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
 from cxrgaze.benchmarks import paired
+from cxrgaze.benchmarks.plain import plain_session
 from cxrgaze.benchmarks.record import Accuracy, Config, Peer
 from cxrgaze.benchmarks.timing import latency
-from cxrgaze.bundle import Bundle
+from cxrgaze.bundles.bundle import Bundle
+from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.command import say
-from cxrgaze.compare import Limits
-from cxrgaze.engines import gate
 from cxrgaze.errors import CxrgazeError, IncompatibleError, UsageError
-from cxrgaze.export import graph, pipeline, rewrites
-from cxrgaze.export.pipeline import Source
-from cxrgaze.runtime.backends import Outputs
+from cxrgaze.evidence import gate
+from cxrgaze.export import graph
+from cxrgaze.export.canvases import CALIBRATION_SEED, is_large
+from cxrgaze.export.network_source import source_from_checkpoint, source_from_random
+from cxrgaze.export.source import TorchSource
+from cxrgaze.export.targets import TARGETS
+from cxrgaze.runtime.ort import both_heads
 from cxrgaze.runtime.reader import load
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, Infer, ModelSpec, Outputs
 from cxrgaze.train.checkpoint import demo_path
-
-Infer = gate.Infer
 
 CALIBRATION_FILMS = 64
 """Phantoms that NNCF calibrates with, those that our own int8 takes too."""
@@ -52,25 +53,24 @@ ACCURACY_SECONDS = 60.0
 class Weights:
     """What a peer is made of."""
 
-    source: Source
+    source: TorchSource
     threads: int
 
     def exported(self, names: Sequence[str], spec: ModelSpec) -> onnx.ModelProto:
         """The float32 graph on the canvas of `spec`, with the exact rewrites called `names`."""
-        network = rewrites.rewritten(self.source.network, names)
-        return graph.simplified(graph.onnx_from_network(network, spec))
+        return replace(self.source, spec=spec).graph(names)
 
     @cached_property
     def plain(self) -> bytes:
         """The float32 graph without rewrites."""
-        return graph.finished(self.exported((), self.source.spec), self.source.spec)
+        return graph.finished(self.source.graph(), self.source.spec)
 
     @cached_property
     def calibration(self) -> NDArray[np.float32]:
         """Canvases `(n, 1, H, W)`."""
         spec = self.source.spec
-        count = CALIBRATION_FILMS if spec.height * spec.width <= pipeline.LARGE_CANVAS else 8
-        return gate.phantom_set(spec, count, pipeline.CALIBRATION_SEED).arrays.images
+        count = 8 if is_large(spec) else CALIBRATION_FILMS
+        return gate.phantom_set(spec, count, CALIBRATION_SEED).arrays.images
 
 
 def weights_of(bundle: Bundle, checkpoint: Path | None, threads: int) -> Weights:
@@ -85,19 +85,18 @@ def weights_of(bundle: Bundle, checkpoint: Path | None, threads: int) -> Weights
     manifest = bundle.manifest
     wanted = manifest.provenance
     shipped = demo_path().with_name(wanted.checkpoint)
-    seed = re.match(r"random weights \(seed (\d+)", wanted.checkpoint)
     if checkpoint is not None:
-        source = pipeline.source_from_checkpoint(checkpoint)
-    elif seed:
-        source = pipeline.source_from_random(manifest.spec.variant, int(seed[1]))
+        source = source_from_checkpoint(checkpoint)
+    elif wanted.random_seed is not None:
+        source = source_from_random(manifest.spec.variant, wanted.random_seed)
     elif shipped.is_file():
-        source = pipeline.source_from_checkpoint(shipped)
+        source = source_from_checkpoint(shipped)
     else:
         raise UsageError(f"peers need the bundle's checkpoint: --checkpoint {wanted.checkpoint}")
-    if source.sha256 != wanted.checkpoint_sha256:
+    if source.facts.sha256 != wanted.checkpoint_sha256:
         raise UsageError(
-            f"{source.origin} is not the checkpoint of {bundle.path}: its SHA-256 is "
-            f"{source.sha256[:12]}, expected {wanted.checkpoint_sha256[:12]}"
+            f"{source.facts.origin} is not the checkpoint of {bundle.path}: its SHA-256 is "
+            f"{source.facts.sha256[:12]}, expected {wanted.checkpoint_sha256[:12]}"
         )
     return Weights(source, threads)
 
@@ -134,7 +133,7 @@ def contenders(
     threads = weights.threads
     on = "cuda" if torch.cuda.is_available() else "cpu"
     half = "float16" if on == "cuda" else "bfloat16"
-    rewritten = rewrites.for_target("cpu")
+    rewritten = TARGETS["cpu"].rewrites
     known: dict[str, Opener] = {
         "ONNX Runtime fp32, no rewrites": lambda: _onnxruntime(weights, ()),
         f"ONNX Runtime fp32, rewrites {', '.join(rewritten)}": lambda: _onnxruntime(
@@ -169,20 +168,11 @@ def _bundle(bundle: Bundle, device: str, threads: int) -> Iterator[Infer]:
         yield reader.backend.infer
 
 
-def plain_session(made: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime as one makes it by hand, all defaults but the threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
-
-
 @contextlib.contextmanager
 def _onnxruntime(weights: Weights, names: Sequence[str]) -> Iterator[Infer]:
     spec = weights.source.spec
     made = graph.finished(weights.exported(names, spec), spec) if names else weights.plain
-    session = plain_session(made, weights.threads)
-    yield lambda image: Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
+    yield both_heads(plain_session(made, weights.threads))
 
 
 Forward = Callable[[torch.Tensor], Any]
@@ -218,7 +208,7 @@ def _torch(
 ) -> Iterator[Infer]:
     torch.set_num_threads(weights.threads)
     torch.backends.cudnn.allow_tf32 = False
-    network = rewrites.rewritten(weights.source.network, ()).to(device).eval()
+    network = copy.deepcopy(weights.source.module).to(device).eval()
     forward = way(network, device)
 
     def infer(image: NDArray[np.float32]) -> Outputs:
@@ -371,7 +361,7 @@ def _accuracies(
             candidate,
             Limits(),
             "graph",
-            source.untrained,
+            source.facts.untrained,
             source.spec.class_names,
         )
         off = np.abs(candidate.logits - reference.logits).max()

@@ -13,6 +13,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 
+def plain_session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime, all defaults but the threads; 0 leaves those to it too."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class Plain:
     """Pixels to probabilities and log-density.
 
@@ -24,12 +32,7 @@ class Plain:
     def __init__(
         self, graph: bytes, size: tuple[int, int], temperature: float, threads: int
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = plain_session(graph, threads)
         self._size = size
         self._temperature = temperature
         self.timings_ms: dict[str, float] = {}

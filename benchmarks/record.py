@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from cxrgaze.benchmarks.energy import Energy
 from cxrgaze.benchmarks.machine import Conditions, Machine
 from cxrgaze.benchmarks.paired import Ratio
 from cxrgaze.benchmarks.timing import Latency, WarmUp
-from cxrgaze.bundle import Verdict
-from cxrgaze.errors import IntegrityError
-from cxrgaze.files import parse_json, read_regular, render_digested
-from cxrgaze.spec import NOTICE, Frozen, complaint
+from cxrgaze.bundles.verdicts import Verdict
+from cxrgaze.files import read_regular
+from cxrgaze.records import Digested, Frozen, parse_record
+from cxrgaze.spec import NOTICE
 
-SCHEMA_VERSION = 2
 FILE = "report.json"
 _LIMIT = 1 << 28
 
@@ -195,11 +192,14 @@ class Host(Frozen):
     conditions: Conditions
 
 
-class Report(Frozen):
+class Report(Digested):
     """Content of `report.json`."""
 
-    schema_version: int = SCHEMA_VERSION
-    digest: str = ""
+    VERSION = 2
+    WHAT = "report"
+    REMEDY = "measure again, or render with the version that wrote it"
+
+    schema_version: int = VERSION
     """SHA-256 of the canonical rendering with an empty digest."""
     notice: str = NOTICE
     caution: str | None
@@ -235,10 +235,6 @@ class Report(Frozen):
             return "missed"
         return "ok" if self.warm_up.settled and "inconclusive" not in found else "inconclusive"
 
-    def rendered(self) -> bytes:
-        """The canonical bytes, digest filled in."""
-        return render_digested(self.model_dump(mode="json"))
-
 
 def read_report(path: Path) -> Report:
     """A stored report.
@@ -247,20 +243,4 @@ def read_report(path: Path) -> Report:
         IntegrityError: truncated, edited, or of another schema version.
         OSError: it cannot be read.
     """
-    data = read_regular(path, _LIMIT)
-    content = parse_json(data, str(path))
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise IntegrityError(
-            f"{path}: report schema version {content.get('schema_version')!r}, this cxrgaze reads "
-            f"{SCHEMA_VERSION}; measure again, or render with the version that wrote it"
-        )
-    try:
-        report = Report.model_validate(content)
-    except ValidationError as error:
-        raise IntegrityError(f"{path}: {complaint(error)}") from error
-    if report.rendered() != data:
-        raise IntegrityError(
-            f"{path} was edited: it does not match its own digest; take the report as it was "
-            "measured"
-        )
-    return report
+    return parse_record(Report, read_regular(path, _LIMIT), str(path))

@@ -13,7 +13,7 @@ from cxrgaze.benchmarks.energy import Energy
 from cxrgaze.benchmarks.paired import Ratio
 from cxrgaze.benchmarks.record import STAGES, LoadGen, Overhead, Peer, Report, Sweep
 from cxrgaze.benchmarks.timing import NEEDED, Latency
-from cxrgaze.intervals import Interval
+from cxrgaze.evidence.intervals import Interval
 from cxrgaze.report import (
     Block,
     Bullets,

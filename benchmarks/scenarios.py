@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from cxrgaze.benchmarks.record import LoadGen, Offline
 from cxrgaze.errors import FilmError
-from cxrgaze.runtime.backends import Backend
-from cxrgaze.runtime.film import Film, load_film
-from cxrgaze.runtime.isolate import decode_ahead
+from cxrgaze.films.ahead import decode_ahead
+from cxrgaze.films.decode import load_film
+from cxrgaze.films.film import Film
+from cxrgaze.runtime.backend import Backend
 from cxrgaze.runtime.reader import MAX_BATCH, Reader
 
 TURNS = 5

@@ -13,18 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast, get_args
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze.benchmarks.peers import Weights, plain_session
+from cxrgaze.benchmarks.peers import Weights
+from cxrgaze.benchmarks.plain import plain_session
 from cxrgaze.benchmarks.record import Point, Sweep
 from cxrgaze.benchmarks.timing import latency
-from cxrgaze.bundle import Precision
+from cxrgaze.bundles.manifest import Precision
 from cxrgaze.command import say
 from cxrgaze.errors import UsageError
-from cxrgaze.export import forms, graph, int8, pipeline, rewrites
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, STRIDE, ModelSpec
+from cxrgaze.export import graph, int8
+from cxrgaze.export.canvases import is_large
+from cxrgaze.export.forms import Forms
+from cxrgaze.export.targets import TARGETS
+from cxrgaze.runtime.ort import both_heads
+from cxrgaze.spec import STRIDE, Infer, ModelSpec
 
 Name = Literal["batch", "threads", "canvas", "precision"]
 CALLS = 30
@@ -53,10 +57,9 @@ def asked(texts: Sequence[str], spec: ModelSpec, threads: int) -> dict[Name, tup
 
 
 def _defaults(spec: ModelSpec, threads: int) -> Mapping[str, tuple[str, ...]]:
-    small = spec.height * spec.width <= pipeline.LARGE_CANVAS
     sides = [
         tuple(max(round(side * scale / STRIDE), 1) * STRIDE for side in (spec.height, spec.width))
-        for scale in ((0.5, 1, 2, 3) if small else (0.25, 0.5, 0.75, 1))
+        for scale in ((0.5, 1, 2, 3) if not is_large(spec) else (0.25, 0.5, 0.75, 1))
     ]
     return {
         "batch": ("1", "2", "4", "8"),
@@ -117,10 +120,10 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
         spec = spec.model_copy(update={"height": height, "width": width})
     precision = cast(Precision, value) if name == "precision" else "fp32"
     made, macs = _graph(weights, spec, precision)
-    session = plain_session(made, threads)
+    infer = both_heads(plain_session(made, threads))
     shape = (batch, 1, spec.height, spec.width)
     image = np.random.default_rng(0).random(shape, dtype=np.float32)
-    times = list(_calls(session, image, seconds))
+    times = list(_calls(infer, image, seconds))
     per_call = batch * macs
     middle = float(np.median(times))
     return Point(
@@ -134,23 +137,23 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
 
 def _graph(weights: Weights, spec: ModelSpec, precision: Precision) -> tuple[bytes, int]:
     """A graph for the CPU and its multiply-accumulates for one film."""
-    model = weights.exported(rewrites.for_target("cpu"), spec)
+    row, layout = TARGETS["cpu"], weights.source.layout
+    model = weights.exported(row.rewrites, spec)
     ranges = None
     if precision == "int8":
-        ranges = int8.calibrate(model, list(weights.calibration[:4]), "cpu", "minmax")
-    (form,) = forms.forms(model, precision, "cpu", ranges)
+        names = row.ranged(model, layout)
+        ranges = int8.calibrate(model, list(weights.calibration[:4]), names, "minmax")
+    (form,) = Forms(model, precision, "cpu", layout, ranges).with_kept()
     macs = sum(graph.convolution_macs(form.model).values())
     return graph.finished(form.model, spec), macs
 
 
-def _calls(
-    session: onnxruntime.InferenceSession, image: NDArray[np.float32], seconds: float
-) -> Iterator[float]:
-    session.run([LOGITS, LOG_DENSITY], {IMAGE: image})
+def _calls(infer: Infer, image: NDArray[np.float32], seconds: float) -> Iterator[float]:
+    infer(image)
     deadline = time.perf_counter() + seconds
     for number in range(CALLS):
         start = time.perf_counter()
-        session.run([LOGITS, LOG_DENSITY], {IMAGE: image})
+        infer(image)
         yield (time.perf_counter() - start) * 1e3
         if number + 1 >= _FEWEST and time.perf_counter() > deadline:
             return

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.intervals import LEVEL, Interval
-from cxrgaze.spec import Frozen
+from cxrgaze.evidence.intervals import LEVEL, Interval
+from cxrgaze.records import Frozen
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 NEEDED = {"p50": 1, "p90": 10, "p95": 20, "p99": 100, "p99_9": 10_000}

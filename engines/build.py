@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cxrgaze.bundle import GRAPH, Bundle
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.command import say, steps
-from cxrgaze.engines import gate, precision
+from cxrgaze.engines import precision
+from cxrgaze.environment import now_utc
 from cxrgaze.errors import (
     BuildError,
     GateError,
@@ -19,6 +20,7 @@ from cxrgaze.errors import (
     OutOfMemoryError,
     UsageError,
 )
+from cxrgaze.evidence import gate
 from cxrgaze.files import sha256
 from cxrgaze.runtime import device, host, plans
 from cxrgaze.runtime.trt import TensorRT, load_engine
@@ -225,7 +227,7 @@ def build(
         built_precision="opaque",
         built_precision_why=OPAQUE,
         build_seconds=round(seconds, 3),
-        created_utc=plans.now_utc(),
+        created_utc=now_utc(),
         built_on=_built_on(site, ahead_of_time=bool(options.capabilities)),
     )
     if not options.capabilities:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from cxrgaze import command
 
 if TYPE_CHECKING:
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.engines.build import Built
-    from cxrgaze.engines.gate import GateSet
+    from cxrgaze.evidence.gate import GateSet
     from cxrgaze.runtime.plans import Cache
 
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.engines.build import Options, build, gated
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.runtime import plans, trt_library
@@ -137,8 +137,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _films(bundle: Bundle, args: argparse.Namespace) -> GateSet:
     """The films to gate a plan with: phantoms, or a split of a labelled set."""
-    from cxrgaze.engines import gate
-    from cxrgaze.samples import split_named
+    from cxrgaze.evidence import gate
+    from cxrgaze.evidence.labelled_set import split_named
 
     spec = bundle.manifest.spec
     if args.gate == "phantom":

@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.bundles.signature import require_signature
     from cxrgaze.errors import UsageError
-    from cxrgaze.signature import require_signature
 
     if not args.bundle and not args.device:
         raise UsageError("give a BUNDLE, --device, or both")
@@ -130,7 +130,7 @@ def bundle_facts(
     Raises:
         UsageError, IntegrityError: as `Bundle.open` and `Bundle.verify`.
     """
-    from cxrgaze.bundle import SIGNATURE, Bundle
+    from cxrgaze.bundles.bundle import SIGNATURE, Bundle
     from cxrgaze.errors import IntegrityError
     from cxrgaze.runtime import device, host, plans, trt_library
 
@@ -166,7 +166,9 @@ def bundle_facts(
             if isinstance(gpus, str):
                 raise IncompatibleError(f"no GPU to run on: {gpus}")
             installed = libraries.get(built.library, "not installed")
-            here = plans.Here(built.library, installed, gpus[0].capability, host.host_platform())
+            here = plans.PlanSite(
+                built.library, installed, gpus[0].capability, host.host_platform()
+            )
             plans.require_fit(record, here, allow_host_code=True)
             verdict = "fits this device"
         except IncompatibleError as error:

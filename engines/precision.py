@@ -1,6 +1,7 @@
 """What precision was really built: the engine inspector's answer against the graph's promise.
 
-A TensorRT asked for float16 has been seen to build float32 and exit with 0 (peers.md section 3). In
+A TensorRT asked for float16 has been seen to build float32 and exit with 0
+(docs/graphs.md#built-precision). In
 a strongly typed network the graph decides, and this is where that is checked: multiply-accumulates
 of convolutions by the type of their input, as the inspector shows them, against those that
 `cxrgaze-export` counted in the graph.
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cxrgaze.bundle import DataType, Precision
+from cxrgaze.bundles.manifest import DataType, Precision
 from cxrgaze.errors import BuildError
 from cxrgaze.runtime.plans import BuiltEngine, BuiltPrecision
 

@@ -1,7 +1,7 @@
 """What float16 does to a network's activations, before a GPU shows it.
 
 ONNX Runtime's CPU computes float16 graphs in float32 and returns the right answer for a chain that
-reaches 9e6 (toolchain.md section 9): it is no witness. Two things are: the range of every
+reaches 9e6: it is no witness (docs/graphs.md#witness). Two things are: the range of every
 activation in the float32 graph, and a float32 run in which the output of every operation is rounded
 to float16 and back, as the typed graph would have it.
 """
@@ -15,13 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from cxrgaze.bundle import Audit, Histogram
+from cxrgaze.bundles.verdicts import Audit, Histogram, compared_pixels
 from cxrgaze.errors import ParityError
 from cxrgaze.export.fp16 import HALF_MAX, KEEP, float_tensors
-from cxrgaze.export.parity import looked_at
 from cxrgaze.export.ranges import Tally, collect
-from cxrgaze.export.session import host_session
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+from cxrgaze.runtime.ort import witness
 
 
 def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain: str) -> Audit:
@@ -120,14 +118,15 @@ def _rounding(
 ) -> tuple[bool, float, float]:
     """Whether all is finite, and the largest differences of both outputs to the float32 run."""
     plain, rough = (
-        host_session(m.SerializeToString(), optimized=False) for m in (model, rounded(model))
+        witness(m.SerializeToString(), optimized=False) for m in (model, rounded(model))
     )
     logits_off, density_off = [0.0], [0.0]
     for image in images:
-        want, found = (s.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]}) for s in (plain, rough))
-        if not all(np.isfinite(array).all() for array in found):
+        want, rounded_heads = (infer(image[None]) for infer in (plain, rough))
+        if not all(np.isfinite(array).all() for array in rounded_heads):
             return False, -1.0, -1.0
-        logits_off.append(float(np.abs(want[0] - found[0]).max()))
-        difference = np.abs(want[1] - found[1])[looked_at(want[1])]
+        logits_off.append(float(np.abs(want.logits - rounded_heads.logits).max()))
+        compared = compared_pixels(want.log_density)
+        difference = np.abs(want.log_density - rounded_heads.log_density)[compared]
         density_off.append(float(difference.max()))
     return True, max(logits_off), max(density_off)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cxrgaze import command
 
 if TYPE_CHECKING:
-    from cxrgaze.bundle import Bundle
+    from cxrgaze.bundles.bundle import Bundle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,40 +149,41 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--variant and --random-weights go together")
     if args.random_weights and args.checkpoint:
         raise UsageError("give a CHECKPOINT or --random-weights, not both")
-    from cxrgaze.runtime.film import find_films
+    from cxrgaze.films.find import find_films
 
     films = [path for path, _ in find_films(args.films)]
     if args.gate and args.no_gate:
         raise UsageError("give --gate SET or --no-gate, not both")
-    step = command.Steps(_STEPS[args.precision])
+    step = command.Steps()
     with step("load torch"):
         import torch
 
-        from cxrgaze.export import pipeline
+        from cxrgaze.evidence.labelled_set import split_named
+        from cxrgaze.export import network_source, pipeline
+        from cxrgaze.export.options import ExportOptions, GateOptions, Int8Options, read_limits
         from cxrgaze.runtime.host import cpu_count
-        from cxrgaze.samples import split_named
         from cxrgaze.train.checkpoint import demo_path
     torch.set_num_threads(args.threads or cpu_count())
     with step("make random weights" if args.random_weights else "load the checkpoint"):
         source = (
-            pipeline.source_from_random(args.variant, args.seed)
+            network_source.source_from_random(args.variant, args.seed)
             if args.random_weights
-            else pipeline.source_from_checkpoint(args.checkpoint or demo_path())
+            else network_source.source_from_checkpoint(args.checkpoint or demo_path())
         )
-    options = pipeline.Options(
+    options = ExportOptions(
         args.precision,
         args.target,
         args.output,
         films,
         args.sign,
-        pipeline.GateOptions(
+        GateOptions(
             args.gate,
             split_named(args.gate_split),
             skip=args.no_gate,
             heatmap=args.heatmap,
-            limits=pipeline.read_limits(args.limits),
+            limits=read_limits(args.limits),
         ),
-        pipeline.Int8Options(
+        Int8Options(
             args.calibration,
             split_named(args.calibration_split),
             films=args.calibration_films,
@@ -198,17 +199,14 @@ def _run(args: argparse.Namespace) -> int:
     return ExitCode.INCONCLUSIVE if made.manifest.gate.verdict == "inconclusive" else ExitCode.OK
 
 
-_STEPS = {"fp32": 8, "fp16": 9, "int8": 10}
-
-
 def _build(made: Bundle, *, wanted: bool) -> None:
     """The plan for the GPU here, where a TensorRT is beside one, else the command for a device."""
     from cxrgaze.engines.build import Options, build
     from cxrgaze.engines.cli import print_built
     from cxrgaze.errors import BuildError, IncompatibleError
-    from cxrgaze.runtime import backends, plans, trt_library
+    from cxrgaze.runtime import plans, trt_library
 
-    beside = backends.tensorrts_beside_a_gpu() if wanted else []
+    beside = trt_library.beside_a_gpu() if wanted else []
     if not beside:
         print(f"plan     on the device: cxrgaze-build {made.path.name}")
         return
@@ -223,7 +221,7 @@ def _build(made: Bundle, *, wanted: bool) -> None:
 
 
 def _summarise(made: Bundle) -> None:
-    from cxrgaze.bundle import GRAPH
+    from cxrgaze.bundles.bundle import GRAPH
 
     manifest = made.manifest
     size = next(record.size for record in manifest.files if record.path == GRAPH)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import onnx
 
-from cxrgaze.bundle import Precision, Target
+from cxrgaze.bundles.manifest import Precision, Target
 from cxrgaze.errors import ParityError
 from cxrgaze.export import fp16, int8
-
-_Q_DQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+from cxrgaze.export.source import Layout
+from cxrgaze.export.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -26,52 +26,52 @@ class Form:
     """Nodes of a low-precision graph that stay float32 on purpose."""
 
 
-def forms(
-    model: onnx.ModelProto,
-    precision: Precision,
-    target: Target,
-    ranges: int8.Ranges | None = None,
-    kept: Collection[str] = (),
-) -> Iterator[Form]:
-    """Forms of a float32 graph for a precision and a target.
+@dataclass(frozen=True)
+class Forms:
+    """The forms of a float32 graph for a precision and a target."""
 
-    fp16 has one. int8 for TensorRT has two, float16 scales first and float32 scales after them;
-    for the CPU one.
+    model: onnx.ModelProto
+    precision: Precision
+    target: Target
+    layout: Layout
+    ranges: int8.Ranges | None = None
+    """Of `int8.calibrate`, for int8."""
 
-    Args:
-        ranges: of `int8.calibrate`, for int8.
-        kept: blocks that go back: to float16 from int8, to float32 from fp16.
+    def with_kept(self, kept: Collection[str] = ()) -> Iterator[Form]:
+        """One for fp32, fp16 and int8 on the CPU; for TensorRT two, float32 scales second.
 
-    Raises:
-        ParityError: a conversion that breaks a rule; a block that the graph does not have.
-    """
-    blocks = tuple(sorted(kept))
-    if precision == "fp32":
-        yield Form("fp32", (), model, 0)
-    elif precision == "fp16":
-        nodes = {node.name for node in model.graph.node if int8.block_of(node) in blocks}
-        if blocks and not nodes:
-            raise ParityError(f"no node belongs to {blocks}")
-        typed = fp16.to_fp16(model, nodes_kept=nodes)
-        yield Form("fp16", blocks, typed, fp16.check_kept(typed) + len(nodes))
-    else:
-        if ranges is None:
-            raise ParityError("int8 needs calibrated ranges")
-        keep = int8.kept_convolutions(model, blocks)
-        if target == "cpu":
-            yield Form(
-                "int8 for the CPU, float32 else", blocks, int8.for_cpu(model, ranges, keep), 0
-            )
-            return
-        quantized = int8.for_tensorrt(model, ranges, keep)
-        for name, also in (("float16 scales", frozenset[str]()), ("float32 scales", _Q_DQ)):
-            typed = fp16.to_fp16(quantized, fp16.KEEP | also)
-            int8.lint(typed)
-            yield Form(f"int8, float16 else, {name}", blocks, typed, fp16.check_kept(typed))
+        Args:
+            kept: blocks that go back: to float16 from int8, to float32 from fp16.
 
+        Raises:
+            ParityError: a conversion that breaks a rule; a block that the graph does not have.
+        """
+        blocks = tuple(sorted(kept))
+        if self.precision == "fp32":
+            yield Form("fp32", (), self.model, 0)
+        elif self.precision == "fp16":
+            nodes = {n.name for n in self.model.graph.node if self._block_of(n) in blocks}
+            if blocks and not nodes:
+                raise ParityError(f"no node belongs to {blocks}")
+            typed = fp16.to_fp16(self.model, nodes_kept=nodes)
+            yield Form("fp16", blocks, typed, fp16.check_kept(typed) + len(nodes))
+        else:
+            if self.ranges is None:
+                raise ParityError("int8 needs calibrated ranges")
+            row = TARGETS[self.target]
+            keep = int8.kept_convolutions(self.model, self.layout, blocks)
+            model = self.model
+            if model.opset_import[0].version != row.int8_opset:
+                model = onnx.version_converter.convert_version(model, row.int8_opset)
+            for name, typed, float32_nodes in row.int8(model, self.ranges, self.layout, keep):
+                yield Form(name, blocks, typed, float32_nodes)
 
-def blocks_of(model: onnx.ModelProto, precision: Precision) -> list[str]:
-    """Blocks that can go back, in the graph's order: those with a convolution in low precision."""
-    always = int8.kept_convolutions(model) if precision == "int8" else set()
-    names = (int8.block_of(n) for n in int8.convolutions(model) if n.name not in always)
-    return list(dict.fromkeys(names))
+    def blocks(self) -> list[str]:
+        """Blocks that can go back, in the graph's order: with a convolution in low precision."""
+        is_int8 = self.precision == "int8"
+        always = int8.kept_convolutions(self.model, self.layout) if is_int8 else set()
+        nodes = (n for n in int8.convolutions(self.model) if n.name not in always)
+        return list(dict.fromkeys(map(self._block_of, nodes)))
+
+    def _block_of(self, node: onnx.NodeProto) -> str:
+        return self.layout.block_of(node.name)

@@ -1,8 +1,9 @@
 """Precision in the graph: float32 to float16, with what must stay float32 kept.
 
 Strongly typed TensorRT takes the types from the graph, so this is where `--precision fp16` happens.
-The spatial softmax and every global mean stay float32 (design.md section 4): sums over up to
-327,680 pixels overflow or vanish in float16, and a log-density near -12 has only steps of 1/128.
+The spatial softmax and every global mean stay float32: sums over up to
+327,680 pixels overflow or vanish in float16, and a log-density near -12 has only steps of 1/128
+(docs/graphs.md#float32-islands).
 
 Written here rather than taken from onnxruntime.transformers.float16, which rounds kept outputs to
 float16 on their way to a float32 output (Cast to 16, Cast to 32), and so loses what was kept.

@@ -10,26 +10,26 @@ from typing import Any
 import onnx
 import onnxsim
 import torch
+from torch import nn
 
-from cxrgaze.bundle import DataType
+from cxrgaze.bundles.manifest import DataType
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, NOTICE, SPEC_KEY, ModelSpec
-from cxrgaze.train.model import Network
 
 OPSET = 18
 IR_VERSION = 10  # onnxruntime 1.23, the last for JetPack 6, reads at most 11; onnx writes 13
 
 
-def onnx_from_network(network: Network, spec: ModelSpec) -> onnx.ModelProto:
-    """The float32 graph of a network in evaluation mode.
+def onnx_from_module(module: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """The float32 graph of a module in evaluation mode.
 
     `image` `(N, 1, H, W)` to `logits` `(N, C)` and `log_density` `(N, 1, H, W)`, N dynamic. Made by
-    torch's TorchScript exporter, which honours the opset (toolchain.md section 2).
+    torch's TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
     """
     buffer: Any = io.BytesIO()  # the exporter writes to files of any kind, its types do not say so
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter's own age
         torch.onnx.export(
-            network.eval(),
+            module.eval(),
             (torch.zeros(1, 1, spec.height, spec.width),),
             buffer,
             dynamo=False,

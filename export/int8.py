@@ -2,8 +2,8 @@
 
 `tensorrt`: int8 with zero point 0 on the inputs of convolutions and on their weights, per output
 channel; biases and all else float. `cpu`: ONNX Runtime's own form, asymmetric uint8 on inputs and
-outputs, which it fuses into integer convolutions and TensorRT's parser refuses (toolchain.md
-section 4, recipes K and A).
+outputs, which it fuses into integer convolutions and TensorRT's parser refuses
+(docs/graphs.md#qdq-rules, docs/graphs.md#qdq-cpu).
 """
 
 from __future__ import annotations
@@ -18,18 +18,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cxrgaze.bundle import Target
 from cxrgaze.errors import ParityError
 from cxrgaze.export.ranges import Method, collect
-
-KEPT = ("/dense/conv0/", "/skips.0/", "/saliency/")
-"""Convolutions that stay in higher precision, by the path of their module: they see the image's own
-256 grey levels or make the map."""
+from cxrgaze.export.source import Layout
 
 PERCENTILE = 99.99
-OPSET = 19
-"""float16 scales of QuantizeLinear and DequantizeLinear need opset 19."""
-
 Ranges = Mapping[str, tuple[float, float]]
 
 _CPU_OPS = ["Conv", "Relu", "Add", "Concat", "MaxPool", "AveragePool", "Resize", "Mul"]
@@ -40,25 +33,18 @@ def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Conv"]
 
 
-def block_of(node: onnx.NodeProto) -> str:
-    """The block of the network that a convolution belongs to, as "dense/denseblock3".
-
-    The first module of its path, or the first two where the first holds them all.
-    """
-    parts = node.name.strip("/").split("/")
-    return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
-
-
-def kept_convolutions(model: onnx.ModelProto, blocks: Collection[str] = ()) -> set[str]:
-    """Names of the convolutions that stay float: those of `KEPT` and of `blocks`.
+def kept_convolutions(
+    model: onnx.ModelProto, layout: Layout, blocks: Collection[str] = ()
+) -> set[str]:
+    """Names of the convolutions that stay float: those of `layout.kept` and of `blocks`.
 
     Raises:
         ParityError: a pattern or a block without a convolution, as after a change of the network.
     """
-    names = {pattern: set[str]() for pattern in (*KEPT, *blocks)}
+    names = {pattern: set[str]() for pattern in (*layout.kept, *blocks)}
     for node in convolutions(model):
         for pattern in names:
-            if node.name.startswith(pattern) or block_of(node) == pattern:
+            if node.name.startswith(pattern) or layout.block_of(node.name) == pattern:
                 names[pattern].add(node.name)
     if empty := [pattern for pattern, found in names.items() if not found]:
         raise ParityError(f"no convolution belongs to {empty}; its name was changed")
@@ -68,11 +54,11 @@ def kept_convolutions(model: onnx.ModelProto, blocks: Collection[str] = ()) -> s
 def calibrate(
     model: onnx.ModelProto,
     images: Sequence[NDArray[np.float32]],
-    target: Target,
+    names: Collection[str],
     method: Method,
     percentile: float = PERCENTILE,
 ) -> dict[str, tuple[float, float]]:
-    """Range of every tensor that quantization for `target` needs, over calibration films.
+    """Range of the tensors called `names`, over calibration films.
 
     Args:
         images: canvases `(1, H, W)`.
@@ -80,16 +66,26 @@ def calibrate(
     Raises:
         ParityError: an activation is not finite.
     """
-    nodes = convolutions(model) if target == "tensorrt" else _cpu_nodes(model, ())
-    weights = {w.name for w in model.graph.initializer}
-    names = {name for node in nodes for name in node.input[:1]}
-    if target == "cpu":
-        names |= {name for node in nodes for name in (*node.input, *node.output)}
-    names = {name for name in names if name and name not in weights}
     tallies = collect(model, names, images)
     if broken := [name for name, tally in tallies.items() if not tally.finite]:
         raise ParityError(f"NaN or infinity in {broken[0]} on a calibration film")
     return {name: tally.range(method, percentile) for name, tally in tallies.items()}
+
+
+def ranged_for_tensorrt(model: onnx.ModelProto, layout: Layout) -> set[str]:
+    """Names of the tensors that `for_tensorrt` needs the range of."""
+    return _activations(model, {node.input[0] for node in convolutions(model)})
+
+
+def ranged_for_cpu(model: onnx.ModelProto, layout: Layout) -> set[str]:
+    """Names of the tensors that `for_cpu` needs the range of."""
+    nodes = _cpu_nodes(model, layout, ())
+    return _activations(model, {name for node in nodes for name in (*node.input, *node.output)})
+
+
+def _activations(model: onnx.ModelProto, names: set[str]) -> set[str]:
+    weights = {w.name for w in model.graph.initializer}
+    return {name for name in names if name and name not in weights}
 
 
 def for_tensorrt(
@@ -103,7 +99,7 @@ def for_tensorrt(
     Raises:
         ParityError: a convolution whose weight is not stored, or an input without a range.
     """
-    model = onnx.version_converter.convert_version(model, OPSET)
+    model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
     weights = {w.name: w for w in graph.initializer}
     made: dict[str, str] = {}
@@ -161,7 +157,9 @@ def _quantized_weight(
     return made[weight.name]
 
 
-def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) -> onnx.ModelProto:
+def for_cpu(
+    model: onnx.ModelProto, ranges: Ranges, layout: Layout, keep: Collection[str] = ()
+) -> onnx.ModelProto:
     """The graph as ONNX Runtime's quantizer writes it, with our ranges.
 
     uint8 activations with a zero point, int8 weights per channel, int32 biases.
@@ -196,7 +194,7 @@ def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) 
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=known,
-            nodes_to_quantize=[node.name for node in _cpu_nodes(model, keep)],
+            nodes_to_quantize=[node.name for node in _cpu_nodes(model, layout, keep)],
             nodes_to_exclude=sorted(keep),
             op_types_to_quantize=_CPU_OPS,
             extra_options={},
@@ -207,24 +205,26 @@ def for_cpu(model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()) 
     return result
 
 
-def _cpu_nodes(model: onnx.ModelProto, keep: Collection[str]) -> list[onnx.NodeProto]:
+def _cpu_nodes(
+    model: onnx.ModelProto, layout: Layout, keep: Collection[str]
+) -> list[onnx.NodeProto]:
     """Nodes to quantize: those of blocks with a quantized convolution, and poolings between them.
 
     What stands outside of any block, the features of the diagnosis and their classifier, stays
     float: rounding its 1 x 1 maps saves nothing and flips decisions.
     """
-    blocks = {block_of(node) for node in convolutions(model) if node.name not in keep}
+    blocks = {layout.block_of(node.name) for node in convolutions(model) if node.name not in keep}
     return [
         node
         for node in model.graph.node
         if node.op_type in _CPU_OPS
         and node.name not in keep
-        and (block_of(node) in blocks or node.op_type == "MaxPool")
+        and (layout.block_of(node.name) in blocks or node.op_type == "MaxPool")
     ]
 
 
 def lint(model: onnx.ModelProto) -> int:
-    """Count the Q/DQ nodes after proving that TensorRT takes each (toolchain.md section 4).
+    """Count the Q/DQ nodes after proving that TensorRT takes each (docs/graphs.md#qdq-rules).
 
     int8 with zero point 0 everywhere, no int32 (quantized biases), scales that are positive and
     finite; each DequantizeLinear after a QuantizeLinear or a stored weight; weights per output

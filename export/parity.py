@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from cxrgaze import metrics
-from cxrgaze.bundle import OutputParity, Parity, Precision, Tolerance
+from cxrgaze.bundles.manifest import Arithmetic, Precision
+from cxrgaze.bundles.verdicts import OutputParity, Parity, Tolerance, compared_pixels
 from cxrgaze.errors import ParityError
+from cxrgaze.evidence import metrics
 from cxrgaze.export.fp16 import HALF_MAX
-from cxrgaze.export.session import host_session
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
-from cxrgaze.train.model import Network
+from cxrgaze.export.source import Answers
+from cxrgaze.runtime.ort import witness
 
 LIMITS: dict[Precision, Tolerance] = {
     "fp32": Tolerance(logits=1e-3, log_density=1e-3),
     "fp16": Tolerance(logits=0.05, log_density=0.15),
     "int8": Tolerance(logits=5.0, log_density=10.0),
 }
-"""Largest differences that pass; also the self-test's tolerances.
+"""Largest differences that pass.
 
 The largest over all pixels of all films is an extreme: with the shipped `edge` network one pixel of
 330,000 is off by 0.075 nats where the 99th percentile is 0.018 and maps agree to 0.99997. Rounding
@@ -32,22 +26,21 @@ of every convolution's output does it, no single layer. A wrong graph is off by 
 int8's are a check for a broken graph; what it may lose is the gate's to say.
 """
 
-DEVICE_LIMITS: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(logits=5e-3, log_density=5e-3),
-    "fp16": Tolerance(logits=0.1, log_density=0.3),
-    "int8": Tolerance(logits=5.0, log_density=10.0),
+BY_ARITHMETIC: dict[Arithmetic, Tolerance] = {
+    "float32": Tolerance(logits=5e-3, log_density=5e-3),
+    "tf32": Tolerance(logits=0.1, log_density=0.3),
+    "float16": Tolerance(logits=0.1, log_density=0.3),
+    "bfloat16": Tolerance(logits=0.8, log_density=2.4),
 }
-"""The self-test's tolerances on a GPU: another order of summation, Winograd, float16 arithmetic.
+"""The self-test's tolerances of a float32 graph, by what a backend computes it in.
 
-Wider than ONNX Runtime's by choice and not by measurement: no plan was run yet. A wrong network is
-off by whole units.
+float32 allows another order of summation and Winograd; TensorFloat-32 has float16's ten bits of
+mantissa, bfloat16 three fewer, so eight times as much. By choice and not by measurement: nothing
+but ONNX Runtime has run. A wrong network is off by whole units.
 """
 
 AGREEMENT: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.6}
 """Smallest agreement CC of any film that passes."""
-
-LOOKED_AT = 0.01
-"""Log-densities are compared where the reference density is at least this share of its peak."""
 
 _WITNESS: dict[Precision, str] = {
     "fp32": "ONNX Runtime on the CPU computes this graph in float32.",
@@ -59,51 +52,26 @@ _WITNESS: dict[Precision, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What the network says of the parity films in torch float32."""
-
-    images: NDArray[np.float32]
-    """`(n, 1, H, W)`."""
-    logits: NDArray[np.float32]
-    """`(n, C)`."""
-    log_density: NDArray[np.float32]
-    """`(n, H, W)`."""
-    peak: float
-    """Largest absolute value that any layer takes or gives."""
-
-
-def answers(network: Network, images: NDArray[np.float32]) -> Answers:
-    """The network's answers, film by film: once for all forms of its graph."""
-    logits, log_density = [], []
-    with _peak_of(network) as peak, torch.inference_mode():
-        for image in images:
-            outputs = network(torch.from_numpy(image[None]))
-            logits.append(outputs.logits[0].numpy())
-            log_density.append(outputs.log_density[0, 0].numpy())
-    return Answers(images, np.stack(logits), np.stack(log_density), peak[0])
-
-
 def compare(wanted: Answers, graph: bytes, precision: Precision, domain: str) -> Parity:
     """Differences of both outputs to the network's answers, film by film, and a verdict.
 
     Args:
         domain: what the films are, for the record.
     """
-    session = host_session(graph)
+    infer = witness(graph)
     logit_diffs, density_diffs, logit_cosines, density_cosines, agreements = [], [], [], [], []
     flips, finite = 0, True
     for image, want_logits, want_density in zip(
         wanted.images, wanted.logits, wanted.log_density, strict=True
     ):
-        logits, density = session.run([LOGITS, LOG_DENSITY], {IMAGE: image[None]})
-        logits, density = logits[0], density[0, 0]
+        outputs = infer(image[None])
+        logits, density = outputs.logits[0], outputs.log_density[0, 0]
         if not (np.isfinite(logits).all() and np.isfinite(density).all()):
             finite = False
             continue
-        looked = looked_at(want_density)
+        compared = compared_pixels(want_density)
         logit_diffs.append(np.abs(logits - want_logits))
-        density_diffs.append(np.abs(density - want_density)[looked])
+        density_diffs.append(np.abs(density - want_density)[compared])
         logit_cosines.append(_cosine(logits, want_logits))
         density_cosines.append(_cosine(density, want_density))
         agreements.append(metrics.cc(np.exp(density), np.exp(want_density)))
@@ -135,29 +103,28 @@ def compare(wanted: Answers, graph: bytes, precision: Precision, domain: str) ->
     )
 
 
-def looked_at(log_density: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Where a density is at least `LOOKED_AT` of its peak: the pixels that are compared."""
-    return np.asarray(log_density >= log_density.max() + np.log(LOOKED_AT))
+def self_test_tolerances(precision: Precision, parity: Parity) -> dict[Arithmetic, Tolerance]:
+    """Tolerances of the golden input, by what a backend computes in (`Backend.arithmetic`).
 
-
-def self_test_tolerances(precision: Precision, found: Parity) -> dict[str, Tolerance]:
-    """Tolerances of the golden input by backend (`Backend.tolerance`).
-
-    An int8 graph is compared with float32 too, so its tolerance follows what its own parity found:
-    three times the largest difference over all films, and never less than fp16's.
+    What a graph's own types round stands in every arithmetic. An int8 graph is compared with
+    float32 too, so its tolerance follows what its own parity found: three times the largest
+    difference over all films, and never less than float16's.
     """
-    host, device = LIMITS[precision], DEVICE_LIMITS[precision]
-    if precision == "int8":
-        host = device = Tolerance(
-            logits=max(3 * found.logits.max, DEVICE_LIMITS["fp16"].logits),
-            log_density=max(3 * found.log_density.max, DEVICE_LIMITS["fp16"].log_density),
-        )
-    tolerances = {"onnxruntime": host}
-    for library in ("tensorrt", "tensorrt_rtx"):
-        tolerances[library] = device
-        # TensorFloat-32 has float16's ten bits of mantissa.
-        tolerances[f"{library}-tf32"] = DEVICE_LIMITS["int8" if precision == "int8" else "fp16"]
-    return tolerances
+    if precision == "fp32":
+        return dict(BY_ARITHMETIC)
+    if precision == "fp16":
+        half = LIMITS["fp16"]
+        return {name: _larger(tolerance, half) for name, tolerance in BY_ARITHMETIC.items()}
+    own = Tolerance(logits=3 * parity.logits.max, log_density=3 * parity.log_density.max)
+    floor = _larger(own, BY_ARITHMETIC["float16"])
+    float_part = {name: _larger(tolerance, floor) for name, tolerance in BY_ARITHMETIC.items()}
+    return {"int8": floor, **float_part}
+
+
+def _larger(one: Tolerance, other: Tolerance) -> Tolerance:
+    return Tolerance(
+        logits=max(one.logits, other.logits), log_density=max(one.log_density, other.log_density)
+    )
 
 
 def require_pass(parity: Parity, precision: Precision) -> None:
@@ -179,25 +146,6 @@ def require_pass(parity: Parity, precision: Precision) -> None:
         f"{parity.agreement_cc_min:.6f} (limit {AGREEMENT[precision]}), largest activation "
         f"{parity.peak_activation:.4g} (float16 ends at {HALF_MAX:.0f}); nothing was written"
     )
-
-
-@contextmanager
-def _peak_of(network: nn.Module) -> Iterator[list[float]]:
-    """The largest absolute value that any layer takes or gives, in a list of one number."""
-    peak = [0.0]
-
-    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        for tensor in (*inputs, output):
-            largest = float(tensor.abs().max())
-            peak[0] = largest if largest > peak[0] or largest != largest else peak[0]
-
-    leaves = [module for module in network.modules() if not any(module.children())]
-    handles = [leaf.register_forward_hook(watch) for leaf in leaves]
-    try:
-        yield peak
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _summary(diffs: list[NDArray[np.floating]], cosines: list[float]) -> OutputParity:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cxrgaze.export.graph import for_one_film
-from cxrgaze.export.session import host_session
+from cxrgaze.runtime.ort import open_session
 from cxrgaze.spec import IMAGE
 
 Method = Literal["minmax", "percentile"]
@@ -125,7 +125,7 @@ def collect(
         for image in images:
             tallies[IMAGE].add(image)
     for group in groups:
-        session = host_session(_giving(model, group))
+        session = open_session(_giving(model, group), spinning=False)
         for image in images:
             for name, values in zip(group, session.run(group, {IMAGE: image[None]}), strict=True):
                 tallies[name].add(values)

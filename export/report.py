@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
-from numpy.typing import NDArray
 
-from cxrgaze.bundle import DataType, Histogram, Manifest, Precision, Trial
-from cxrgaze.export.session import host_session
+from cxrgaze.bundles.manifest import DataType, FormRecord, Manifest, Precision
+from cxrgaze.bundles.verdicts import Histogram
+from cxrgaze.export.source import Answers
 from cxrgaze.files import render_json
 from cxrgaze.report import (
     Block,
@@ -25,27 +24,24 @@ from cxrgaze.report import (
     html_page,
     markdown_page,
 )
-from cxrgaze.spec import IMAGE, LOG_DENSITY
-from cxrgaze.train.model import Network
+from cxrgaze.runtime.ort import witness
 
 FOLDER = "report"
 
 
 def pages(
     manifest: Manifest,
-    network: Network,
+    reference: Answers,
     graphs: Mapping[Precision, bytes],
-    phantoms: NDArray[np.float32],
 ) -> dict[str, bytes]:
     """Files of the bundle's report, by path.
 
     Args:
-        network: the reference, in float32.
+        reference: what the network says of the phantoms that are drawn, never of a patient's film.
         graphs: what is drawn beside it, the one that ships among them.
-        phantoms: canvases `(n, 1, H, W)` to draw, never a patient's.
     """
     drawings = {
-        "maps": _maps(network, graphs, phantoms),
+        "maps": _maps(reference, graphs),
         "search": _search(manifest),
         "activations": _activations(manifest),
         "differences": _differences(manifest),
@@ -54,7 +50,7 @@ def pages(
     title = f"{manifest.name}: parity and gate"
     blocks = _blocks(manifest, figures)
     evidence = manifest.model_dump(
-        mode="json", include={"name", "parity", "gate", "audit", "calibration", "trials"}
+        mode="json", include={"name", "parity", "gate", "audit", "calibration", "forms_tried"}
     )
     return {
         f"{FOLDER}/parity.md": markdown_page(title, blocks).encode(),
@@ -84,7 +80,7 @@ def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
         Heading("Gate"),
         *_gate(manifest),
         *drawing("differences"),
-        *_trials(manifest.trials),
+        *_trials(manifest.forms_tried),
         *drawing("search"),
         Heading("Maps"),
         *drawing("maps"),
@@ -177,7 +173,7 @@ def _gate(manifest: Manifest) -> list[Block]:
     ]
 
 
-def _trials(trials: Sequence[Trial]) -> list[Block]:
+def _trials(trials: Sequence[FormRecord]) -> list[Block]:
     if len(trials) < 2:
         return []
     rows = [
@@ -209,25 +205,22 @@ def _work(macs: Mapping[DataType, int]) -> str:
     return ", ".join(f"{100 * part / total:.1f} % {kind}" for kind, part in macs.items())
 
 
-def _maps(
-    network: Network, graphs: Mapping[Precision, bytes], phantoms: NDArray[np.float32]
-) -> Figure:
+def _maps(reference: Answers, graphs: Mapping[Precision, bytes]) -> Figure:
     """A row a phantom: the film, the network's map, the map of each graph."""
-    tensors = torch.from_numpy(phantoms)
-    with torch.inference_mode():
-        found = {"network, float32": [network(t[None]).log_density[0, 0].numpy() for t in tensors]}
+    phantoms = reference.images
+    by_name = {"network, float32": list(reference.log_density)}
     for precision, graph in graphs.items():
-        session = host_session(graph)
-        maps = [session.run([LOG_DENSITY], {IMAGE: image[None]})[0][0, 0] for image in phantoms]
-        found[f"graph, {precision}"] = maps
-    plot = Plot(figsize=(2.2 * (1 + len(found)), 2.3 * len(phantoms)), layout="constrained")
-    axes = plot.subplots(len(phantoms), 1 + len(found), squeeze=False)
+        infer = witness(graph)
+        maps = [infer(image[None]).log_density[0, 0] for image in phantoms]
+        by_name[f"graph, {precision}"] = maps
+    plot = Plot(figsize=(2.2 * (1 + len(by_name)), 2.3 * len(phantoms)), layout="constrained")
+    axes = plot.subplots(len(phantoms), 1 + len(by_name), squeeze=False)
     for row, image in enumerate(phantoms):
         axes[row, 0].imshow(image[0], cmap="gray", vmin=0, vmax=1)
-        peak = float(np.exp(found["network, float32"][row]).max())
-        for axis, maps in zip(axes[row, 1:], found.values(), strict=True):
+        peak = float(np.exp(by_name["network, float32"][row]).max())
+        for axis, maps in zip(axes[row, 1:], by_name.values(), strict=True):
             axis.imshow(np.exp(maps[row]), cmap="viridis", vmin=0, vmax=peak)
-    for axis, name in zip(axes[0], ("phantom", *found), strict=True):
+    for axis, name in zip(axes[0], ("phantom", *by_name), strict=True):
         axis.set_title(name, fontsize=8)
     for axis in axes.ravel():
         axis.set_axis_off()
@@ -284,14 +277,14 @@ def _bars(axes: Axes, found: Histogram, **look: Any) -> None:
 
 def _search(manifest: Manifest) -> Figure | None:
     """Smallest agreement CC against the share of work in low precision, where blocks went back."""
-    if not any(trial.kept for trial in manifest.trials):
+    if not any(trial.kept for trial in manifest.forms_tried):
         return None
     plot = Plot(figsize=(6, 3.5), layout="constrained")
     axes = plot.add_subplot(
         xlabel=f"convolution work in {manifest.precision} (%)",
         ylabel="smallest agreement CC with fp32",
     )
-    for trial in manifest.trials:
+    for trial in manifest.forms_tried:
         share = trial.macs.get(manifest.precision, 0) / (sum(trial.macs.values()) or 1)
         marker = "o" if trial.gate == "pass" else "x"
         axes.plot(100 * share, trial.agreement_cc_min, marker, color="C0")

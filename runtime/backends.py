@@ -1,97 +1,30 @@
-"""The backend contract, and the choice of a backend for a bundle on this machine."""
+"""The table of backends, and the choice of one for a bundle on this machine.
+
+Light to import: help texts and messages come from the table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cxrgaze.bundle import Bundle, Gate, Precision, Target
 from cxrgaze.errors import IncompatibleError, UsageError
-from cxrgaze.runtime.host import host_platform
+
+if TYPE_CHECKING:
+    from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.runtime.backend import Backend, BackendOptions
 
 
-class Outputs(NamedTuple):
-    """What a backend returns; the arrays belong to the caller."""
+class Entry(NamedTuple):
+    """A backend of the table."""
 
-    logits: NDArray[np.float32]
-    """`(N, C)`."""
-    log_density: NDArray[np.float32]
-    """`(N, 1, H, W)`."""
-
-
-class Backend(Protocol):
-    """Runs the graph of a bundle.
-
-    `activate` may be slow and takes memory, `infer` is the hot path, `deactivate` frees everything
-    and may be called twice. One thread at a time.
-    """
-
-    name: str
-    device: str
-    """Where it runs, for the record: "cpu", a GPU's name."""
-    serves: Mapping[Precision, frozenset[Target]]
-    """Targets by precision: fp32 and fp16 graphs run anywhere, int8 ones on their own target."""
-    tolerance: str
-    """Key of its self-test tolerance in the manifest."""
-
-    @property
-    def gate(self) -> Gate | None:
-        """Verdict on what this backend runs, where that is not the bundle's graph itself."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What every reading must say of it, once it is active."""
-        ...
-
-    def activate(self, bundle: Bundle) -> None:
-        """Load the graph from verified bytes.
-
-        Raises:
-            IntegrityError: the graph is not what the manifest says.
-        """
-        ...
-
-    @property
-    def stages_ms(self) -> Mapping[str, float]:
-        """Parts of the last `infer` by the device's clock: h2d, compute, d2h; empty on a CPU."""
-        ...
-
-    @property
-    def memory_bytes(self) -> Mapping[str, int]:
-        """The size of the plan, and what it takes on the device; empty on a CPU."""
-        ...
-
-    def infer(self, image: NDArray[np.float32]) -> Outputs:
-        """Both heads of `image` `(N, 1, H, W)` float32 in [0, 1], any N >= 1."""
-        ...
-
-    def deactivate(self) -> None:
-        """Free the graph."""
-        ...
-
-
-NAMES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-"""Backends, in the order that `auto` prefers."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a caller of `load` asks of the backend."""
-
-    device: str = "auto"
-    """"auto" or one of `NAMES`."""
-    threads: int | None = None
-    """CPU threads; None leaves the choice to the backend."""
-    cache: Path | None = None
-    """Folder of plans (`cxrgaze.runtime.plans.Cache`)."""
-    allow_host_code: bool = False
-    """Load plans that bring code of their own for the CPU."""
+    what: str
+    """What it is, for help texts."""
+    open: Callable[[Bundle, BackendOptions], Backend]
+    """Makes it for a bundle; raises IncompatibleError where it cannot run here."""
+    is_here: Callable[[], bool] = lambda: True
+    """Whether `auto` considers it."""
 
 
 class Choice(NamedTuple):
@@ -101,29 +34,47 @@ class Choice(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def choose(bundle: Bundle, wish: Wish = Wish()) -> Choice:
-    """The backend that was asked for, or the preferred one that accepts the bundle.
+def choose(bundle: Bundle, device: str | Backend, options: BackendOptions) -> Choice:
+    """The backend that was asked for, or the first of the table that accepts the bundle.
 
-    A TensorRT beside a GPU that has no plan of this bundle leaves it to ONNX Runtime, and the
-    warning for the readings says so. Asked for by name and not to be had is an error.
+    A TensorRT beside a GPU that has no plan of this bundle leaves it to the next, and the warning
+    for the readings says so. Asked for by name and not to be had is an error.
+
+    Args:
+        device: "auto", a name of `BACKENDS`, or a backend of the caller's.
 
     Raises:
         UsageError: no backend of that name.
         IncompatibleError: it is not installed, or does not accept the bundle; no plan fits.
         IntegrityError: the plan cache can be written by others.
     """
-    if wish.device not in ("auto", *NAMES):
-        raise UsageError(f"no backend {wish.device!r}; choose from auto, {', '.join(NAMES)}")
-    if wish.device != "auto":
-        make = _onnxruntime if wish.device == "onnxruntime" else _tensorrt
-        return Choice(_accepting(make(bundle, wish, wish.device), bundle), ())
-    warnings: list[str] = []
-    for name in tensorrts_beside_a_gpu():
+    if not isinstance(device, str):
+        return Choice(_accepting(device, bundle), ())
+    if device != "auto":
+        if device not in BACKENDS:
+            raise UsageError(f"no backend {device!r}; choose from {', '.join(names())}")
+        return Choice(_accepting(BACKENDS[device].open(bundle, options), bundle), ())
+    problems: list[str] = []
+    for name, entry in BACKENDS.items():
+        if not entry.is_here():
+            continue
         try:
-            return Choice(_accepting(_tensorrt(bundle, wish, name), bundle), tuple(warnings))
+            backend = _accepting(entry.open(bundle, options), bundle)
         except IncompatibleError as error:
-            warnings.append(f"{name} is not used: {error}")
-    return Choice(_accepting(_onnxruntime(bundle, wish, "onnxruntime"), bundle), tuple(warnings))
+            problems.append(f"{name} is not used: {error}")
+        else:
+            return Choice(backend, tuple(problems))
+    raise IncompatibleError("no backend here runs this bundle: " + "; ".join(problems))
+
+
+def names() -> tuple[str, ...]:
+    """What `--device` and `load` take."""
+    return ("auto", *BACKENDS)
+
+
+def described() -> str:
+    """The table in a line, for help texts."""
+    return "; ".join(f"{name}: {entry.what}" for name, entry in BACKENDS.items())
 
 
 def _accepting(backend: Backend, bundle: Bundle) -> Backend:
@@ -136,32 +87,38 @@ def _accepting(backend: Backend, bundle: Bundle) -> Backend:
     return backend
 
 
-ANY: frozenset[Target] = frozenset({"tensorrt", "cpu"})
-
-
-def _onnxruntime(bundle: Bundle, wish: Wish, name: str) -> Backend:
+def _onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
     from cxrgaze.runtime.ort import OnnxRuntime
 
-    return OnnxRuntime(wish.threads)
+    return OnnxRuntime(options.threads)
 
 
-def tensorrts_beside_a_gpu() -> list[str]:
-    """TensorRTs that could run here; none without a GPU, whatever is installed."""
-    from cxrgaze.runtime import device, trt_library
-
-    if isinstance(device.gpus(), str):  # asked first: importing a TensorRT takes its time
-        return []
-    return list(trt_library.versions())
-
-
-def _tensorrt(bundle: Bundle, wish: Wish, name: str) -> Backend:
+def _tensorrt(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
     from cxrgaze.runtime import device, plans, trt_library
+    from cxrgaze.runtime.host import host_platform
     from cxrgaze.runtime.trt import TensorRT
 
     library = trt_library.find(name)
     if isinstance(gpus := device.gpus(), str):
         raise IncompatibleError(f"no GPU to run on: {gpus}")
-    cache = plans.Cache(wish.cache)
-    here = plans.Here(library.name, library.version, gpus[0].capability, host_platform())
-    record = cache.fitting(bundle, here, allow_host_code=wish.allow_host_code)
-    return TensorRT(library, cache, record, allow_host_code=wish.allow_host_code)
+    cache = plans.Cache(options.cache)
+    site = plans.PlanSite(library.name, library.version, gpus[0].capability, host_platform())
+    record = cache.fitting(bundle, site, allow_host_code=options.allow_host_code)
+    return TensorRT(library, cache, record, allow_host_code=options.allow_host_code)
+
+
+def _is_beside_a_gpu(name: str) -> bool:
+    from cxrgaze.runtime import trt_library
+
+    return name in trt_library.beside_a_gpu()
+
+
+BACKENDS: Mapping[str, Entry] = {
+    name: Entry(
+        "a plan of this bundle for this GPU (cxrgaze-build)",
+        partial(_tensorrt, name),
+        partial(_is_beside_a_gpu, name),
+    )
+    for name in ("tensorrt", "tensorrt_rtx")
+} | {"onnxruntime": Entry("the graph itself on the CPU", _onnxruntime)}
+"""Backends by name, in the order that `auto` prefers."""

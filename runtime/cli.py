@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cxrgaze import command
+from cxrgaze.runtime import backends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto, tensorrt, tensorrt_rtx or onnxruntime (default auto: a TensorRT that has a "
-        "plan of this bundle for this GPU, else onnxruntime)",
+        help=f"auto or a backend, {backends.described()} (default auto: the first that runs the "
+        "bundle)",
     )
     command.add_cache(parser)
     parser.add_argument(
@@ -79,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder
-    from cxrgaze.runtime.film import find_films, load_film
-    from cxrgaze.runtime.isolate import IsolatedLoader
-    from cxrgaze.runtime.predict import Options, predict
+    from cxrgaze.films.decode import load_film
+    from cxrgaze.films.find import find_films
+    from cxrgaze.films.isolate import IsolatedLoader
+    from cxrgaze.runtime.predict import PredictOptions, predict
     from cxrgaze.runtime.reader import load
 
     if args.heatmap and not args.output:
@@ -101,12 +103,12 @@ def _run(args: argparse.Namespace) -> int:
         )
         decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film
         output = make_output_folder(args.output) if args.output else None
-        options = Options(output, args.heatmap, as_json=args.json, force=args.force)
-        outcomes = predict(reader, films, decode, options)
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
-    skipped = sum(outcome.status == "not_applicable" for outcome in outcomes)
+        options = PredictOptions(output, args.heatmap, as_json=args.json, force=args.force)
+        records = predict(reader, films, decode, options)
+    failed = sum(record["status"] == "failed" for record in records)
+    skipped = sum(record["status"] == "not_applicable" for record in records)
     command.say(
-        f"{len(outcomes) - failed - skipped} read, {skipped} not applicable, {failed} failed"
+        f"{len(records) - failed - skipped} read, {skipped} not applicable, {failed} failed"
         + (f"; in {args.output}" if args.output else "")
     )
     for line in dict.fromkeys((*reader.standing_warnings, reader.bundle.manifest.notice)):

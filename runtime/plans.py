@@ -11,29 +11,28 @@ user and be writable by nobody else.
 
 from __future__ import annotations
 
-import datetime
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from cxrgaze.bundle import Bundle, Gate
+from cxrgaze.bundles.bundle import Bundle
+from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import (
-    parse_json,
     read_regular,
     read_verified,
     render_json,
     sha256,
     write_atomic,
 )
+from cxrgaze.records import Frozen, Record, parse_record
 from cxrgaze.runtime.trt_library import version_number
-from cxrgaze.spec import NOTICE, Frozen, complaint
+from cxrgaze.spec import NOTICE
 
-SCHEMA_VERSION = 1
 _RECORD_LIMIT = 1 << 20
 _PLAN_LIMIT = 4 << 30
 _CACHE_VARIABLE = "CXRGAZE_CACHE"
@@ -82,10 +81,14 @@ class BuiltEngine(Frozen):
     """What an execution context needs beside weights and buffers."""
 
 
-class PlanRecord(Frozen):
+class PlanRecord(Record):
     """What was built, beside the plan."""
 
-    schema_version: int = SCHEMA_VERSION
+    VERSION = 2
+    WHAT = "plan's record"
+    REMEDY = "run: cxrgaze-build --rebuild"
+
+    schema_version: int = VERSION
     notice: str = NOTICE
     bundle_name: str
     inputs: PlanInputs
@@ -168,7 +171,9 @@ class Cache:
             if record.inputs.bundle_sha256 == bundle_sha256:
                 yield record
 
-    def fitting(self, bundle: Bundle, here: Here, *, allow_host_code: bool = False) -> PlanRecord:
+    def fitting(
+        self, bundle: Bundle, site: PlanSite, *, allow_host_code: bool = False
+    ) -> PlanRecord:
         """The newest plan of a bundle that fits what is here; nothing is deserialized.
 
         Raises:
@@ -181,7 +186,7 @@ class Cache:
                 wrong.append(str(record))
                 continue
             try:
-                require_fit(record, here, allow_host_code=allow_host_code)
+                require_fit(record, site, allow_host_code=allow_host_code)
                 fit.append(record)
             except IncompatibleError as error:
                 wrong.append(str(error))
@@ -211,7 +216,7 @@ class Cache:
     def store_record(self, record: PlanRecord) -> None:
         """Write the record of a plan that is there."""
         path = self.plan_path(record.inputs).with_suffix(".json")
-        write_atomic(path, render_json(record.model_dump(mode="json")))
+        write_atomic(path, record.rendered())
 
     def read(self, record: PlanRecord) -> bytes:
         """The plan's bytes, verified; deserialize these and never the path.
@@ -235,24 +240,16 @@ def read_record(path: Path) -> PlanRecord:
         IntegrityError: too large, a link, no record, of another schema version or another name.
     """
     try:
-        content = parse_json(read_regular(path, _RECORD_LIMIT), str(path))
+        data = read_regular(path, _RECORD_LIMIT)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise IntegrityError(
-            f"{path}: schema version {content.get('schema_version')!r}, this cxrgaze reads "
-            f"{SCHEMA_VERSION}; run: cxrgaze-build --rebuild"
-        )
-    try:
-        record = PlanRecord.model_validate(content)
-    except ValidationError as error:
-        raise IntegrityError(f"{path} is not a plan's record: {complaint(error)}") from error
+    record = parse_record(PlanRecord, data, str(path))
     if path.stem != record.inputs.key:
         raise IntegrityError(f"{path} is not the record of the plan of its name")
     return record
 
 
-class Here(NamedTuple):
+class PlanSite(NamedTuple):
     """What a plan must fit."""
 
     library: str
@@ -262,7 +259,7 @@ class Here(NamedTuple):
     platform: str
 
 
-def require_fit(record: PlanRecord, here: Here, *, allow_host_code: bool = False) -> None:
+def require_fit(record: PlanRecord, site: PlanSite, *, allow_host_code: bool = False) -> None:
     """Refuse a plan that was built for something else; nothing is deserialized.
 
     Args:
@@ -272,22 +269,22 @@ def require_fit(record: PlanRecord, here: Here, *, allow_host_code: bool = False
         IncompatibleError: saying what it was built for, what is here, and what to run.
     """
     built = record.inputs
-    same_library = built.library == here.library and (
-        built.library_version == here.library_version
+    same_library = built.library == site.library and (
+        built.library_version == site.library_version
         or (
             built.version_compatible
-            and version_number(built.library_version) <= version_number(here.library_version)
-            and version_number(built.library_version)[0] == version_number(here.library_version)[0]
+            and version_number(built.library_version) <= version_number(site.library_version)
+            and version_number(built.library_version)[0] == version_number(site.library_version)[0]
         )
     )
-    same_device = here.capability in built.architecture or (
-        built.hardware_compatible and int(here.capability) >= 80
+    same_device = site.capability in built.architecture or (
+        built.hardware_compatible and int(site.capability) >= 80
     )
-    if not same_library or not same_device or built.platform != here.platform:
+    if not same_library or not same_device or built.platform != site.platform:
         raise IncompatibleError(
             f"the plan was built for {built.library} {built.library_version}, compute capability "
-            f"{'/'.join(built.architecture)}, {built.platform}; here is {here.library} "
-            f"{here.library_version}, compute capability {here.capability}, {here.platform}. "
+            f"{'/'.join(built.architecture)}, {built.platform}; here is {site.library} "
+            f"{site.library_version}, compute capability {site.capability}, {site.platform}. "
             f"Run: cxrgaze-build {record.bundle_name}.cxrgaze"
         )
     if record.has_host_code and not allow_host_code:
@@ -327,11 +324,6 @@ def check_header(plan: bytes, inputs: PlanInputs) -> None:
             f"the plan {inputs.key} was written by version {'.'.join(map(str, found))}, its record "
             f"says {inputs.library_version}; run: cxrgaze-build --rebuild"
         )
-
-
-def now_utc() -> str:
-    """The time for a record."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _default_folder() -> Path:

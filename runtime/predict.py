@@ -1,4 +1,4 @@
-"""Many films, one reader: files per film, a table, and errors that stop nothing else."""
+"""Outcomes written down: files per film, a table, and a line on standard output."""
 
 from __future__ import annotations
 
@@ -17,31 +17,24 @@ import cv2
 import numpy as np
 
 from cxrgaze.command import counted, say
-from cxrgaze.errors import FilmError, NotApplicableError, UsageError
+from cxrgaze.errors import UsageError
 from cxrgaze.files import render_json, write_atomic
+from cxrgaze.films.ahead import Decode
+from cxrgaze.films.find import SUFFIXES
 from cxrgaze.runtime import overlay
-from cxrgaze.runtime.film import SUFFIXES, Film
-from cxrgaze.runtime.isolate import Decode, decode_ahead
+from cxrgaze.runtime.outcomes import Outcome, outcomes
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
-from cxrgaze.spec import NOTICE
 
 Heatmap = Literal["npy", "png16"]
+Record = dict[str, Any]
+"""The JSON of a film."""
 TABLE = "readings.csv"
 _SUFFIXES = (".json", ".overlay.png", ".heatmap.npy", ".heatmap.png")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one film."""
-
-    status: Literal["read", "not_applicable", "failed"]
-    record: dict[str, Any]
-    """The JSON of the film."""
-
-
-@dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """What `cxrgaze-predict` was asked for."""
 
     output: Path | None = None
@@ -54,77 +47,56 @@ class Options:
 
 
 def predict(
-    reader: Reader, films: Sequence[tuple[Path, Path]], decode: Decode, options: Options
-) -> list[Outcome]:
+    reader: Reader, films: Sequence[tuple[Path, Path]], decode: Decode, options: PredictOptions
+) -> list[Record]:
     """Read every film and write its files below `output` and a line to standard output.
 
     Args:
         films: path and the relative path that its output is named by (`find_films`).
-        decode: makes a film of a path; it runs ahead of inference in a thread of its own.
+        decode: makes a film of a path.
 
     An interrupt leaves the finished films and a table of them.
+
+    Returns:
+        The JSON of each film; neither pixels nor maps are kept.
     """
-    outcomes: list[Outcome] = []
-    names = _output_names([relative for _, relative in films])
-    output = options.output
-    paths = [path for path, _ in films]
-    if output:
-        _check_inputs_are_safe(paths, names, output)
-    decoded = decode_ahead(paths, decode)
+    paths, names = [path for path, _ in films], _output_names([relative for _, relative in films])
+    if options.output:
+        _check_inputs_are_safe(paths, names, options.output)
+    stream = outcomes(reader, paths, decode, force=options.force)
+    records: list[Record] = []
     try:
-        rows = zip(paths, names, decoded, strict=True)
-        for path, name, film in counted(rows, len(films), "film"):
-            outcome = _one(reader, path, film, output / name if output else None, options)
-            outcomes.append(outcome)
-            line = json.dumps(outcome.record) if options.as_json else _summary(outcome)
-            print(line, flush=True)
+        for name, outcome in counted(zip(names, stream, strict=True), len(films), "film"):
+            if options.output:
+                outcome = _with_files(outcome, options.output / name, options.heatmap)
+            record = outcome.to_json()
+            records.append(record)
+            print(json.dumps(record) if options.as_json else _summary(record), flush=True)
             if outcome.status == "failed":
-                say(f"failed: {outcome.record['reason']}")
+                say(f"failed: {record['reason']}")
     finally:
-        decoded.close()
-        if output and outcomes:
-            write_atomic(output / TABLE, _table(outcomes, reader).encode())
-    return outcomes
+        stream.close()
+        if options.output and records:
+            write_atomic(options.output / TABLE, _table(records, reader).encode())
+    return records
 
 
-def _one(
-    reader: Reader, path: Path, film: Film | FilmError, stem: Path | None, options: Options
-) -> Outcome:
-    try:
-        if isinstance(film, FilmError):
-            raise film
-        reading = reader.read(film, force=options.force)
-    except NotApplicableError as error:
-        outcome = _unread(path, "not_applicable", "; ".join(error.reasons))
-    except FilmError as error:
-        outcome = _unread(path, "failed", str(error))
-    else:
-        outcome = Outcome("read", {**reading.to_json(), "film": _printable(path)})
-    if not stem:
-        return outcome
+def _with_files(outcome: Outcome, stem: Path, heatmap: Heatmap | None) -> Outcome:
+    """The outcome once its files are written, or why they could not be."""
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        if outcome.status == "read" and isinstance(film, Film):
-            write_atomic(_with(stem, ".overlay.png"), overlay.png(reading, film.pixels))
-            if options.heatmap:
-                _write_heatmap(stem, reading, options.heatmap)
-        write_atomic(_with(stem, ".json"), render_json(outcome.record))
+        if outcome.reading and outcome.film:
+            overlaid = overlay.png(outcome.reading, outcome.film.pixels)
+            write_atomic(_with(stem, ".overlay.png"), overlaid)
+            if heatmap:
+                _write_heatmap(stem, outcome.reading, heatmap)
+        write_atomic(_with(stem, ".json"), render_json(outcome.to_json()))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise  # a full disk concerns every film
-        return _unread(path, "failed", f"its results cannot be written: {error.strerror}")
+        reason = f"its results cannot be written: {error.strerror}"
+        return Outcome(outcome.path, "failed", reason)
     return outcome
-
-
-def _unread(path: Path, status: Literal["not_applicable", "failed"], reason: str) -> Outcome:
-    record = {"film": _printable(path), "status": status, "reason": _printable(reason)}
-    record["notice"] = NOTICE
-    return Outcome(status, record)
-
-
-def _printable(text: Path | str) -> str:
-    """Text that can be encoded: bytes of a file name that are no UTF-8 become escapes."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:
@@ -165,10 +137,9 @@ def _with(stem: Path, suffix: str) -> Path:
     return stem.with_name(stem.name + suffix)
 
 
-def _summary(outcome: Outcome) -> str:
-    record = outcome.record
-    if outcome.status != "read":
-        return f"{record['film']}\t{outcome.status}\t{record['reason']}"
+def _summary(record: Record) -> str:
+    if record["status"] != "read":
+        return f"{record['film']}\t{record['status']}\t{record['reason']}"
     peak = record["peak_px"]
     return (
         f"{record['film']}\t{record['label']}\t{record['probabilities'][record['label']]:.3f}\t"
@@ -176,17 +147,16 @@ def _summary(outcome: Outcome) -> str:
     )
 
 
-def _table(outcomes: Sequence[Outcome], reader: Reader) -> str:
+def _table(records: Sequence[Record], reader: Reader) -> str:
     classes = reader.bundle.manifest.spec.class_names
     probabilities = [f"p_{name}" for name in classes]
     text = io.StringIO()
     columns = ["film", "status", "label", *probabilities, "peak_x_px", "peak_y_px", "reason"]
     table = csv.DictWriter(text, [*columns, "warnings", "notice"], lineterminator="\n")
     table.writeheader()
-    for outcome in outcomes:
-        record = outcome.record
+    for record in records:
         row = {key: record.get(key) for key in ("film", "status", "label", "reason", "notice")}
-        if outcome.status == "read":
+        if record["status"] == "read":
             row |= {f"p_{name}": record["probabilities"][name] for name in classes}
             row |= {"peak_x_px": record["peak_px"]["x"], "peak_y_px": record["peak_px"]["y"]}
             row["warnings"] = " | ".join(record["warnings"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import GOLDEN, GRAPH, Bundle
+from cxrgaze.bundles.bundle import GOLDEN, GRAPH, Bundle
+from cxrgaze.bundles.signature import require_signature
+from cxrgaze.bundles.verdicts import compared_pixels
 from cxrgaze.errors import (
     GateError,
     IncompatibleError,
@@ -21,12 +21,13 @@ from cxrgaze.errors import (
     NotApplicableError,
     UsageError,
 )
-from cxrgaze.runtime import backends
-from cxrgaze.runtime.canvas import to_canvas
-from cxrgaze.runtime.film import Film, film_from_array, load_film
+from cxrgaze.films.canvas import to_canvas
+from cxrgaze.films.decode import load_film
+from cxrgaze.films.film import Film, film_from_array
+from cxrgaze.runtime.backend import Backend, BackendOptions
+from cxrgaze.runtime.backends import choose
 from cxrgaze.runtime.reading import Reading
-from cxrgaze.signature import require_signature
-from cxrgaze.spec import PREPROCESSING
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, PREPROCESSING
 
 MAX_BATCH = 16
 
@@ -35,7 +36,7 @@ Readable = Film | Path | str | NDArray[np.generic]
 
 def load(
     bundle: Path | str,
-    device: str = "auto",
+    device: str | Backend = "auto",
     *,
     threads: int | None = None,
     public_key: Path | str | None = None,
@@ -47,8 +48,9 @@ def load(
 
     Args:
         bundle: the folder that `cxrgaze-export` made.
-        device: "auto" or the name of a backend (`cxrgaze.runtime.backends.NAMES`). "auto" takes a
-            TensorRT with a plan of this bundle for this GPU (`cxrgaze-build`), else ONNX Runtime.
+        device: "auto", the name of a backend (`cxrgaze.runtime.backends.BACKENDS`), or a backend of
+            your own (`cxrgaze.runtime.backend.Backend`). "auto" takes a TensorRT with a plan of
+            this bundle for this GPU (`cxrgaze-build`), else ONNX Runtime.
         threads: CPU threads of the backend; None leaves the choice to it.
         public_key: PEM file; a bundle that its owner did not sign is refused.
         cache: folder of plans; None is the user's own (`cxrgaze.runtime.plans.Cache`).
@@ -73,8 +75,8 @@ def load(
     opened = Bundle.open(bundle)
     if public_key is not None:
         require_signature(opened, Path(public_key))
-    wish = backends.Wish(device, threads, Path(cache) if cache else None, allow_host_code)
-    backend, warnings = backends.choose(opened, wish)
+    options = BackendOptions(threads, Path(cache) if cache else None, allow_host_code)
+    backend, warnings = choose(opened, device, options)
     return Reader(opened, backend, warnings, require=require)
 
 
@@ -84,7 +86,7 @@ class Reader:
     def __init__(
         self,
         bundle: Bundle,
-        backend: backends.Backend,
+        backend: Backend,
         warnings: Sequence[str] = (),
         *,
         require: Literal["pass"] | None = None,
@@ -208,10 +210,9 @@ class Reader:
         return readings
 
     def _probabilities(self, logits: NDArray[np.float32]) -> dict[str, float]:
-        scaled = logits.astype(np.float64) / self.bundle.manifest.decision.temperature
-        odds = np.exp(scaled - scaled.max())
-        names = self.bundle.manifest.spec.class_names
-        return dict(zip(names, (odds / odds.sum()).tolist(), strict=True))
+        manifest = self.bundle.manifest
+        shares = manifest.decision.probabilities(logits).tolist()
+        return dict(zip(manifest.spec.class_names, shares, strict=True))
 
     def _identity(self) -> dict[str, str]:
         manifest = self.bundle.manifest
@@ -251,16 +252,17 @@ class Reader:
     def _self_test(self) -> None:
         manifest = self.bundle.manifest
         golden = read_golden(self.bundle)
-        tolerance = manifest.self_test.get(self.backend.tolerance)
+        arithmetic = self.backend.arithmetic(manifest)
+        tolerance = manifest.self_test.get(arithmetic)
         if tolerance is None:
             raise IncompatibleError(
-                f"the bundle has no self-test tolerance for {self.backend.tolerance}; export again"
+                f"{self.backend.name} computes in {arithmetic}, for which the bundle has no "
+                "self-test tolerance; export again, or choose another backend"
             )
-        found = self.backend.infer(golden["image"])
-        off_logits = float(np.abs(found.logits - golden["logits"]).max())
-        reference = golden["log_density"]
-        looked_at = reference > reference.max() + np.log(0.01)
-        off_density = float(np.abs(found.log_density - reference)[looked_at].max())
+        outputs = self.backend.infer(golden["image"])
+        off_logits = float(np.abs(outputs.logits - golden["logits"]).max())
+        differences = np.abs(outputs.log_density - golden["log_density"])
+        off_density = float(differences[compared_pixels(golden["log_density"])].max())
         # Written so that NaN fails.
         if not (off_logits <= tolerance.logits and off_density <= tolerance.log_density):
             raise IncompatibleError(
@@ -277,23 +279,10 @@ def read_golden(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
         IntegrityError: not the arrays that the ModelSpec asks for.
     """
     spec = bundle.manifest.spec
-    shapes = {
-        "image": (1, 1, spec.height, spec.width),
-        "logits": (1, len(spec.classes)),
-        "log_density": (1, 1, spec.height, spec.width),
-    }
-    try:
-        with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in shapes}
-    except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"{bundle.path / GOLDEN} is malformed: {error}") from error
-    for name, array in arrays.items():
-        if array.shape != shapes[name] or array.dtype != np.float32:
-            raise IntegrityError(
-                f"{bundle.path / GOLDEN}: {name} is {array.dtype} {array.shape}, expected float32 "
-                f"{shapes[name]}"
-            )
-    return arrays
+    canvas = (1, 1, spec.height, spec.width)
+    shapes = {IMAGE: canvas, LOGITS: (1, len(spec.classes)), LOG_DENSITY: canvas}
+    expected = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+    return bundle.read_arrays(GOLDEN, expected)
 
 
 def _as_film(given: Readable) -> Film:

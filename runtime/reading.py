@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.runtime.canvas import Geometry
+from cxrgaze.films.canvas import Geometry
 from cxrgaze.spec import NOTICE, PixelSource
 
 

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.bundle import Bundle, Gate, Precision, Target
+from cxrgaze.bundles.bundle import Bundle
+from cxrgaze.bundles.manifest import Arithmetic, Manifest, Precision, Target
+from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.errors import DeviceError, IncompatibleError, IntegrityError, OutOfMemoryError
 from cxrgaze.runtime import plans
-from cxrgaze.runtime.backends import ANY, Outputs
+from cxrgaze.runtime.backend import ANY_TARGET, Backend
 from cxrgaze.runtime.device import Device, open_device
 from cxrgaze.runtime.trt_library import Library
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec, Outputs
 
 _STAGES = ("h2d", "compute", "d2h")
 
@@ -61,7 +63,7 @@ def load_engine(
     return LoadedEngine(runtime, engine, log, (note,) if note else ())
 
 
-class TensorRT:
+class TensorRT(Backend):
     """Runs a plan of the cache.
 
     Args:
@@ -73,8 +75,8 @@ class TensorRT:
     """
 
     serves: Mapping[Precision, frozenset[Target]] = {
-        "fp32": ANY,
-        "fp16": ANY,
+        "fp32": ANY_TARGET,
+        "fp16": ANY_TARGET,
         "int8": frozenset({"tensorrt"}),
     }
 
@@ -89,17 +91,25 @@ class TensorRT:
     ) -> None:
         self.name = library.name
         self.device = record.built_on["gpu"]
-        self.tolerance = f"{library.name}-tf32" if record.inputs.tf32 else library.name
         self._library = library
         self._cache = cache
         self._record = record
+        # Its own verdict: what its graph passed on the host says nothing of the plan.
+        self.gate = record.gate or Gate(
+            level="engine",
+            verdict="not_gated",
+            reason="this plan's accuracy was not measured; run: cxrgaze-build --gate SET",
+        )
         self._allow_host_code = allow_host_code
         self._opens = opens
         self._device: Device | None = None
         self._loaded: LoadedEngine | None = None
         self._context: Any = None
-        self.stages_ms: Mapping[str, float] = {}
-        self.memory_bytes: Mapping[str, int] = {}
+
+    def arithmetic(self, manifest: Manifest) -> Arithmetic:
+        """TensorFloat-32 where the plan may use it for a float32 graph."""
+        said = super().arithmetic(manifest)
+        return "tf32" if said == "float32" and self._record.inputs.tf32 else said
 
     def activate(self, bundle: Bundle) -> None:
         """Load the plan, make its context and all buffers.
@@ -120,6 +130,7 @@ class TensorRT:
                 self._prepare(device, plan, bundle.manifest.spec)
                 taken = max(free - device.free_bytes(), 0)
                 self.memory_bytes = {"plan": len(plan), "device": taken}
+                self.notes = self._standing_notes()
         except BaseException:
             self.deactivate()
             raise
@@ -208,17 +219,7 @@ class TensorRT:
             said = self._library.said(self._loaded.log) if self._loaded else ""
             raise DeviceError(f"{self.name}: {call} failed: {said}")
 
-    @property
-    def gate(self) -> Gate:
-        """The plan's own verdict: what its graph passed on the host says nothing of the plan."""
-        return self._record.gate or Gate(
-            level="engine",
-            verdict="not_gated",
-            reason="this plan's accuracy was not measured; run: cxrgaze-build --gate SET",
-        )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
+    def _standing_notes(self) -> tuple[str, ...]:
         """What every reading must say of this plan on this device."""
         notes = self._loaded.notes if self._loaded else ()
         built_on = self._record.built_on["gpu"]

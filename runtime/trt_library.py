@@ -4,7 +4,8 @@
 `tensorrt_rtx` 1.x. Networks are always strongly typed and I/O goes by name, so that what is left is
 little: TensorRT-RTX compiles ahead of time for given compute capabilities, says before it loads a
 plan whether it can, and has no workspace, timing cache, version or hardware compatibility to ask
-for (toolchain.md sections 4 and 7). docs/tensorrt.md has the table of our calls by version.
+for (docs/graphs.md#strong-typing, docs/graphs.md#tensorrt-rtx).
+docs/tensorrt.md has the table of our calls by version.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import read_regular, write_atomic
+from cxrgaze.runtime import device
 
 NAMES = ("tensorrt", "tensorrt_rtx")
 """Modules, in the order that a build prefers."""
@@ -180,6 +182,13 @@ def versions() -> dict[str, str]:
         except (ImportError, OSError):
             continue
     return found
+
+
+def beside_a_gpu() -> list[str]:
+    """Names of the libraries that could run here; none without a GPU, whatever is installed."""
+    if isinstance(device.gpus(), str):  # asked first: importing a TensorRT takes its time
+        return []
+    return list(versions())
 
 
 def find(name: str = "auto") -> Library:

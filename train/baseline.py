@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from cxrgaze.samples import FilmRow
+from cxrgaze.evidence.labelled_set import FilmRow
 
 
 def view_and_age(

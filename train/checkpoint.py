@@ -9,25 +9,24 @@ from __future__ import annotations
 import pickle
 import platform
 import struct
-from importlib.metadata import version
 from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from cxrgaze.bundle import Decision, Head
+from cxrgaze.bundles.manifest import Decision
+from cxrgaze.environment import versions
 from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
-from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
-from cxrgaze.spec import NOTICE, Frozen, ModelSpec, complaint
+from cxrgaze.files import read_regular, sha256, write_atomic
+from cxrgaze.records import Record, parse_record
+from cxrgaze.spec import NOTICE, Head, ModelSpec
 from cxrgaze.train.model import VARIANTS, Network, network_of
 from cxrgaze.train.origin import Origin
 
-SCHEMA_VERSION = 1
 _WEIGHTS_LIMIT = 4 << 30
 _CARD_LIMIT = 16 << 20
 UNREADABLE = (
@@ -43,10 +42,14 @@ UNREADABLE = (
 """What reading a file of tensors raises when it is none."""
 
 
-class Card(Frozen):
+class Card(Record):
     """What the weights are, how they were made and what was measured."""
 
-    schema_version: int = SCHEMA_VERSION
+    VERSION = 1
+    WHAT = "checkpoint card"
+    REMEDY = "train again or use the version that wrote it"
+
+    schema_version: int = VERSION
     notice: str = NOTICE
     name: str
     spec: ModelSpec
@@ -91,9 +94,7 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
-            "cxrgaze": version("cxrgaze"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **versions("torch"),
             "machine": platform.machine(),
             "threads": str(torch.get_num_threads()),
         },
@@ -106,7 +107,7 @@ def save(path: Path, network: Network, **card: Any) -> Card:
 
 def write_card(path: Path, card: Card) -> None:
     """Write the card beside the weights `path`."""
-    write_atomic(path.with_suffix(".json"), render_json(card.model_dump(mode="json")))
+    write_atomic(path.with_suffix(".json"), card.rendered())
 
 
 def weights_bytes(network: nn.Module) -> bytes:
@@ -145,7 +146,7 @@ def load(path: Path) -> tuple[Network, Card]:
             raise UsageError(
                 f"{needed} does not exist; a checkpoint is NAME.safetensors + NAME.json"
             )
-    card = _read_card(card_path)
+    card = parse_record(Card, read_regular(card_path, _CARD_LIMIT), str(card_path))
     data = read_regular(path, _WEIGHTS_LIMIT)
     if sha256(data) != card.weights_sha256:
         raise IntegrityError(f"{path}: SHA-256 differs from {card_path.name}: altered or cut short")
@@ -185,16 +186,3 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str
 def demo_path() -> Path:
     """The demo checkpoint that ships with the package: `tiny`, trained on phantoms."""
     return Path(str(resource_files("cxrgaze.train") / "demo" / "demo.safetensors"))
-
-
-def _read_card(path: Path) -> Card:
-    content = parse_json(read_regular(path, _CARD_LIMIT), str(path))
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise IntegrityError(
-            f"{path}: schema version {content.get('schema_version')!r}, this cxrgaze reads "
-            f"{SCHEMA_VERSION}; train again or use the version that wrote it"
-        )
-    try:
-        return Card.model_validate(content)
-    except ValidationError as error:
-        raise IntegrityError(f"{path} is not a checkpoint card: {complaint(error)}") from error

@@ -176,11 +176,11 @@ def _add_demo(commands: Any) -> None:
 
 def _fit(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
-    from cxrgaze.samples import LabelledSet
+    from cxrgaze.evidence.labelled_set import LabelledSet
     from cxrgaze.train.config import load_config
     from cxrgaze.train.fit import fit
-    from cxrgaze.train.run import Start, read_run
-    from cxrgaze.train.trainer import Machine
+    from cxrgaze.train.run_folder import Start, read_run
+    from cxrgaze.train.stage_run import Machine
 
     if args.resume:
         if args.config or args.overrides or args.init != "random" or args.teacher:
@@ -216,7 +216,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from cxrgaze.train.assess import Options, assess
+    from cxrgaze.train.evaluation import Options, assess
 
     return assess(
         Options(
@@ -234,8 +234,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _phantom(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
-    from cxrgaze.phantom import write_phantom_set
-    from cxrgaze.samples import SPLITS
+    from cxrgaze.evidence.labelled_set import SPLITS
+    from cxrgaze.evidence.phantom import write_phantom_set
 
     sizes = {split: size for split in SPLITS if (size := getattr(args, split))}
     if not sizes or not 0 <= args.difficulty <= 1:

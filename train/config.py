@@ -7,7 +7,6 @@ machine (processes, devices, threads, folders) are not here: they do not belong 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resource_files
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.errors import UsageError
-from cxrgaze.heatmaps import PRESETS
-from cxrgaze.spec import STRIDE, Frozen, complaint
+from cxrgaze.evidence.heatmaps import PRESETS
+from cxrgaze.files import parse_toml, read_toml
+from cxrgaze.records import Frozen, complaint
+from cxrgaze.spec import STRIDE
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     FILM_LOSSES,
@@ -27,11 +28,6 @@ from cxrgaze.train.losses import (
     TEACH_SALIENCY,
 )
 from cxrgaze.train.model import VARIANTS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Part = Literal["dense", "skips", "decoder", "saliency", "classifier"]
 
@@ -150,7 +146,7 @@ class TrainConfig(Frozen):
     canvas: tuple[int, int] | None = None
     """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
     heatmap: Annotated[str, _one_of("heatmap preset", PRESETS)]
-    """How gaze becomes a density: a name of `cxrgaze.heatmaps.PRESETS`."""
+    """How gaze becomes a density: a name of `cxrgaze.evidence.heatmaps.PRESETS`."""
     seed: int = Field(default=0, ge=0)
     deterministic: bool = False
     """Refuse operations that are not deterministic (on a CPU with one thread all are)."""
@@ -222,13 +218,11 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text}: expected KEY=VALUE")
+        whole = key.endswith(".loss")
         try:
-            content = _merge(content, tomllib.loads(f"{key}={value}"), whole=key.endswith(".loss"))
-        except tomllib.TOMLDecodeError:
-            try:  # a bare word is a string
-                content = _merge(content, tomllib.loads(f'{key}="{value}"'))
-            except tomllib.TOMLDecodeError as error:
-                raise UsageError(f"--set {text}: {error}") from error
+            content = _merge(content, parse_toml(f"{key}={value}", text), whole)
+        except UsageError:  # a bare word is a string
+            content = _merge(content, parse_toml(f'{key}="{value}"', f"--set {text}"))
     stages = content.get("stages")
     if isinstance(stages, dict):
         content["stages"] = {name: stage for name, stage in stages.items() if stage is not False}
@@ -250,15 +244,11 @@ def _merged(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(f"configs are based on each other: {' -> '.join((*seen, source))}")
     path = Path(source)
     if source in preset_names():
-        data = (_presets() / f"{source}.toml").read_bytes()
+        content = parse_toml((_presets() / f"{source}.toml").read_text(), source)
     elif path.is_file():
-        data = path.read_bytes()
+        content = read_toml(path)
     else:
         raise UsageError(f"{source} is neither a preset ({', '.join(preset_names())}) nor a file")
-    try:
-        content = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source} is not valid TOML: {error}") from error
     base = content.pop("base", None)
     return _merge(_merged(str(base), (*seen, source)), content) if base else content
 

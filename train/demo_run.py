@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from cxrgaze import heatmaps
 from cxrgaze.command import say
-from cxrgaze.phantom import HARD, write_phantom_set
-from cxrgaze.runtime.dataset import load_arrays
-from cxrgaze.samples import LabelledSet, write_set
+from cxrgaze.evidence import heatmaps
+from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet, write_set
+from cxrgaze.evidence.phantom import HARD, write_phantom_set
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import TrainConfig
-from cxrgaze.train.evaluate import evaluate
+from cxrgaze.train.figures import evaluate
 from cxrgaze.train.fit import fit
-from cxrgaze.train.run import Start
+from cxrgaze.train.run_folder import Start
 
 HELD_OUT = 300
 HARD_FIRST_SEED = 100_000  # apart from the seeds that training and the easy test use

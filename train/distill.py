@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from cxrgaze.command import counted
 from cxrgaze.errors import IncompatibleError
-from cxrgaze.runtime.canvas import Geometry, to_canvas
-from cxrgaze.runtime.dataset import Arrays
-from cxrgaze.runtime.film import film_from_bytes
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence.arrays import Arrays
+from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.films.canvas import Geometry, to_canvas
+from cxrgaze.films.decode import film_from_bytes
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train.model import Network
 

@@ -1,7 +1,7 @@
 """EGD-CXR (PhysioNet egd-cxr 1.0.0) with MIMIC-CXR films, as a source of a labelled set.
 
 Reads `master_sheet.csv` (labels, patients), `fixations.csv` (fixations) and `eye_gaze.csv` (raw
-60 Hz samples) in their published form: reference.md sections 3.1 to 3.3. The films come from
+60 Hz samples) in their published form: docs/method.md#egd-cxr. The films come from
 MIMIC-CXR, as DICOM or JPG, below one folder; their pixels must be those of the original DICOM.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.errors import DataError
-from cxrgaze.runtime.film import Film
-from cxrgaze.samples import Gaze, csv_rows
+from cxrgaze.evidence.labelled_set import Gaze, csv_rows
+from cxrgaze.films.film import Film
 from cxrgaze.train.prepare import Check, Entry, Source, find_mimic_film
 
 CLASSES = {"Normal": "normal", "CHF": "heart_failure", "pneumonia": "pneumonia"}
@@ -49,7 +49,7 @@ def screen_to_image(
         height: likewise.
 
     Points outside the film become negative. The vertical scale is that of a 1,024-line picture
-    taken for 1,080 lines, as published. Source: reference.md section 3.3.
+    taken for 1,080 lines, as published. Source: docs/method.md#screen-mapping.
     """
     top, bottom, left, right = pads
     low, high = np.array([left, top]), np.array([right, bottom])
@@ -92,7 +92,7 @@ def read_egd(folder: Path, films: Path) -> Source:
     notes = [f"{count} gaze rows dropped: {why}" for why, count in sorted(dropped.items())]
     if without:
         notes.append(f"{without} films have no gaze")
-    return Source(entries, gaze, tuple(notes))
+    return Source(entries, gaze, tuple(notes), collection="mimic-cxr")
 
 
 class _Rows:

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from cxrgaze import heatmaps
 from cxrgaze.command import say
 from cxrgaze.errors import DataError, UsageError
-from cxrgaze.runtime.dataset import UNLABELLED, Arrays, load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import heatmaps
+from cxrgaze.evidence.arrays import UNLABELLED, Arrays, load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, initial
-from cxrgaze.train.calibrate import fit_decision
 from cxrgaze.train.config import Stage, TrainConfig
+from cxrgaze.train.decision import fit_decision
 from cxrgaze.train.distill import taught
-from cxrgaze.train.evaluate import evaluate, predict
+from cxrgaze.train.figures import evaluate, predict
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     NEED_GAZE,
@@ -27,9 +27,9 @@ from cxrgaze.train.losses import (
 )
 from cxrgaze.train.model import Network, network_of, spec_of
 from cxrgaze.train.origin import Origin, check_leakage
-from cxrgaze.train.run import RunRecord, Start, open_run, set_hash
-from cxrgaze.train.stage import Films
-from cxrgaze.train.trainer import Machine, run_stage
+from cxrgaze.train.run_folder import RunRecord, Start, open_run, set_hash
+from cxrgaze.train.stage_module import Films
+from cxrgaze.train.stage_run import Machine, run_stage
 
 
 def fit(
@@ -122,7 +122,7 @@ def fit(
         trained_on=labelled.info.origin,
         lineage=(
             *origins,
-            Origin(trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256),
+            Origin.of_set(labelled.info),
         ),
         centre_prior=config.centre_prior,
         untrained=untrained,

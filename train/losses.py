@@ -7,7 +7,7 @@ loss does not depend on how a batch is dealt out.
 
 Differs from the authors' code at 6873ddf: the triplet loss takes pooled, L2-normalised features
 and averages over the triplets that violate the margin, where theirs takes unpooled maps, a norm
-over the map's width only, and the sum (reference.md 1.9-10).
+over the map's width only, and the sum (docs/method.md#contrastive-losses).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cxrgaze.runtime.dataset import UNLABELLED
-from cxrgaze.train.model import Outputs
+from cxrgaze.evidence.arrays import UNLABELLED
+from cxrgaze.train.model import HeadTensors
 
 MARGIN = 1.0
-"""Of the triplet loss (reference.md 2.1)."""
+"""Of the triplet loss (docs/method.md#contrastive-losses)."""
 CONTRAST_TEMPERATURE = 0.07
-"""Of SupCon (the value that the authors' unused copy carries, reference.md 2.1)."""
+"""Of SupCon (the value of the authors' unused copy, docs/method.md#contrastive-losses)."""
 DISTILLATION_TEMPERATURE = 2.0
 """Logits of teacher and student are divided by it."""
 
@@ -56,7 +56,7 @@ class PerFilm(NamedTuple):
     """`(N,)`, 1 or 0, in the type of `value`."""
 
 
-def cross_entropy(out: Outputs, batch: Batch) -> PerFilm:
+def cross_entropy(out: HeadTensors, batch: Batch) -> PerFilm:
     """Softmax cross-entropy of the labelled films, in nats."""
     value = F.cross_entropy(
         out.logits.float(), batch.label, ignore_index=UNLABELLED, reduction="none"
@@ -64,16 +64,16 @@ def cross_entropy(out: Outputs, batch: Batch) -> PerFilm:
     return PerFilm(value, (batch.label != UNLABELLED).to(value.dtype))
 
 
-def saliency_kl(out: Outputs, batch: Batch) -> PerFilm:
+def saliency_kl(out: HeadTensors, batch: Batch) -> PerFilm:
     """KL(gaze || prediction) of the films with gaze, in nats.
 
-    Formula: sum_x G(x) [ln G(x) - ln P(x)], zeros of G contribute nothing (reference.md 2.1). Over
+    Formula: sum_x G(x) [ln G(x) - ln P(x)], zeros of G give 0 (docs/method.md#saliency-loss). Over
     the whole canvas, where G is zero in the pad: this also drives predicted mass out of the pad.
     """
     return _kl(batch.density, out.log_density)
 
 
-def saliency_cc(out: Outputs, batch: Batch) -> PerFilm:
+def saliency_cc(out: HeadTensors, batch: Batch) -> PerFilm:
     """Minus the Pearson correlation of prediction and gaze, over the whole canvas."""
     p, q = (m.flatten(1) for m in (out.log_density.float().exp(), batch.density))
     p, q = p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)
@@ -83,7 +83,7 @@ def saliency_cc(out: Outputs, batch: Batch) -> PerFilm:
     return PerFilm(value * has_gaze, has_gaze.to(value.dtype))
 
 
-def soft_labels(out: Outputs, batch: Batch) -> PerFilm:
+def soft_labels(out: HeadTensors, batch: Batch) -> PerFilm:
     """KL(teacher || student) of softened probabilities times T squared, on every film.
 
     Source: Hinton, Vinyals & Dean, arXiv 1503.02531, section 2.
@@ -94,7 +94,7 @@ def soft_labels(out: Outputs, batch: Batch) -> PerFilm:
     return PerFilm(value, torch.ones_like(value))
 
 
-def soft_saliency(out: Outputs, batch: Batch) -> PerFilm:
+def soft_saliency(out: HeadTensors, batch: Batch) -> PerFilm:
     """KL(teacher's density || student's) in nats, on every film, gaze or not."""
     return _kl(batch.teacher_density, out.log_density)
 
@@ -140,7 +140,7 @@ def supcon(embeddings: Tensor, labels: Tensor) -> Tensor:
     return per_anchor[has_positive].sum() / has_positive.sum().clamp(min=1)
 
 
-FilmLoss = Callable[[Outputs, Batch], PerFilm]
+FilmLoss = Callable[[HeadTensors, Batch], PerFilm]
 CONTRASTIVE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"triplet": triplet, "supcon": supcon}
 ENCODER: dict[str, FilmLoss] = {"encoder_cross_entropy": cross_entropy}
 """On a linear layer over the dense encoder's embedding, dropped after its stage."""

@@ -2,10 +2,10 @@
 
 One class. A DenseNet encoder gives the bottleneck and the diagnosis features, a residual
 squeeze-and-excitation encoder gives the skips, a UNet decoder gives the saliency map, and a
-classifier fuses features of two scales (reference.md section 1).
+classifier fuses features of two scales (docs/method.md#network).
 
 Differs from the authors' code at 6873ddf: taps are returned by the forward pass instead of being
-left behind by hooks (reference.md 1.9-17), ReLU on norm5 is explicit (1.2), and parts that the
+left behind by hooks, ReLU on norm5 is explicit (docs/method.md#dense-encoder), and parts that the
 authors' object carries but never uses are absent.
 """
 
@@ -19,7 +19,9 @@ from monai.networks.nets.densenet import DenseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cxrgaze.spec import CLASSES, Frozen, ModelSpec, PixelSource
+from cxrgaze.records import Frozen
+from cxrgaze.spec import ModelSpec, PixelSource
+from cxrgaze.train.classes import CLASSES
 
 
 class Variant(Frozen):
@@ -42,7 +44,7 @@ class Variant(Frozen):
 
 
 VARIANTS = {
-    # reference.md sections 1.2 to 1.6: DenseNet201, 66,637,380 parameters.
+    # docs/method.md#network: DenseNet201, 66,637,380 parameters.
     "paper": Variant(
         height=640,
         width=512,
@@ -85,7 +87,21 @@ VARIANTS = {
 }
 
 
-class Outputs(NamedTuple):
+KEPT = ("/dense/conv0/", "/skips.0/", "/saliency/")
+"""Convolutions that stay in higher precision, by the path of their module: they see the image's own
+256 grey levels or make the map."""
+
+
+def block_of(node: str) -> str:
+    """The block of the network that a node of its graph belongs to, as "dense/denseblock3".
+
+    The first module of its path, or the first two where the first holds them all.
+    """
+    parts = node.strip("/").split("/")
+    return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
+
+
+class HeadTensors(NamedTuple):
     """What the network returns; the tensor names of the exported graph."""
 
     logits: Tensor
@@ -95,7 +111,7 @@ class Outputs(NamedTuple):
 
 
 class DenseTaps(NamedTuple):
-    """The two taps of the dense encoder, both at stride 32 (reference.md 1.2)."""
+    """The two taps of the dense encoder, both at stride 32 (docs/method.md#dense-encoder)."""
 
     bottleneck: Tensor
     """T1: the last dense block's output, before norm5, without ReLU."""
@@ -131,10 +147,10 @@ class DenseEncoder(nn.Module):
 
 
 class ResidualSE(nn.Module):
-    """Residual block, then squeeze-and-excitation (reference.md 1.3).
+    """Residual block, then squeeze-and-excitation (docs/method.md#residual-se).
 
     The shortcut is always a biased 3x3 convolution without BatchNorm, as in the authors' code; the
-    paper's figure draws an identity (1.8).
+    paper's figure draws an identity.
     """
 
     def __init__(self, in_channels: int, out_channels: int, reduction: int) -> None:
@@ -211,7 +227,7 @@ class Network(nn.Module):
         variant: sizes.
         classes: number of classes.
 
-    Source: reference.md sections 1.1 to 1.6.
+    Source: docs/method.md#network.
     """
 
     def __init__(self, variant: Variant, classes: int = len(CLASSES)) -> None:
@@ -253,7 +269,7 @@ class Network(nn.Module):
             "classifier": [self.classifier],
         }
 
-    def forward(self, image: Tensor) -> Outputs:
+    def forward(self, image: Tensor) -> HeadTensors:
         """Both heads for `image` `(N, 1, H, W)` float32 in [0, 1], H and W multiples of 32."""
         taps = self.dense(image)
         skips = []
@@ -268,7 +284,7 @@ class Network(nn.Module):
         if self.prior:
             saliency = self.prior(saliency)
         features = torch.cat([taps.embedding, global_mean(x)], dim=1)
-        return Outputs(self.classifier(features), spatial_log_softmax(saliency))
+        return HeadTensors(self.classifier(features), spatial_log_softmax(saliency))
 
 
 def global_mean(x: Tensor) -> Tensor:
@@ -308,6 +324,7 @@ def spec_of(
         {
             "variant": variant,
             "model_version": model_version,
+            "classes": CLASSES,
             "height": height,
             "width": width,
             "pixel_source": pixel_source,

@@ -1,19 +1,19 @@
 """What weights were trained on, and whether that leaks into a set's test films.
 
 EGD-CXR and REFLACX are films of MIMIC-CXR. Weights trained on MIMIC-CXR with another split, or on
-nobody knows what, may have seen the test films (training.md section 5).
+nobody knows what, may have seen the test films (docs/method.md#leakage).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic import model_validator
 
 from cxrgaze.errors import DataError
-from cxrgaze.samples import SetInfo
-from cxrgaze.spec import Frozen
-
-_MIMIC = re.compile(r"\b(mimic|egd|reflacx)", re.IGNORECASE)
+from cxrgaze.evidence.labelled_set import SetInfo, with_collection
+from cxrgaze.records import Frozen
 
 
 class Origin(Frozen):
@@ -21,10 +21,24 @@ class Origin(Frozen):
 
     trained_on: str
     """In words; empty where it is unknown."""
+    collection: str = ""
+    """As `SetInfo.collection`."""
     split_sha256: str = ""
     """The set's split, where it was a labelled set."""
     weights_sha256: str = ""
     """Of the weights that were taken over; empty for a run's own films."""
+
+    @classmethod
+    def of_set(cls, info: SetInfo) -> Origin:
+        """A labelled set as the origin of weights."""
+        return cls(
+            trained_on=info.origin, collection=info.collection, split_sha256=info.split_sha256
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_say_it_in_words(cls, content: Any) -> Any:
+        return with_collection(content, "trained_on")
 
 
 def leakage(info: SetInfo, origins: Sequence[Origin]) -> str | None:
@@ -35,9 +49,9 @@ def leakage(info: SetInfo, origins: Sequence[Origin]) -> str | None:
     for origin in origins:
         if origin.split_sha256 and origin.split_sha256 == info.split_sha256:
             continue
-        if _is_mimic(info.origin) and not origin.trained_on:
+        if info.collection and not origin.trained_on:
             why = "nothing is known of what they were trained on; say it with --init-origin"
-        elif _is_mimic(info.origin) and _is_mimic(origin.trained_on):
+        elif info.collection and info.collection == origin.collection:
             why = f"they were trained on {origin.trained_on!r} with another split"
         elif origin.trained_on == info.origin:
             why = "they were trained on the same films with another split"
@@ -65,7 +79,3 @@ def check_leakage(info: SetInfo, origins: Sequence[Origin], *, allow: bool = Fal
             f"{why} Their test films may be training films; "
             "choose other weights, or give --allow-leakage and report no test figures"
         )
-
-
-def _is_mimic(text: str) -> bool:
-    return bool(_MIMIC.search(text))

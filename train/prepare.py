@@ -17,20 +17,23 @@ from pydantic import ValidationError
 
 from cxrgaze.command import counted, say
 from cxrgaze.errors import DataError, FilmError
-from cxrgaze.files import checked_relative
-from cxrgaze.runtime.film import Film, load_film
-from cxrgaze.samples import (
+from cxrgaze.evidence.labelled_set import (
     FilmRow,
     Gaze,
     LabelledSet,
     SetInfo,
     Split,
     assign_splits,
+    collection_of,
     csv_rows,
     read_gaze,
     write_set,
 )
-from cxrgaze.spec import CLASSES, complaint
+from cxrgaze.files import checked_relative
+from cxrgaze.films.decode import load_film
+from cxrgaze.films.film import Film
+from cxrgaze.records import complaint
+from cxrgaze.train.classes import CLASSES
 
 _COLUMNS = ("patient", "label", "view", "age", "sex", "split")
 
@@ -62,6 +65,8 @@ class Source:
     """By `Entry.file`."""
     notes: tuple[str, ...] = ()
     """What was dropped on the way."""
+    collection: str = ""
+    """As `SetInfo.collection`; "" takes it from the words of the origin."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
     """The source of a folder of films and a CSV of labels, and gaze of any eye tracker.
 
     Args:
-        gaze: a CSV in the form of `fixations.csv` (`cxrgaze.samples.GAZE_COLUMNS`), its column
+        gaze: a CSV in the form of `fixations.csv` (`labelled_set.GAZE_COLUMNS`), its column
             film as the labels' column file.
 
     Raises:
@@ -119,6 +124,7 @@ def prepare(source: Source, options: Options) -> LabelledSet:
     info = SetInfo(
         name=options.output.name,
         origin=options.origin,
+        collection=source.collection or collection_of(options.origin),
         domain="phantom" if options.synthetic else "clinical",
         classes=tuple(c.name for c in CLASSES),
     )

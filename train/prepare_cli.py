@@ -79,7 +79,7 @@ def add(commands: Any) -> None:
 
 def _prepare(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
-    from cxrgaze.samples import SPLITS
+    from cxrgaze.evidence.labelled_set import SPLITS
     from cxrgaze.train.egd import read_egd
     from cxrgaze.train.prepare import Options, prepare, read_table, summary
     from cxrgaze.train.reflacx import read_reflacx
@@ -115,7 +115,6 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     options = Options(
         output=args.output,
-        # A data set's own name stays in the origin: possible leakage is judged by it.
         origin=args.origin if args.labels and args.origin else f"{origin} {args.origin}".strip(),
         label_map=label_map,
         shares={split: shares[split] for split in SPLITS if split in shares},

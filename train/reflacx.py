@@ -1,7 +1,7 @@
 """REFLACX (PhysioNet reflacx-xray-localization 1.0.0) with MIMIC-CXR films, as a source.
 
 Reads `main_data/metadata_phase_{1,2,3}.csv` and each reading's `fixations.csv` in their published
-form: reference.md section 3.5. Fixations only; the 1000 Hz samples are not needed for a density.
+form: docs/method.md#reflacx. Fixations only; the 1000 Hz samples are not needed for a density.
 
 There is no Normal, CHF or pneumonia label in REFLACX: films are unlabelled unless the caller maps
 findings to classes. A finding is present in a film if at least half of its readings give it with
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from cxrgaze.errors import DataError
-from cxrgaze.runtime.film import Film
-from cxrgaze.samples import Gaze, csv_rows
+from cxrgaze.evidence.labelled_set import Gaze, csv_rows
+from cxrgaze.films.film import Film
 from cxrgaze.train.prepare import Check, Entry, Source, find_mimic_film
 
 CERTAIN = 3
@@ -112,7 +112,7 @@ def read_reflacx(folder: Path, films: Path, classes: Mapping[str, str]) -> Sourc
         gaze[film.entry.file] = _joined(film.gaze)
     if two:
         notes.append(f"{two} films unlabelled: their findings map to more than one class")
-    return Source(entries, gaze, tuple(notes))
+    return Source(entries, gaze, tuple(notes), collection="mimic-cxr")
 
 
 def _film_of(

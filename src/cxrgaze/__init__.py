@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cxrgaze.errors import CxrgazeError
 
 if TYPE_CHECKING:
-    from cxrgaze.runtime.film import Film
+    from cxrgaze.films.film import Film
     from cxrgaze.runtime.reader import Reader, load
     from cxrgaze.runtime.reading import Reading
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CxrgazeError", "Film", "Reader", "Reading", "__version__", "load"]
 
 _HOME = {
-    "Film": "cxrgaze.runtime.film",
+    "Film": "cxrgaze.films.film",
     "Reader": "cxrgaze.runtime.reader",
     "Reading": "cxrgaze.runtime.reading",
     "load": "cxrgaze.runtime.reader",

@@ -114,7 +114,7 @@ def add_cache(arguments: argparse.ArgumentParser) -> None:
 
 
 def add_split(arguments: argparse._ActionsContainer, flag: str, default: str) -> None:
-    """Add a split of a labelled set, or "all" (`cxrgaze.samples.split_named`)."""
+    """Add a split of a labelled set, or "all" (`cxrgaze.evidence.labelled_set.split_named`)."""
     choices = ("train", "val", "test", "all")
     arguments.add_argument(flag, choices=choices, default=default, help=f"(default {default})")
 
@@ -142,16 +142,15 @@ def steps(total: int | float, shown: bool = True) -> Any:
 class Steps:
     """Named steps of a long command on standard error: number, name, seconds."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
+    def __init__(self) -> None:
+        self._begun = 0
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """The step `name`, around its block."""
-        self._done += 1
+        self._begun += 1
         started = time.perf_counter()
-        print(f"[{self._done}/{self._total}] {name} ...", end="", file=sys.stderr, flush=True)
+        print(f"[{self._begun}] {name} ...", end="", file=sys.stderr, flush=True)
         try:
             yield
         except BaseException:

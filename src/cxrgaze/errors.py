@@ -23,7 +23,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command (design.md section 4)."""
+    """Exit codes of every command (docs/graphs.md#exit-codes)."""
 
     OK = 0
     FAILURE = 1

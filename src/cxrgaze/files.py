@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -112,15 +113,41 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        UsageError: not TOML; `name` is used in the message.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name} is not TOML: {error}") from error
+    return tables
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UsageError: it cannot be read, or is not TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+
+
 def render_json(value: Any) -> bytes:
     """The one rendering of a JSON value: UTF-8, two spaces, keys in their order, final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def render_digested(content: dict[str, Any]) -> bytes:
-    """The rendering of an object whose `digest` is the SHA-256 of it with an empty digest."""
-    digest = sha256(render_json({**content, "digest": ""}))
-    return render_json({**content, "digest": digest})
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -7,13 +7,18 @@ natural logarithms.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-IMAGE = "image"
-LOGITS = "logits"
-LOG_DENSITY = "log_density"
+from cxrgaze.records import Frozen
+
+IMAGE: Final = "image"
+LOGITS: Final = "logits"
+LOG_DENSITY: Final = "log_density"
 
 STRIDE = 32  # the deepest stride of the network: canvas sides are multiples of it
 PREPROCESSING = 1  # raised whenever the same film would give another canvas
@@ -21,22 +26,11 @@ SPEC_KEY = "cxrgaze.spec"  # key of the spec in the ONNX metadata
 
 NOTICE = "Research software, not a medical device. Not for diagnostic use."
 
+Head = Literal["logits", "log_density"]
 Domain = Literal["clinical", "phantom", "none"]
 PixelSource = Literal[
     "image-8bit", "image-16bit", "dicom-window", "dicom-voi-lut", "dicom-percentile", "array"
 ]
-
-
-class Frozen(BaseModel):
-    """Base of all records: immutable, unknown keys and non-finite numbers are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def complaint(error: ValidationError) -> str:
-    """The first complaint of a validation error, on one line."""
-    detail = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, detail['loc'])) or 'as a whole'}: {detail['msg']}"
 
 
 class DiseaseClass(Frozen):
@@ -45,15 +39,7 @@ class DiseaseClass(Frozen):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     display: str
     snomed: str
-    """SNOMED CT code (dicom.md section 2: check against SNOMED before a clinical release)."""
-
-
-CLASSES = (
-    DiseaseClass(name="normal", display="Normal", snomed="17621005"),
-    DiseaseClass(name="heart_failure", display="Heart failure", snomed="42343007"),
-    DiseaseClass(name="pneumonia", display="Pneumonia", snomed="233604007"),
-)
-"""The paper's three classes in the paper's order (reference.md section 1.6)."""
+    """SNOMED CT code (check against SNOMED before clinical use: docs/dicom.md#class-codes)."""
 
 
 class ModelSpec(Frozen):
@@ -65,7 +51,7 @@ class ModelSpec(Frozen):
 
     variant: str
     model_version: str
-    classes: tuple[DiseaseClass, ...] = CLASSES
+    classes: tuple[DiseaseClass, ...]
     height: int = Field(gt=0, multiple_of=STRIDE)
     """Canvas height in pixels."""
     width: int = Field(gt=0, multiple_of=STRIDE)
@@ -104,3 +90,16 @@ class ModelSpec(Frozen):
             "what it says of a real film means nothing.",
             "none": "Untrained: random weights, for latency work only. The output means nothing.",
         }[self.domain]
+
+
+class Outputs(NamedTuple):
+    """Both heads for N films as arrays, which belong to the caller."""
+
+    logits: NDArray[np.float32]
+    """`(N, C)`."""
+    log_density: NDArray[np.float32]
+    """`(N, 1, H, W)`."""
+
+
+Infer = Callable[[NDArray[np.float32]], Outputs]
+"""Both heads of `image` `(N, 1, H, W)` float32 in [0, 1], whatever computes them."""

@@ -16,7 +16,7 @@ from cxrgaze.benchmarks import cli, measure, scenarios
 from cxrgaze.benchmarks.record import STAGES, read_report
 from cxrgaze.errors import ExitCode, IntegrityError
 from cxrgaze.runtime import reader as runtime_reader
-from cxrgaze.runtime.backends import Outputs
+from cxrgaze.spec import Outputs
 
 SMALL = ["--samples", "24", "--warmup", "1", "--threads", "1", "--after-idle", "1"]
 PAGES = {"report.json", "report.md", "report.html", "report.csv", "samples.svg"}

@@ -9,12 +9,12 @@ import pytest
 
 from cxrgaze.benchmarks import peers, sweep
 from cxrgaze.benchmarks.record import Config
-from cxrgaze.bundle import Bundle
-from cxrgaze.engines import gate
+from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.errors import UsageError
+from cxrgaze.evidence import gate
 from cxrgaze.export import cli as export_cli
 from cxrgaze.export import pipeline
-from cxrgaze.runtime.backends import Outputs
+from cxrgaze.spec import Outputs
 
 CONFIG = Config(samples=1, warmup_seconds=0, seconds=1, threads=1, cold_starts=1, after_idle=1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from cxrgaze.bundle import GRAPH, Bundle
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.engines import build as engine
 from cxrgaze.engines import cli, inspect_cli
 from cxrgaze.errors import BuildError, ExitCode, IncompatibleError, UsageError

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import cxrgaze
-from cxrgaze import metrics, phantom
-from cxrgaze.bundle import Bundle
+from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.engines import cli
 from cxrgaze.errors import ExitCode
+from cxrgaze.evidence import metrics, phantom
 from cxrgaze.runtime import device, host, plans, support, trt_library
 
 pytestmark = pytest.mark.gpu

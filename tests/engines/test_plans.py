@@ -12,16 +12,16 @@ from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import sha256
 from cxrgaze.runtime.plans import (
     Cache,
-    Here,
     PlanInputs,
     PlanRecord,
+    PlanSite,
     check_header,
     read_record,
     require_fit,
 )
 
 PLAN = b"not executable" * 100
-HERE = Here("tensorrt", "10.3.0", "87", "linux-aarch64")
+HERE = PlanSite("tensorrt", "10.3.0", "87", "linux-aarch64")
 
 
 def _inputs(**changes):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import cxrgaze
-from cxrgaze.bundle import Bundle
+from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.errors import ExitCode
 from cxrgaze.export import cli
 from cxrgaze.train import checkpoint

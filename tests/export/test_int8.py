@@ -8,10 +8,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cxrgaze import metrics
-from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.engines import gate
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.errors import ParityError
+from cxrgaze.evidence import gate, metrics
 from cxrgaze.export import forms, graph, int8
 from cxrgaze.export.session import host_session
 

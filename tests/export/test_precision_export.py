@@ -13,11 +13,11 @@ import onnx
 import pytest
 
 import cxrgaze
-from cxrgaze.bundle import GRAPH, REFERENCE, Bundle
-from cxrgaze.engines import gate
+from cxrgaze.bundles.bundle import GRAPH, REFERENCE, Bundle
 from cxrgaze.errors import ExitCode, GateError, IncompatibleError, ParityError
-from cxrgaze.export import attempts, audit, cli, forms, int8, pipeline
-from cxrgaze.phantom import write_phantom_set
+from cxrgaze.evidence import gate
+from cxrgaze.evidence.phantom import write_phantom_set
+from cxrgaze.export import audit, cli, forms, int8, pipeline, search
 from cxrgaze.train import checkpoint
 
 
@@ -117,8 +117,8 @@ class _Fake:
 
 
 def _search(fake, tmp_path, blocks=("a", "b", "c"), budget=10):
-    log = attempts.Log(tmp_path / "log.json", "key")
-    return attempts.fallback(fake.forms, blocks, fake, fake.distance, log, budget)
+    log = search.Log(tmp_path / "log.json", "key")
+    return search.fallback(fake.forms, blocks, fake, fake.distance, log, budget)
 
 
 def test_the_search_ranks_blocks_and_keeps_the_fewest_that_pass(tmp_path):
@@ -126,7 +126,7 @@ def test_the_search_ranks_blocks_and_keeps_the_fewest_that_pass(tmp_path):
     made = _search(fake, tmp_path)
     assert fake.measured == [("b", "c"), ("a", "c"), ("a", "b")]  # each alone in low precision
     assert fake.tried == [("c",), ("b", "c")] == [m.form.kept for m in made]
-    assert attempts.best(made).gate.verdict == "pass"
+    assert search.best(made).gate.verdict == "pass"
 
 
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
@@ -135,7 +135,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
     again = _Fake({"b"}, {"b": 0.01})
     _search(again, tmp_path)
     assert again.tried == [("b",)] and not again.measured  # the ranking was known
-    log = attempts.Log(tmp_path / "log.json", "another network")
+    log = search.Log(tmp_path / "log.json", "another network")
     assert log.distance(["a"], lambda: 0.5) == 0.5
     assert log.distance(["b"], lambda: float("inf")) == 1e9
 
@@ -143,7 +143,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
 def test_the_search_keeps_to_its_budget(tmp_path):
     fake = _Fake({"z"}, {})
     made = _search(fake, tmp_path, budget=5)
-    assert len(fake.tried) == 2 and attempts.best(made).gate.verdict == "fail"
+    assert len(fake.tried) == 2 and search.best(made).gate.verdict == "fail"
     with pytest.raises(ParityError, match="takes 3 trials"):
         _search(fake, tmp_path, budget=2)
 
@@ -165,7 +165,7 @@ def test_what_ranks_is_the_output_that_fails(losses, head):
     ]
     comparison = types.SimpleNamespace(quantities=quantities)
     attempt = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=comparison))
-    assert attempts.weakest_head(attempt) == head
+    assert search.weakest_head(attempt) == head
 
 
 def _export(tmp_path, *arguments):

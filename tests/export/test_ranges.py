@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxrgaze.bundle import GRAPH, Bundle
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.export import ranges
 from cxrgaze.export.ranges import _BINS, Tally, collect
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import cxrgaze
-from cxrgaze import metrics, phantom
 from cxrgaze.errors import FilmError, NotApplicableError, UsageError
-from cxrgaze.runtime.canvas import Geometry
-from cxrgaze.runtime.film import Film
+from cxrgaze.evidence import metrics, phantom
+from cxrgaze.films.canvas import Geometry
+from cxrgaze.films.film import Film
 from cxrgaze.runtime.overlay import render, top_mass_level
 
 
@@ -134,7 +134,7 @@ def test_a_closed_reader_says_so(bundles):
 def test_operating_points_and_temperature_act(reader):
     from dataclasses import replace
 
-    from cxrgaze.bundle import Decision
+    from cxrgaze.bundles.manifest import Decision
 
     pixels = phantom.draw(3).pixels
     plain = reader.read(pixels)

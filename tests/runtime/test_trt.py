@@ -17,8 +17,7 @@ import onnxruntime
 import pytest
 
 import cxrgaze
-from cxrgaze.bundle import GRAPH, Bundle
-from cxrgaze.engines import gate
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.engines.build import gated
 from cxrgaze.errors import (
     DeviceError,
@@ -27,6 +26,7 @@ from cxrgaze.errors import (
     IntegrityError,
     OutOfMemoryError,
 )
+from cxrgaze.evidence import gate
 from cxrgaze.files import sha256
 from cxrgaze.runtime import backends, plans, trt_library
 from cxrgaze.runtime import device as device_layer

@@ -14,14 +14,14 @@ import lightning
 import numpy as np
 import torch
 
-from cxrgaze import heatmaps
-from cxrgaze.runtime.dataset import UNLABELLED, load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import heatmaps
+from cxrgaze.evidence.arrays import UNLABELLED, load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import load_config
 from cxrgaze.train.distill import taught
 from cxrgaze.train.model import network_of, spec_of
-from cxrgaze.train.stage import Films, StageModule
+from cxrgaze.train.stage_module import Films, StageModule
 
 
 class Keep(lightning.Callback):

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
-from cxrgaze.heatmaps import PRESETS
-from cxrgaze.runtime.dataset import load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import phantom
+from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.heatmaps import PRESETS
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.train import cli
 from cxrgaze.train.egd import SAMPLE_MS, read_egd, screen_to_image
 from cxrgaze.train.model import spec_of
 
-# reference.md 3.2: 59 and 37 columns, in the published order.
+# docs/method.md#egd-cxr: 59 and 37 columns, in the published order.
 MASTER = (
     "dicom_id path study_id patient_id stay_id gender anchor_age image_top_pad image_bottom_pad "
     "image_left_pad image_right_pad "
@@ -136,7 +136,7 @@ def _prepare(egd, *more):
 
 
 def test_the_check_vector_of_the_screen_mapping():
-    """reference.md 3.3, and a point outside as int(-scale)."""
+    """docs/method.md#screen-mapping, and a point outside as int(-scale)."""
     found = screen_to_image(np.array([[0.5, 0.5], [0.1, 0.5]]), PADS, 2544, 3056)
     assert found[0].tolist() == [1272, 1528]
     assert found[1].tolist() == [int(-2544 / 852), int(-3056 / 1080)] == [-2, -2]

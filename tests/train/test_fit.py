@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cxrgaze import phantom
 from cxrgaze.errors import (
     CxrgazeError,
     DataError,
@@ -24,16 +23,17 @@ from cxrgaze.errors import (
     IntegrityError,
     UsageError,
 )
-from cxrgaze.runtime.dataset import UNLABELLED, load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import phantom
+from cxrgaze.evidence.arrays import UNLABELLED, load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet, SetInfo
 from cxrgaze.spec import ModelSpec
-from cxrgaze.train import checkpoint, cli, fit, stage, trainer
+from cxrgaze.train import checkpoint, cli, fit, stage_module, stage_run
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, load_config
 from cxrgaze.train.model import VARIANTS, Network, network_of
 from cxrgaze.train.origin import Origin, check_leakage
-from cxrgaze.train.run import Start
-from cxrgaze.train.trainer import Machine
+from cxrgaze.train.run_folder import Start
+from cxrgaze.train.stage_run import Machine
 
 SHORT = [
     "stages.contrastive.epochs=2",
@@ -170,7 +170,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch, ep
                 raise _Stop
             done.append(1)
 
-        patch.setattr(stage.StageModule, "on_train_epoch_start", stop)
+        patch.setattr(stage_module.StageModule, "on_train_epoch_start", stop)
         with pytest.raises(_Stop):
             fit.fit(small, config, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "demo.safetensors").exists()
@@ -205,7 +205,7 @@ def test_a_run_killed_between_a_stages_last_epoch_and_its_record_is_resumed(
         def stop(*anything):
             raise _Stop
 
-        patch.setattr(trainer.checkpoint, "load_weights", stop)
+        patch.setattr(stage_run.checkpoint, "load_weights", stop)
         with pytest.raises(_Stop):
             fit.fit(small, config, tmp_path / "stopped")
     fit.fit(small, config, tmp_path / "stopped", resume=True)
@@ -222,7 +222,7 @@ def test_a_damaged_state_says_what_to_delete(small, tmp_path, monkeypatch, conte
         def stop(*anything):
             raise _Stop
 
-        patch.setattr(trainer.checkpoint, "load_weights", stop)
+        patch.setattr(stage_run.checkpoint, "load_weights", stop)
         with pytest.raises(_Stop):
             fit.fit(small, _config(), run)
     (run / "stages" / "1-contrastive" / "last.ckpt").write_bytes(content)
@@ -250,7 +250,7 @@ def test_validation_films_of_one_class_leave_the_contrastive_stage_out(small, tm
 
 
 def _relabelled(labelled, folder, label):
-    from cxrgaze.samples import write_set
+    from cxrgaze.evidence.labelled_set import write_set
 
     rows = [r.model_copy(update={"label": label(r) or r.label}) for r in labelled.rows]
     films = [(row.film, labelled.film_bytes(row)) for row in rows]
@@ -331,7 +331,7 @@ def test_an_interrupt_is_130_and_the_run_can_go_on(small, tmp_path, monkeypatch,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.StageModule, "on_train_epoch_start", interrupt)
+        patch.setattr(stage_module.StageModule, "on_train_epoch_start", interrupt)
         assert cli.main([*arguments, *config]) == ExitCode.INTERRUPTED
     assert "--resume" in capsys.readouterr().err
     assert cli.main([*arguments, *config, "--resume"]) == ExitCode.USAGE
@@ -405,7 +405,8 @@ def test_uncertainty_weighting_is_the_authors(small):
         module.log_sigma.fill_(0.3)
     terms = {"cross_entropy": torch.tensor(0.8), "saliency_kl": torch.tensor(1.7)}
     s = np.exp(0.3)
-    by_hand = 0.8 / s**2 + np.log(1 + s) + 1.7 / 2 + np.log(2)  # reference.md 2.1
+    # docs/method.md#uncertainty-weighting
+    by_hand = 0.8 / s**2 + np.log(1 + s) + 1.7 / 2 + np.log(2)
     assert module._combined(terms).item() == pytest.approx(by_hand, rel=1e-6)
 
 
@@ -416,8 +417,8 @@ def _module(labelled, base, *overrides, number=1):
     arrays = load_arrays(labelled.split("train"), spec, preset)
     only = next(iter(config.stages.values()))
     network = network_of(spec)
-    return stage.StageModule(
-        network, only, stage.Films(arrays, arrays), number=number, seed=0, aug=config.augment
+    return stage_module.StageModule(
+        network, only, stage_module.Films(arrays, arrays), number=number, seed=0, aug=config.augment
     )
 
 
@@ -425,7 +426,9 @@ def test_balanced_sampling_evens_the_classes(small):
     module = _module(small, "demo", "stages.contrastive.balanced=true")
     labels = module._films.train.labels.copy()
     labels[:30] = 0
-    module._films = stage.Films(replace(module._films.train, labels=labels), module._films.val)
+    module._films = stage_module.Films(
+        replace(module._films.train, labels=labels), module._films.val
+    )
     drawn = np.concatenate([labels[module._order(np.random.default_rng(i))] for i in range(200)])
     shares = np.bincount(drawn) / len(drawn)
     assert (labels == 0).mean() > 0.7 and np.abs(shares - 1 / len(shares)).max() < 0.03
@@ -435,7 +438,9 @@ def test_films_without_the_target_are_not_drawn(small):
     module = _module(small, "demo")
     labels = module._films.train.labels.copy()
     labels[5:15] = UNLABELLED
-    module._films = stage.Films(replace(module._films.train, labels=labels), module._films.val)
+    module._films = stage_module.Films(
+        replace(module._films.train, labels=labels), module._films.val
+    )
     order = module._order(np.random.default_rng(0))
     assert sorted(order) == sorted(set(range(40)) - set(range(5, 15)))
 
@@ -490,7 +495,7 @@ def test_a_whole_run_with_two_processes(small, tmp_path, finished):
 
 
 def _without(labelled, folder, *, gaze=True, labels=True, val=True):
-    from cxrgaze.samples import write_set
+    from cxrgaze.evidence.labelled_set import write_set
 
     rows = [
         row.model_copy(update={"label": row.label if labels else None})
@@ -642,7 +647,7 @@ def test_a_hand_over_names_every_tensor_that_is_missing(tmp_path):
 
 
 def test_wrapped_names_load_nothing_silently(tmp_path):
-    """reference.md 1.9-3: keys of a DataParallel wrapper."""
+    """docs/method.md#hand-over: keys of a DataParallel wrapper."""
     from cxrgaze.train import initial
 
     network = Network(VARIANTS["tiny"])
@@ -721,7 +726,8 @@ LEAKS = {
 @pytest.mark.parametrize("case", LEAKS)
 def test_leakage_is_refused_unless_allowed(small, case):
     name, origin, leaks = LEAKS[case]
-    info = small.info.model_copy(update={"origin": name, "split_sha256": "a"})
+    content = small.info.model_dump(exclude={"collection"})
+    info = SetInfo.model_validate({**content, "origin": name, "split_sha256": "a"})
     if leaks:
         with pytest.raises(DataError, match="possible leakage"):
             check_leakage(info, [origin])

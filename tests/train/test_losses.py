@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from scipy.special import log_softmax, softmax
 
-from cxrgaze.runtime.dataset import UNLABELLED
+from cxrgaze.evidence.arrays import UNLABELLED
 from cxrgaze.train.losses import (
     CONTRAST_TEMPERATURE,
     CONTRASTIVE,

@@ -1,4 +1,4 @@
-"""The network against reference.md section 1."""
+"""The network against docs/method.md#network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def _count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def test_paper_has_the_parameters_of_reference_1_7():
+def test_paper_has_the_parameters_of_the_authors_network():
+    """docs/method.md#parameters."""
     with torch.device("meta"):
         network = Network(VARIANTS["paper"])
     assert _count(network.dense) == 18_092_928
@@ -46,7 +47,7 @@ def test_paper_has_the_parameters_of_reference_1_7():
 
 
 def test_paper_shapes_at_640_by_512():
-    """Without arithmetic, on the meta device: reference.md 1.2 to 1.5."""
+    """Without arithmetic, on the meta device: docs/method.md#decoder."""
     with torch.device("meta"):
         network = Network(VARIANTS["paper"]).eval()
         taps = network.dense(torch.zeros(2, 1, 640, 512))
@@ -205,7 +206,7 @@ def test_the_spec_of_an_untrained_network_says_so():
     [("paper", 275.29, 66_637_380), ("edge", 5.03, 3_971_188), ("small", 1.03, 4_000_808)],
 )
 def test_cost_of_a_variant(variant, gmac, parameters):
-    """As the documents say; edge within 12 GMAC and 5 M parameters (design.md section 5)."""
+    """As the documents say; edge within 12 GMAC and 5 M parameters (docs/method.md#variants)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
-from cxrgaze.heatmaps import PRESETS
-from cxrgaze.runtime.dataset import load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import phantom
+from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.heatmaps import PRESETS
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.train import cli
 from cxrgaze.train.model import spec_of
 

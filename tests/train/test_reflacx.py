@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrgaze import phantom
 from cxrgaze.errors import DataError, ExitCode
-from cxrgaze.heatmaps import PRESETS
-from cxrgaze.runtime.dataset import canvas_density, load_arrays
-from cxrgaze.samples import LabelledSet
+from cxrgaze.evidence import phantom
+from cxrgaze.evidence.arrays import canvas_density, load_arrays
+from cxrgaze.evidence.heatmaps import PRESETS
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.train import cli
 from cxrgaze.train.model import spec_of
 from cxrgaze.train.reflacx import read_reflacx
@@ -21,7 +21,7 @@ from cxrgaze.train.reflacx import read_reflacx
 IDENTITY = (
     "id,split,eye_tracking_data_discarded,image,dicom_id,subject_id,image_size_x,image_size_y"
 ).split(",")
-# reference.md 3.5: labels of phase 1 and of phases 2 and 3, alphabetical.
+# docs/method.md#reflacx: labels of phase 1 and of phases 2 and 3, alphabetical.
 PHASE_1 = [
     *IDENTITY,
     *(

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from cxrgaze import heatmaps, phantom
 from cxrgaze.errors import DataError, ExitCode, IntegrityError, UsageError
-from cxrgaze.runtime.dataset import load_arrays
-from cxrgaze.spec import CLASSES
+from cxrgaze.evidence import heatmaps, phantom
+from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.train import checkpoint, cli
-from cxrgaze.train.evaluate import evaluate
+from cxrgaze.train.classes import CLASSES
+from cxrgaze.train.figures import evaluate
 
 PRESET = heatmaps.PRESETS["phantom"]
 NAMES = tuple(c.name for c in CLASSES)

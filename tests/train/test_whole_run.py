@@ -17,10 +17,10 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
-from cxrgaze import phantom
-from cxrgaze.bundle import Bundle
+from cxrgaze.bundles.bundle import Bundle
+from cxrgaze.evidence import phantom
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.export import cli as export_cli
-from cxrgaze.samples import LabelledSet
 from cxrgaze.train import checkpoint, cli
 from cxrgaze.train.egd import screen_to_image
 

@@ -1,0 +1,51 @@
+"""The canvases that an export looks at, each kind with seeds of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.errors import DataError
+from cxrgaze.evidence import phantom
+from cxrgaze.films.canvas import canvases
+from cxrgaze.films.decode import load_film
+from cxrgaze.films.film import film_from_array
+from cxrgaze.spec import ModelSpec
+
+GOLDEN_SEED = 2_403_169
+PARITY_SEED = 1_000_000  # apart from every seed that training uses
+CALIBRATION_SEED = 2_000_000
+LARGE_CANVAS = 256 * 256
+"""Pixels above which parity takes 4 phantoms instead of 32, and the audit one film."""
+
+
+def is_large(spec: ModelSpec) -> bool:
+    """Whether a canvas is so large that fewer films must do."""
+    return spec.height * spec.width > LARGE_CANVAS
+
+
+def phantom_canvases(spec: ModelSpec, count: int, first_seed: int) -> NDArray[np.float32]:
+    """Canvases `(count, 1, H, W)` of phantoms drawn at the canvas's size."""
+    shape = (max(spec.height, 96), max(spec.width, 96))
+    drawn = (phantom.draw(first_seed + i, shape=shape).pixels for i in range(count))
+    return canvases(map(film_from_array, drawn), spec)[0]
+
+
+def parity_canvases(spec: ModelSpec, films: Sequence[Path]) -> tuple[NDArray[np.float32], str]:
+    """Canvases for parity and what they are: those of `films`, or phantoms where there are none.
+
+    Raises:
+        DataError: a film that the network must not be applied to.
+    """
+    if not films:
+        count = 4 if is_large(spec) else 32
+        images = phantom_canvases(spec, count, PARITY_SEED)
+        return images, f"{count} phantoms (synthetic drawings)"
+    loaded = [load_film(path) for path in films]
+    for film in loaded:
+        if film.reasons:
+            raise DataError(f"{film.name} is no parity film: {'; '.join(film.reasons)}")
+    return canvases(loaded, spec)[0], f"{len(loaded)} films given by --films"

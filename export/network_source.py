@@ -1,0 +1,60 @@
+"""The paper's network as the source of an export: a checkpoint, or random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from cxrgaze.export.canvases import CALIBRATION_SEED, phantom_canvases
+from cxrgaze.export.source import Facts, Layout, TorchSource
+from cxrgaze.files import sha256
+from cxrgaze.spec import ModelSpec
+from cxrgaze.train import checkpoint
+from cxrgaze.train.model import KEPT, Network, block_of, random_network, spec_of
+from cxrgaze.train.rewrites import REWRITES, rewritten
+
+
+def source_from_checkpoint(path: Path) -> TorchSource:
+    """The network of a checkpoint (`checkpoint.load` says what can be wrong)."""
+    network, card = checkpoint.load(path)
+    facts = Facts(
+        card.name,
+        path.name,
+        card.weights_sha256,
+        card.trained_on,
+        card.decision,
+        card.untrained,
+        card.lineage[-1].split_sha256 if card.lineage else "",
+        card.config.get("heatmap"),
+    )
+    return _source(network, card.spec, facts)
+
+
+def source_from_random(variant: str, seed: int) -> TorchSource:
+    """An untrained network for latency work."""
+    spec = spec_of(
+        variant, model_version=f"random-{seed}", pixel_source="image-8bit", domain="none"
+    )
+    images = phantom_canvases(spec, 2, CALIBRATION_SEED)
+    network = random_network(variant, torch.from_numpy(images), seed)
+    weights = b"".join(v.numpy().tobytes() for v in network.state_dict().values())
+    facts = Facts(
+        f"{variant}-random",
+        f"random weights (seed {seed}, Kaiming, BatchNorm calibrated on two phantoms)",
+        sha256(weights),
+        "nothing: untrained",
+        random_seed=seed,
+    )
+    return _source(network, spec, facts)
+
+
+def _source(network: Network, spec: ModelSpec, facts: Facts) -> TorchSource:
+    return TorchSource(network, spec, facts, Layout(KEPT, block_of), REWRITES, _rewritten)
+
+
+def _rewritten(module: nn.Module, names: Collection[str]) -> nn.Module:
+    return rewritten(cast(Network, module), names)

@@ -1,0 +1,155 @@
+"""What an export starts from: a network as a graph, its float32 answers, and what is known of it.
+
+`TorchSource` is the source of any torch module that maps a canvas to both heads. What is peculiar
+to a network (exact rewrites, convolutions that stay in higher precision, blocks) comes with it; the
+export knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cxrgaze.bundles.manifest import Decision
+from cxrgaze.export import graph
+from cxrgaze.spec import Head, ModelSpec
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a network beside what it computes."""
+
+    name: str
+    origin: str
+    """File name of the checkpoint, or how random weights were made."""
+    sha256: str
+    """Of the weights."""
+    trained_on: str
+    decision: Decision = Decision()
+    untrained: tuple[Head, ...] = ()
+    training_split_sha256: str = ""
+    heatmap: str | None = None
+    """Preset of the human maps that it was trained with."""
+    random_seed: int | None = None
+    """Of random weights; None for trained ones."""
+
+
+def first_module(path: str) -> str:
+    """The first module of the path of a node, as "decoder" of "/decoder/up/Conv"."""
+    return path.strip("/").split("/")[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How low precision goes through a network, by the names of its graph's nodes."""
+
+    kept: tuple[str, ...] = ()
+    """Convolutions that stay in higher precision: beginnings of their names."""
+    block_of: Callable[[str], str] = first_module
+    """The block that a node belongs to: what goes back to higher precision together."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network says of some canvases in float32."""
+
+    images: NDArray[np.float32]
+    """`(n, 1, H, W)`."""
+    logits: NDArray[np.float32]
+    """`(n, C)`."""
+    log_density: NDArray[np.float32]
+    """`(n, H, W)`."""
+    peak: float
+    """Largest absolute value that any layer takes or gives."""
+
+
+class Source(Protocol):
+    """A network to export."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it expects and returns."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of it."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """How low precision goes through it."""
+        ...
+
+    @property
+    def rewrites(self) -> Collection[str]:
+        """Names of its exact rewrites: the same function with fewer operations."""
+        ...
+
+    def graph(self, rewrites: Collection[str] = ()) -> onnx.ModelProto:
+        """Its float32 graph, simplified: `image` to `logits` and `log_density`, N dynamic.
+
+        Args:
+            rewrites: of `self.rewrites`.
+        """
+        ...
+
+    def answers(self, images: NDArray[np.float32]) -> Answers:
+        """What it says of canvases `(n, 1, H, W)`, one at a time, without any rewrite."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """A torch module from `(N, 1, H, W)` to logits and log-density, as a `Source`."""
+
+    module: nn.Module
+    spec: ModelSpec
+    facts: Facts
+    layout: Layout = Layout()
+    rewrites: Mapping[str, object] = field(default_factory=dict)
+    rewritten: Callable[[nn.Module, Collection[str]], nn.Module] = lambda module, names: module
+    """A copy of the module that computes the same with the rewrites of these names."""
+
+    def graph(self, rewrites: Collection[str] = ()) -> onnx.ModelProto:
+        """See `Source`."""
+        module = self.rewritten(self.module, rewrites)
+        return graph.simplified(graph.onnx_from_module(module, self.spec))
+
+    def answers(self, images: NDArray[np.float32]) -> Answers:
+        """See `Source`."""
+        logits, log_density = [], []
+        self.module.eval()
+        with _peak_of(self.module) as peak, torch.inference_mode():
+            for image in images:
+                heads = self.module(torch.from_numpy(image[None]))
+                logits.append(heads[0][0].numpy())
+                log_density.append(heads[1][0, 0].numpy())
+        return Answers(images, np.stack(logits), np.stack(log_density), peak[0])
+
+
+@contextmanager
+def _peak_of(module: nn.Module) -> Iterator[list[float]]:
+    """The largest absolute value that any layer takes or gives, in a list of one number."""
+    peak = [0.0]
+
+    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        for tensor in (*inputs, output):
+            largest = float(tensor.abs().max())
+            peak[0] = largest if largest > peak[0] or largest != largest else peak[0]
+
+    leaves = [part for part in module.modules() if not any(part.children())]
+    handles = [leaf.register_forward_hook(watch) for leaf in leaves]
+    try:
+        yield peak
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,74 @@
+"""Many films, one reader: a stream of outcomes, in which an error about one film is a value."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cxrgaze.errors import FilmError, NotApplicableError
+from cxrgaze.films.ahead import Decode, decode_ahead
+from cxrgaze.films.film import Film
+from cxrgaze.runtime.reader import Reader
+from cxrgaze.runtime.reading import Reading
+from cxrgaze.spec import NOTICE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one film."""
+
+    path: Path
+    status: Literal["read", "not_applicable", "failed"]
+    reason: str = ""
+    """Why it was not read."""
+    film: Film | None = None
+    """None where it could not be decoded."""
+    reading: Reading | None = None
+    """None where it was not read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        if self.reading:
+            return {**self.reading.to_json(), "film": printable(self.path)}
+        return {
+            "film": printable(self.path),
+            "status": self.status,
+            "reason": printable(self.reason),
+            "notice": NOTICE,
+        }
+
+
+def outcomes(
+    reader: Reader, paths: Iterable[Path], decode: Decode, *, force: bool = False
+) -> Generator[Outcome, None, None]:
+    """An outcome a film, in the order of `paths`; close it to stop early.
+
+    Args:
+        decode: makes a film of a path; it runs ahead of inference in a thread of its own.
+        force: read films that are not applicable.
+    """
+    listed = list(paths)
+    decoded = decode_ahead(listed, decode)
+    try:
+        for path, film in zip(listed, decoded, strict=True):
+            yield _outcome(reader, path, film, force)
+    finally:
+        decoded.close()
+
+
+def _outcome(reader: Reader, path: Path, film: Film | FilmError, force: bool) -> Outcome:
+    if isinstance(film, FilmError):
+        return Outcome(path, "failed", str(film))
+    try:
+        return Outcome(path, "read", film=film, reading=reader.read(film, force=force))
+    except NotApplicableError as error:
+        return Outcome(path, "not_applicable", "; ".join(error.reasons), film)
+    except FilmError as error:
+        return Outcome(path, "failed", str(error), film)
+
+
+def printable(text: Path | str) -> str:
+    """Text that can be encoded: bytes of a file name that are no UTF-8 become escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,141 @@
+"""The content of `manifest.json`: what a bundle is, and the SHA-256 of every other file of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from cxrgaze.bundles.verdicts import Audit, Gate, Parity, Tolerance, Verdict
+from cxrgaze.files import checked_relative
+from cxrgaze.records import Digested, Frozen
+from cxrgaze.spec import NOTICE, Domain, Head, ModelSpec
+
+_FILE_LIMIT = 4 << 30
+
+Precision = Literal["fp32", "fp16", "int8"]
+DataType = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Target = Literal["tensorrt", "cpu"]
+Arithmetic = Literal["float32", "tf32", "float16", "bfloat16", "int8"]
+"""What a backend computes a graph in; an int8 one is float where it was not quantized."""
+
+
+class FileRecord(Frozen):
+    """One file of the bundle."""
+
+    path: str
+    size: int = Field(ge=0, le=_FILE_LIMIT)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _path_stays_inside(cls, value: str) -> str:
+        return str(checked_relative(value))
+
+
+class Decision(Frozen):
+    """Parameters fitted on validation films, and the softmax that they go into."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it before the softmax."""
+    operating_points: dict[str, float] = {}
+    """Probability threshold of a class's flag, by class name; classes without one get no flag."""
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Softmax of `logits` `(..., C)` over the temperature; NaN where a logit is not finite."""
+        scaled = logits.astype(np.float64) / self.temperature
+        with np.errstate(invalid="ignore"):  # NaN stays NaN, and is seen
+            odds = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+            return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+
+
+class FormRecord(Frozen):
+    """One form of the graph that was tried, and what came of it."""
+
+    form: str
+    """How the graph is typed, such as "int8, float16 scales"."""
+    kept: tuple[str, ...] = ()
+    """Blocks that went back to higher precision."""
+    macs: dict[DataType, int]
+    logits_max: float
+    log_density_max: float
+    agreement_cc_min: float
+    parity: Literal["pass", "fail", "not_finite"]
+    gate: Verdict
+    gate_reason: str
+
+
+class Calibration(Frozen):
+    """How the ranges of an int8 graph were found."""
+
+    method: Literal["minmax", "percentile"]
+    percentile: float
+    set_name: str
+    domain: Domain
+    films: tuple[str, ...]
+    """SHA-256 of each film."""
+    sha256: str
+    """Of the list."""
+    warnings: tuple[str, ...] = ()
+
+
+class Provenance(Frozen):
+    """Where the bundle came from."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    trained_on: str
+    training_split_sha256: str = ""
+    """Split of the set that it was trained on, where that was a labelled set."""
+    random_seed: int | None = None
+    """Of random weights; None for a checkpoint."""
+    created_utc: str
+    versions: dict[str, str]
+
+
+class Manifest(Digested):
+    """Content of `manifest.json`."""
+
+    VERSION = 3
+    WHAT = "bundle"
+    REMEDY = "export again, or use the version that wrote it"
+
+    schema_version: int = VERSION
+    notice: str = NOTICE
+    name: str
+    spec: ModelSpec
+    precision: Precision
+    target: Target
+    opset: int
+    ir_version: int = Field(le=10)
+    """At most 10: onnxruntime 1.23 of JetPack 6 reads no later one (docs/graphs.md#ir-version)."""
+    float32_nodes: int
+    """Nodes of a low-precision graph that stay float32 on purpose."""
+    convolution_macs: dict[DataType, int] = {}
+    """Multiply-accumulates of the graph's convolutions for one film, by the type of their input."""
+    decision: Decision = Decision()
+    untrained: tuple[Head, ...] = ()
+    """Outputs that nothing has taught; every reading says so."""
+    self_test: dict[Arithmetic, Tolerance]
+    """Tolerances of the golden input by what a backend computes in (`Backend.arithmetic`)."""
+    parity: Parity
+    gate: Gate
+    rewrites: tuple[str, ...] = ()
+    """Exact rewrites of the network before the export."""
+    audit: Audit | None = None
+    """None for fp32."""
+    calibration: Calibration | None = None
+    """None but for int8."""
+    forms_tried: tuple[FormRecord, ...] = ()
+    """Forms that were tried, in order; the last is the one that ships."""
+    provenance: Provenance
+    files: tuple[FileRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _operating_points_are_of_classes(self) -> Manifest:
+        foreign = sorted(set(self.decision.operating_points) - set(self.spec.class_names))
+        if foreign:
+            raise ValueError(f"operating point of {foreign[0]!r}, which is no class")
+        return self

@@ -1,0 +1,269 @@
+"""What was found of a graph or a plan, as records: parity, audit, and the gate with its limits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cxrgaze.records import Frozen
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Domain, Head
+
+Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
+GateLevel = Literal["graph", "engine"]
+QuantityName = Literal["macro AUC", "CC", "flips"]
+GateOutcome = Literal["pass", "fail", "inconclusive"]
+
+
+class Tolerance(Frozen):
+    """Largest absolute difference to the fp32 reference that is still the same network."""
+
+    logits: float = Field(gt=0)
+    log_density: float = Field(gt=0)
+    """In nats, over pixels whose reference density is at least 1 % of the map's peak."""
+
+
+COMPARED_SHARE = 0.01
+"""Log-densities are compared where the reference density is at least this share of its peak."""
+
+
+def compared_pixels(reference: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Where a reference log-density is at least `COMPARED_SHARE` of its peak."""
+    return np.asarray(reference >= reference.max() + np.log(COMPARED_SHARE))
+
+
+class OutputParity(Frozen):
+    """Absolute differences of one output over all parity films."""
+
+    max: float
+    p99: float
+    cosine: float
+    """Smallest cosine similarity over films."""
+
+
+class Parity(Frozen):
+    """The bundle's graph in ONNX Runtime against the network in torch float32."""
+
+    verdict: Literal["pass", "fail", "not_finite"]
+    films: int
+    domain: str
+    """What films they were."""
+    limits: Tolerance
+    logits: OutputParity
+    log_density: OutputParity
+    agreement_cc_min: float
+    """Smallest CC between the two networks' maps over films; the human map is not involved."""
+    agreement_cc_mean: float
+    worst_film: int
+    """Index of the film with the smallest agreement CC, in the order that they were given."""
+    label_flips: int
+    peak_activation: float
+    """Largest absolute value that any layer takes or gives in float32 (float16 ends at 65504)."""
+    witness: str
+    """What this comparison can and cannot show."""
+
+
+class Histogram(Frozen):
+    """How many values lie between neighbouring edges, the upper edge excluded."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def by_decade(cls, values: NDArray[np.floating], lowest: int) -> Histogram:
+        """Counts of values in [0, 10), four bins a decade from 10**lowest on, all smaller in one.
+
+        Values that are not finite, and those from 10 on, are in the last bin.
+        """
+        edges = np.concatenate([[0.0], np.logspace(lowest, 1, 4 * (1 - lowest) + 1)])
+        inside = np.nan_to_num(values.astype(np.float64), nan=9.0, posinf=9.0).clip(0, 9.0)
+        counts = np.histogram(inside, edges)[0]
+        return cls(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
+
+
+HEAD_OF: dict[QuantityName, Head] = {"macro AUC": LOGITS, "CC": LOG_DENSITY, "flips": LOGITS}
+"""The output that a gated quantity is measured on."""
+
+
+class Limits(Frozen):
+    """The most that a candidate may lose.
+
+    A limit of 0 can be failed but never passed: no set shows that nothing at all is lost.
+    """
+
+    macro_auc: float = Field(default=0.005, ge=0, le=1)
+    cc: float = Field(default=0.01, ge=0, le=2)
+    """Of the mean CC to the human map."""
+    flips: float = Field(default=0.02, ge=0, le=1)
+    """Share of patients with another decision in any film."""
+
+
+class Quantity(Frozen):
+    """One gated quantity; numbers are None where they are not defined."""
+
+    name: QuantityName
+    reference: float | None = None
+    candidate: float | None = None
+    difference: float | None = None
+    """Candidate - reference; of flips the share of patients."""
+    low: float | None = None
+    """Two-sided 95 % interval of the difference."""
+    high: float | None = None
+    bound: float | None = None
+    """One-sided 95 % bound of the difference: the lower one, of flips the upper one."""
+    limit: float
+    verdict: Literal["pass", "fail", "inconclusive", "not_measured"]
+    reason: str
+
+    @property
+    def head(self) -> Head:
+        """The output that it is measured on."""
+        return HEAD_OF[self.name]
+
+    @property
+    def loss(self) -> float | None:
+        """How much is lost, on the scale of the limit; below 0 where the candidate is better."""
+        if self.difference is None:
+            return None
+        return self.difference if self.name == "flips" else -self.difference
+
+
+class ClassChange(Frozen):
+    """The AUC of one class against the rest; reported, not gated."""
+
+    name: str
+    films: int
+    reference: float
+    candidate: float
+    difference: float
+
+
+class Comparison(Frozen):
+    """A candidate against its reference."""
+
+    verdict: GateOutcome
+    limits: Limits
+    reason: str
+    """One line: the quantity that decides, what was found, its limit, what to do."""
+    films: int
+    patients: int
+    quantities: tuple[Quantity, ...]
+    classes: tuple[ClassChange, ...]
+    """Classes that some but not all of the labelled films have."""
+    flipped_films: int
+    flipped_patients: int
+    worst_film: int | None
+    """Index of the film that loses most CC."""
+    worst_cc_loss: float | None
+    can_show: tuple[str, ...]
+    """What a set of this size can show at all (`can_show`)."""
+    resamples: int
+    seed: int
+
+    @staticmethod
+    def header() -> tuple[str, ...]:
+        """Titles of the columns of `rows`."""
+        return (
+            "quantity",
+            "reference",
+            "candidate",
+            "difference",
+            "95 % interval",
+            "95 % bound",
+            "limit",
+            "verdict",
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of all figures, the gated ones first."""
+        rows = [_row(quantity) for quantity in self.quantities]
+        for c in self.classes:
+            values = (f"{c.reference:.4f}", f"{c.candidate:.4f}", f"{c.difference:+.4f}")
+            rows.append((f"AUC of {c.name} ({c.films} films)", *values, "", "", "", "reported"))
+        flipped = f"{self.flipped_films} of {self.films}"
+        rows.append(("films with a flip", "", flipped, "", "", "", "", "reported"))
+        if self.worst_film is not None and self.worst_cc_loss is not None:
+            change = f"{-self.worst_cc_loss:+.4f}"
+            name = f"CC of the worst film (index {self.worst_film})"
+            rows.append((name, "", "", change, "", "", "", "reported"))
+        return rows
+
+
+class Gate(Frozen):
+    """Accuracy against the fp32 reference on a labelled set."""
+
+    level: GateLevel = "graph"
+    verdict: Verdict
+    reason: str
+    set_name: str = ""
+    set_sha256: str = ""
+    """Identity of films, patients, labels and gaze densities."""
+    domain: Domain | None = None
+    """What the films are: phantom figures are synthetic."""
+    comparison: Comparison | None = None
+    """Every difference with its interval and limit; None where it was not run."""
+    agreement_cc_min: float = -1.0
+    """CC of the candidate's map to the fp32 one, the worst film; -1 where it was not run."""
+    agreement_cc_mean: float = -1.0
+    worst_film_sha256: str = ""
+    agreement_loss: Histogram | None = None
+    """1 - agreement CC, film by film."""
+    probability_change: Histogram | None = None
+    """Largest change of a class's probability, film by film."""
+
+
+class Audit(Frozen):
+    """What float16 does to the activations, from the fp32 graph and from a rounding run."""
+
+    films: int
+    domain: str
+    largest: float
+    """Largest absolute activation (float16 ends at 65504)."""
+    largest_tensor: str
+    overflowing: tuple[str, ...]
+    """Tensors with a value that float16 cannot hold."""
+    subnormal_share: float
+    """Share of all values other than zero that lose bits in float16 for being small."""
+    worst_subnormal_share: float
+    worst_subnormal_tensor: str
+    rounding_finite: bool
+    rounding_logits: float
+    """Largest difference of the logits when every operation's output is rounded to float16."""
+    rounding_log_density: float
+    """Likewise of the log-density, in nats, where the density is at least 1 % of its peak."""
+    magnitudes: Histogram
+    """Absolute activations other than zero, by powers of two."""
+
+
+def _row(quantity: Quantity) -> tuple[str, ...]:
+    """One row of `Comparison.rows`."""
+
+    def cell(value: float | None, signed: bool = True) -> str:
+        return "" if value is None else shown(quantity.name, value, signed)
+
+    flips = quantity.name == "flips"
+    low, high = cell(quantity.low), cell(quantity.high)
+    return (
+        "flips, share of patients" if flips else quantity.name,
+        cell(quantity.reference, signed=False),
+        cell(quantity.candidate, signed=False),
+        cell(quantity.difference),
+        f"{low} to {high}" if low else "",
+        cell(quantity.bound),
+        cell(quantity.limit if flips else -quantity.limit),
+        quantity.verdict.replace("_", " "),
+    )
+
+
+def shown(name: QuantityName, value: float, signed: bool = True) -> str:
+    """A figure of this quantity as text: shares in percent, others with four digits."""
+    if name == "flips":
+        return percent(value)
+    return f"{value:+.4f}" if signed else f"{value:.4f}"
+
+
+def percent(share: float) -> str:
+    """A share as text."""
+    return f"{100 * share:.4g} %"

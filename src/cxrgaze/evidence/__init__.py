@@ -1,0 +1,1 @@
+"""Evidence: how one knows that two networks agree, and what one is worth."""

@@ -1,0 +1,184 @@
+"""A labelled set as arrays on the canvas: images, labels and gaze densities."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.command import counted
+from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.evidence import heatmaps
+from cxrgaze.evidence.labelled_set import FilmRow, Gaze, LabelledSet
+from cxrgaze.files import new_folder, parse_json, render_json, sha256
+from cxrgaze.films.canvas import Geometry, to_canvas
+from cxrgaze.films.decode import film_from_bytes
+from cxrgaze.spec import ModelSpec
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Films of one split on the canvas, in the order of the set's rows."""
+
+    films: tuple[str, ...]
+    images: NDArray[np.float32]
+    """`(N, 1, H, W)`, in [0, 1]."""
+    labels: NDArray[np.int64]
+    """`(N,)`, index of the class; `UNLABELLED` where films.csv has none."""
+    densities: NDArray[np.float32]
+    """`(N, 1, H, W)`, sum 1 over the film's area, zero in the pad; all zero without gaze."""
+    geometries: tuple[Geometry, ...]
+    gaze: tuple[Gaze | None, ...]
+    teacher_logits: NDArray[np.float32] | None = None
+    """`(N, C)`, of a teacher (`cxrgaze.train.distill`)."""
+    teacher_densities: NDArray[np.float32] | None = None
+    """`(N, 1, H, W)`, sum 1 over the film's area, of a teacher."""
+
+    @property
+    def has_gaze(self) -> NDArray[np.bool_]:
+        """`(N,)`, whether a film has a density."""
+        return np.asarray(self.densities.any(axis=(1, 2, 3)))
+
+
+def load_arrays(
+    labelled: LabelledSet,
+    spec: ModelSpec,
+    preset: heatmaps.HeatmapPreset,
+    cache: Path | None = None,
+) -> Arrays:
+    """Read, preprocess and place every film of `labelled`.
+
+    Args:
+        cache: folder to keep the canvases in; a second call with the same films, gaze, canvas and
+            preset maps them from there instead of reading films again. They are films of the set:
+            keep them where the set may be.
+
+    Raises:
+        DataError: classes other than the network's, a film that is not the recorded one, gaze that
+            gives no density, each with the film's name.
+        FilmError: a film that cannot be read or is not applicable.
+    """
+    if labelled.info.classes != spec.class_names:
+        raise DataError(
+            f"{labelled.folder}: classes {labelled.info.classes}, "
+            f"the network has {spec.class_names}"
+        )
+    if not labelled.rows:
+        raise DataError(f"{labelled.folder}: no films in this split")
+    if cache is None:
+        placed = [_place(labelled, row, spec, preset) for row in _counted(labelled.rows)]
+        images, densities = (np.stack([getattr(p, k) for p in placed])[:, None] for k in _MAPS)
+        geometries = [p.geometry for p in placed]
+    else:
+        images, densities, geometries = _cached(labelled, spec, preset, cache)
+    names = spec.class_names
+    return Arrays(
+        tuple(row.film for row in labelled.rows),
+        images,
+        np.array(
+            [names.index(row.label) if row.label else UNLABELLED for row in labelled.rows],
+            dtype=np.int64,
+        ),
+        densities,
+        tuple(geometries),
+        tuple(labelled.gaze.get(row.film) for row in labelled.rows),
+    )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    images: NDArray[np.float32]
+    densities: NDArray[np.float32]
+    geometry: Geometry
+
+
+_MAPS = ("images", "densities")
+_GEOMETRIES = "geometries.json"
+
+
+def _place(
+    labelled: LabelledSet, row: FilmRow, spec: ModelSpec, preset: heatmaps.HeatmapPreset
+) -> _Placed:
+    film = film_from_bytes(labelled.film_bytes(row), row.film)
+    if film.reasons:
+        raise DataError(f"{labelled.folder / row.film}: {'; '.join(film.reasons)}")
+    canvas, geometry = to_canvas(film.pixels, spec)
+    gaze = labelled.gaze.get(row.film)
+    try:
+        density = canvas_density(gaze, geometry, preset) if gaze else np.zeros_like(canvas)
+    except DataError as error:
+        raise DataError(
+            f"{labelled.folder / 'fixations.csv'}, film {row.film}: {error}; drop its rows to "
+            "train without its gaze"
+        ) from error
+    return _Placed(canvas, density, geometry)
+
+
+def _cached(
+    labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset, cache: Path
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[Geometry]]:
+    """Canvases from the cache, made first where they are not there."""
+    folder = cache / _cache_key(labelled, spec, preset)
+    if not (folder / _GEOMETRIES).is_file():
+        shape = (len(labelled.rows), 1, spec.height, spec.width)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with new_folder(folder, _GEOMETRIES) as new, contextlib.ExitStack() as stack:
+            # Ordinary writes: a full disk is an error then, and not a signal as in a mapped file.
+            files = {k: stack.enter_context((new / f"{k}.npy").open("wb")) for k in _MAPS}
+            for file in files.values():
+                np.lib.format.write_array_header_1_0(file, header)
+            geometries = []
+            for row in _counted(labelled.rows):
+                placed = _place(labelled, row, spec, preset)
+                for name, file in files.items():
+                    file.write(getattr(placed, name).astype("<f4").tobytes())
+                geometries.append(astuple(placed.geometry))
+            (new / _GEOMETRIES).write_bytes(render_json({"geometries": geometries}))
+    try:
+        images, densities = (np.load(folder / f"{k}.npy", mmap_mode="c") for k in _MAPS)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cache {folder} is damaged ({error}); delete it") from error
+    content = parse_json((folder / _GEOMETRIES).read_bytes(), _GEOMETRIES)
+    return images, densities, [Geometry(*values) for values in content["geometries"]]
+
+
+def _cache_key(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset) -> str:
+    """Everything that a canvas or a density depends on."""
+    gaze = labelled.folder / "fixations.csv"
+    parts = [
+        *(f"{row.film} {row.sha256}" for row in labelled.rows),
+        sha256(gaze.read_bytes()) if gaze.is_file() else "no gaze",
+        f"{spec.height}x{spec.width}, preprocessing {spec.preprocessing}",
+        preset.model_dump_json(),
+    ]
+    return sha256("\n".join(parts).encode())[:32]
+
+
+def _counted(rows: Sequence[FilmRow]) -> Iterable[FilmRow]:
+    return counted(rows, len(rows), "film")
+
+
+def canvas_density(
+    gaze: Gaze, geometry: Geometry, preset: heatmaps.HeatmapPreset
+) -> NDArray[np.float32]:
+    """The gaze density on the canvas `(H, W)`: sum 1 over the film's area, zero in the pad.
+
+    Raises:
+        DataError: the gaze has no row that the preset counts.
+    """
+    points, weights, sigmas = gaze.weighted(preset, geometry.film_width)
+    on_film = geometry.to_canvas(points) - (geometry.left, geometry.top)
+    area = (geometry.height, geometry.width)
+    try:
+        inside = heatmaps.density(on_film, weights, sigmas * geometry.scale, area)
+    except ValueError as error:
+        raise DataError(f"no density from this gaze: {error}") from error
+    canvas = np.zeros((geometry.canvas_height, geometry.canvas_width), dtype=np.float32)
+    geometry.crop(canvas)[:] = inside
+    return canvas

@@ -1,0 +1,367 @@
+"""The accuracy gate: a low-precision network against its float32 reference, on a labelled set.
+
+Two levels that are never mixed: `graph`, where ONNX Runtime runs the typed graph on the host, and
+`engine`, where the plan runs on its device. The reference is the same at both: the float32 graph's
+outputs, computed when the bundle was made and stored in it. Statistics are in
+`cxrgaze.evidence.compare`.
+
+Levels and rule: docs/graphs.md#gate.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.bundles.bundle import REFERENCE, Bundle
+from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.verdicts import Gate, GateLevel, Histogram, Limits
+from cxrgaze.command import counted
+from cxrgaze.errors import DataError, UsageError
+from cxrgaze.evidence import metrics, phantom
+from cxrgaze.evidence.arrays import Arrays, canvas_density, load_arrays
+from cxrgaze.evidence.compare import Paired, compare
+from cxrgaze.evidence.heatmaps import PRESETS, HeatmapPreset
+from cxrgaze.evidence.labelled_set import LabelledSet, Split
+from cxrgaze.files import sha256
+from cxrgaze.films.canvas import canvases
+from cxrgaze.films.film import film_from_array
+from cxrgaze.spec import LOG_DENSITY, Domain, Head, Infer, ModelSpec
+
+PHANTOMS = 1000
+"""Phantoms of the gate of a network that was trained on phantoms."""
+PHANTOM_SEED = 3_000_000
+"""Of the gate's first phantom, apart from every seed that training, calibration or parity uses."""
+
+REFERENCE_LIMIT = 64_000_000
+"""Bytes of log-densities that a bundle stores; films are chosen by seed beyond."""
+
+
+@dataclass(frozen=True)
+class GateSet:
+    """Films with label, gaze and patient on the canvas of a network."""
+
+    name: str
+    domain: Domain
+    patients: tuple[str, ...]
+    keys: tuple[str, ...]
+    """SHA-256 of each film."""
+    arrays: Arrays
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that a verdict depends on: films, patients, labels, gaze densities."""
+        parts = zip(self.keys, self.patients, self.arrays.labels.tolist(), strict=True)
+        lines = "\n".join(" ".join(map(str, part)) for part in parts).encode()
+        return sha256(lines + sha256(self.arrays.densities.tobytes()).encode())
+
+    def chosen(self, indices: Sequence[int]) -> GateSet:
+        """Some of the films."""
+        index = np.asarray(indices, dtype=int)
+        arrays = self.arrays
+        return GateSet(
+            self.name,
+            self.domain,
+            tuple(self.patients[i] for i in index),
+            tuple(self.keys[i] for i in index),
+            Arrays(
+                tuple(arrays.films[i] for i in index),
+                arrays.images[index],
+                arrays.labels[index],
+                arrays.densities[index],
+                tuple(arrays.geometries[i] for i in index),
+                tuple(arrays.gaze[i] for i in index),
+            ),
+        )
+
+
+@lru_cache(maxsize=2)
+def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTOM_SEED) -> GateSet:
+    """Phantoms at the difficulty where the demo network's AUC is near 0.90; one patient each.
+
+    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle.
+    """
+    seeds = range(first_seed, first_seed + films)
+    drawn = [
+        phantom.draw(seed, difficulty=phantom.HARD) for seed in counted(seeds, films, "phantom")
+    ]
+    read = [film_from_array(one.pixels) for one in drawn]
+    images, geometries = canvases(read, spec)
+    preset = PRESETS["phantom"]
+    densities = [
+        canvas_density(one.gaze, geometry, preset)
+        for one, geometry in zip(drawn, geometries, strict=True)
+    ]
+    names = tuple(f"phantom-{seed}" for seed in seeds)
+    return GateSet(
+        f"{films} phantoms at difficulty {phantom.HARD}, from seed {first_seed} (synthetic)",
+        "phantom",
+        names,
+        tuple(film.sha256 for film in read),
+        Arrays(
+            names,
+            images,
+            np.array([spec.class_names.index(one.label) for one in drawn], dtype=np.int64),
+            np.stack(densities)[:, None],
+            geometries,
+            tuple(one.gaze for one in drawn),
+        ),
+    )
+
+
+def labelled_set(
+    labelled: LabelledSet, spec: ModelSpec, preset: HeatmapPreset, split: Split | None
+) -> GateSet:
+    """One split of a labelled set, or all of it.
+
+    Raises:
+        DataError: as `load_arrays`; no films in the split.
+    """
+    part = labelled.split(split) if split else labelled
+    if not part.rows:
+        raise DataError(f"{labelled.folder}: no films in split {split}")
+    name = f"{part.info.name}, {f'split {split}' if split else 'all films'}"
+    return GateSet(
+        name,
+        part.info.domain,
+        tuple(row.patient for row in part.rows),
+        tuple(row.sha256 for row in part.rows),
+        load_arrays(part, spec, preset),
+    )
+
+
+def open_set(folder: Path, spec: ModelSpec, heatmap: str | None, split: Split | None) -> GateSet:
+    """The films of a labelled set's folder.
+
+    Args:
+        heatmap: name of the preset that makes its human maps.
+
+    Raises:
+        UsageError: no preset of that name.
+        DataError: not a labelled set, or one that breaks a rule.
+    """
+    if heatmap not in PRESETS:
+        raise UsageError(
+            f"{folder}: say how its human maps are made with --heatmap, one of "
+            f"{', '.join(PRESETS)}; found {heatmap!r}"
+        )
+    return labelled_set(LabelledSet.open(folder), spec, PRESETS[heatmap], split)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Both heads on the films of a set."""
+
+    logits: NDArray[np.float32]
+    """`(n, C)`."""
+    log_density: NDArray[np.float16]
+    """`(n, H, W)`; both sides of a comparison are rounded alike."""
+
+    def chosen(self, indices: Sequence[int]) -> Predicted:
+        """Some of the films."""
+        index = np.asarray(indices, dtype=int)
+        return Predicted(self.logits[index], self.log_density[index])
+
+
+def predicted(infer: Infer, images: NDArray[np.float32]) -> Predicted:
+    """Both heads of `images` `(n, 1, H, W)`, in batches of a few films where they are small."""
+    size = max(_BATCH_PIXELS // int(np.prod(images.shape[1:])), 1)
+    starts = range(0, len(images), size)
+    logits, densities = [], []
+    for start in counted(starts, len(starts), "batch"):
+        outputs = infer(np.ascontiguousarray(images[start : start + size]))
+        logits.append(outputs.logits)
+        with np.errstate(over="ignore"):  # what float16 cannot hold is not finite, and said so
+            densities.append(outputs.log_density[:, 0].astype(np.float16))
+    return Predicted(np.concatenate(logits), np.concatenate(densities))
+
+
+_BATCH_PIXELS = 1 << 17
+
+
+def judge(
+    films: GateSet,
+    reference: Predicted,
+    candidate: Predicted,
+    limits: Limits,
+    level: GateLevel,
+    untrained: Sequence[Head] = (),
+    classes: Sequence[str] = (),
+) -> Gate:
+    """The verdict on a candidate.
+
+    Args:
+        classes: names of the columns of the logits.
+        untrained: outputs that nothing taught, which cannot lose anything.
+    """
+    agreement = _agreement(films, candidate, reference)
+    # Probabilities: an AUC needs them, since logits of different films share no zero.
+    before, after = (Decision().probabilities(p.logits) for p in (reference, candidate))
+    paired = Paired(
+        patients=films.patients,
+        labels=films.arrays.labels,
+        reference_logits=before,
+        candidate_logits=after,
+        reference_cc=_human_cc(films, reference),
+        candidate_cc=_human_cc(films, candidate),
+    )
+    found = compare(paired, limits, untrained=untrained, classes=classes)
+    worst = int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0
+    return Gate(
+        level=level,
+        verdict=found.verdict,
+        reason=found.reason,
+        set_name=films.name,
+        set_sha256=films.identity,
+        domain=films.domain,
+        comparison=found,
+        agreement_cc_min=_number(np.nanmin, agreement),
+        agreement_cc_mean=_number(np.nanmean, agreement),
+        worst_film_sha256=films.keys[worst],
+        agreement_loss=Histogram.by_decade(1 - agreement, -8),
+        probability_change=Histogram.by_decade(np.abs(after - before).max(axis=1), -8),
+    )
+
+
+def distance(films: GateSet, reference: Predicted, candidate: Predicted, head: Head) -> float:
+    """How far one output is from the reference's, mean over films, 0 where it is the same.
+
+    The largest change of a class's probability, or 1 - agreement CC. Infinity where something is
+    not finite.
+    """
+    if head == LOG_DENSITY:
+        changes = 1 - _agreement(films, candidate, reference)
+    else:
+        before, after = (Decision().probabilities(p.logits) for p in (reference, candidate))
+        changes = np.abs(after - before).max(axis=1)
+    return float(changes.mean()) if np.isfinite(changes).all() else float("inf")
+
+
+def _number(
+    function: Callable[[NDArray[np.float64]], np.floating], values: NDArray[np.float64]
+) -> float:
+    """A figure of the films that have one; -1 where none has."""
+    return float(function(values)) if np.isfinite(values).any() else -1.0
+
+
+def _human_cc(films: GateSet, found: Predicted) -> NDArray[np.float64]:
+    """CC to the human map over each film's area; NaN where a film has no gaze.
+
+    A map that is not finite has CC -1: it must not pass for a film without gaze.
+    """
+    human = np.full(len(films.keys), np.nan)
+    for index in np.flatnonzero(films.arrays.has_gaze).tolist():
+        inside = _inside(films, found, index)
+        truth = films.arrays.geometries[index].crop(films.arrays.densities[index, 0])
+        human[index] = metrics.cc(np.exp(inside), truth) if np.isfinite(inside).all() else -1.0
+    return human
+
+
+def _agreement(films: GateSet, found: Predicted, reference: Predicted) -> NDArray[np.float64]:
+    """CC to the reference's map over each film's area; -1 for a map that is not finite."""
+    agreement = np.full(len(films.keys), -1.0)
+    for index in range(len(films.keys)):
+        one, other = (_inside(films, p, index) for p in (found, reference))
+        if np.isfinite(one).all():
+            agreement[index] = metrics.cc(np.exp(one), np.exp(other))
+    return agreement
+
+
+def _inside(films: GateSet, found: Predicted, index: int) -> NDArray[np.float64]:
+    """The log-density over a film's area of the canvas."""
+    inside = films.arrays.geometries[index].crop(found.log_density[index])
+    return inside.astype(np.float64)
+
+
+def stored_reference(films: GateSet, reference: Predicted, seed: int = 0) -> bytes:
+    """The reference's outputs as a bundle stores them: at most `REFERENCE_LIMIT` bytes of maps.
+
+    Films are chosen by seed beyond, whole patients or not: the device counts the patients it has.
+    """
+    most = max(REFERENCE_LIMIT // reference.log_density[0].nbytes, 1)
+    order = np.random.default_rng(seed).permutation(len(films.keys))[:most]
+    index = np.sort(order)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        keys=np.array([films.keys[i] for i in index], dtype="S64"),
+        logits=reference.logits[index],
+        log_density=reference.log_density[index],
+    )
+    return buffer.getvalue()
+
+
+def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
+    """Film hashes and float32 outputs that the bundle stores.
+
+    Raises:
+        DataError: the bundle was made without a gate.
+        IntegrityError: altered, or not the arrays of this network.
+    """
+    if REFERENCE not in {record.path for record in bundle.manifest.files}:
+        raise DataError(
+            f"{bundle.path} holds no reference outputs: it was exported without a gate set; export "
+            "again with --gate SET"
+        )
+    spec = bundle.manifest.spec
+    stored = bundle.read_arrays(
+        REFERENCE,
+        {
+            "keys": (np.dtype("S64"), (None,)),
+            "logits": (np.dtype(np.float32), (None, len(spec.classes))),
+            "log_density": (np.dtype(np.float16), (None, spec.height, spec.width)),
+        },
+    )
+    keys = tuple(key.decode("ascii", "replace") for key in stored["keys"])
+    return keys, Predicted(stored["logits"], stored["log_density"])
+
+
+def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
+    """The verdict on what runs on this device, against the reference that the bundle stores.
+
+    By the limits that its graph was judged by. Films of the set that the bundle has no reference of
+    are left out.
+
+    Raises:
+        DataError: none of the films has one.
+    """
+    keys, reference = read_reference(bundle)
+    place = {key: index for index, key in enumerate(keys)}
+    known = [index for index, key in enumerate(films.keys) if key in place]
+    if not known:
+        raise DataError(
+            f"none of the {len(films.keys)} films of {films.name} is among the {len(keys)} that "
+            f"{bundle.path} has reference outputs of; use the set that it was exported with: "
+            f"{bundle.manifest.gate.set_name or 'not recorded'}"
+        )
+    part = films.chosen(known)
+    matching = reference.chosen([place[key] for key in part.keys])
+    candidate = predicted(infer, part.arrays.images)
+    manifest = bundle.manifest
+    names = manifest.spec.class_names
+    graph = manifest.gate.comparison
+    limits = graph.limits if graph else Limits()
+    return judge(part, matching, candidate, limits, "engine", manifest.untrained, names)
+
+
+def require_apart(films: GateSet, calibration: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse a gate set that shares patients or films with the calibration's.
+
+    Args:
+        calibration: its patients. keys: SHA-256 of its films.
+
+    Raises:
+        DataError: naming how many are shared; names of patients are not told.
+    """
+    patients, shared = set(films.patients) & set(calibration), set(films.keys) & set(keys)
+    if patients or shared:
+        raise DataError(
+            f"{len(patients)} patients and {len(shared)} films of the calibration are also in the "
+            f"gate's set ({films.name}): its verdict would flatter; take another split for one"
+        )

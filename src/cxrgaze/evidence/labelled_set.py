@@ -1,0 +1,421 @@
+"""The labelled set: one folder format for training, calibration, gate, evaluation and bench.
+
+    SET/set.json        schema version, name, origin, domain, classes, SHA-256 of the split
+    SET/films.csv       one row a film; the split column is the only home of the split
+    SET/fixations.csv   one row a gaze sample or fixation, in pixels of the source film
+    SET/...             the films, where films.csv says
+
+Films without a label or without gaze are legal. Converters write this format; nothing else is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.evidence.heatmaps import HeatmapPreset
+from cxrgaze.files import (
+    checked_relative,
+    new_folder,
+    read_regular,
+    sha256,
+)
+from cxrgaze.records import Frozen, Record, complaint, parse_record
+from cxrgaze.spec import Domain, PixelSource
+
+MARKER = "set.json"
+LOOKS = "looks.jsonl"
+"""Log of the looks at the test split, kept when a set is made again."""
+FILM_LIMIT = 1 << 30  # bytes of one film file
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def with_collection(content: Any, key: str) -> Any:
+    """A record's content with its `collection`, where it says it in the words of `key` alone."""
+    if isinstance(content, dict) and "collection" not in content:
+        return {**content, "collection": collection_of(str(content.get(key, "")))}
+    return content
+
+
+def collection_of(words: str) -> str:
+    """The collection that a person names in words, "" where it is none that is known.
+
+    EGD-CXR and REFLACX are gaze on films of MIMIC-CXR.
+    """
+    return "mimic-cxr" if _MIMIC.search(words) else ""
+
+
+_MIMIC = re.compile(r"\b(mimic|egd|reflacx)", re.IGNORECASE)
+
+
+def split_named(name: str) -> Split | None:
+    """The split of that name, None for "all"."""
+    return next((split for split in SPLITS if split == name), None)
+
+
+class SetInfo(Record):
+    """What `set.json` holds."""
+
+    VERSION = 1
+    WHAT = "labelled set"
+    REMEDY = "make the set again with this version"
+
+    schema_version: int = VERSION
+    name: str
+    origin: str
+    """Where films and gaze came from, in a sentence."""
+    collection: str = ""
+    """The public collection that the films are of, such as `mimic-cxr`; "" for none that is known.
+
+    Films of one collection may stand in several sets: leakage is judged by it.
+    """
+    domain: Domain
+    classes: tuple[str, ...]
+    split_sha256: str = ""
+    """SHA-256 over film, patient and split of every row, see `split_hash`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_sets_say_it_in_words(cls, content: Any) -> Any:
+        return with_collection(content, "origin")
+
+
+class FilmRow(Frozen):
+    """One row of `films.csv`."""
+
+    film: str
+    """Path relative to the set's folder, with forward slashes."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    patient: str = Field(min_length=1)
+    """Pseudonym; rows of one patient never cross splits."""
+    label: str | None = None
+    view: str | None = None
+    """DICOM ViewPosition: PA, AP, LL, ..."""
+    age: float | None = Field(default=None, ge=0, le=130)
+    sex: Literal["F", "M", "O"] | None = None
+    spacing: float | None = Field(default=None, gt=0)
+    """Millimetres per pixel where both axes agree."""
+    pixel_source: PixelSource
+    redistributable: bool = False
+    split: Split | None = None
+
+    @field_validator("film")
+    @classmethod
+    def _film_stays_inside(cls, value: str) -> str:
+        return str(checked_relative(value))
+
+
+FILM_COLUMNS = tuple(FilmRow.model_fields)
+GAZE_COLUMNS = ("film", "reader", "kind", "x_px", "y_px", "duration_ms")
+GAZE_OPTIONAL = (
+    "sigma_x_px",
+    "sigma_y_px",
+    "shown_xmin_px",
+    "shown_ymin_px",
+    "shown_xmax_px",
+    "shown_ymax_px",
+)
+_KINDS = ("sample", "fixation")
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """Gaze on one film, rows in their recorded order.
+
+    `values` is float64 `(n, 9)`: x_px, y_px, duration_ms and the six optional columns, NaN where
+    empty. Points may lie outside the film.
+    """
+
+    readers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    values: NDArray[np.float64]
+
+    def select(self, *, kind: str | None = None, reader: str | None = None) -> Gaze:
+        """The rows of one kind and one reader; None takes all."""
+        keep = [
+            i
+            for i, (k, r) in enumerate(zip(self.kinds, self.readers, strict=True))
+            if kind in (None, k) and reader in (None, r)
+        ]
+        return Gaze(
+            tuple(self.readers[i] for i in keep),
+            tuple(self.kinds[i] for i in keep),
+            self.values[keep],
+        )
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """`(n, 2)`, `(x, y)` in pixels of the source film."""
+        return self.values[:, :2]
+
+    def weighted(
+        self, preset: HeatmapPreset, width: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Points `(n, 2)`, weights `(n,)` and sigmas `(n, 2)` in pixels of a film `width` wide.
+
+        Raises:
+            DataError: the preset wants a sigma of each row and one is missing.
+        """
+        rows = self.select(kind=preset.kind)
+        weights = rows.values[:, 2] if preset.weight == "duration" else np.ones(len(rows.values))
+        sigma = preset.sigma_px or (preset.sigma_share and preset.sigma_share * width)
+        sigmas = np.full((len(weights), 2), sigma) if sigma else rows.values[:, 3:5]
+        if np.isnan(sigmas).any():
+            raise DataError("this preset needs sigma_x_px and sigma_y_px in every fixation row")
+        return rows.points, weights, sigmas
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A labelled set; `open` checks it, `write` makes one."""
+
+    folder: Path
+    info: SetInfo
+    rows: tuple[FilmRow, ...]
+    gaze: Mapping[str, Gaze] = field(default_factory=dict)
+    """Gaze by film; films without gaze have no entry."""
+
+    @classmethod
+    def open(cls, folder: Path | str) -> LabelledSet:
+        """Read and check the tables; films are checked when they are read (`film_bytes`).
+
+        Raises:
+            DataError: naming the file and the row that breaks a rule.
+        """
+        folder = Path(folder)
+        if not (folder / MARKER).is_file():
+            raise DataError(f"{folder} is not a labelled set: it has no {MARKER}")
+        try:
+            data = (folder / MARKER).read_bytes()
+            info = parse_record(SetInfo, data, str(folder / MARKER))
+        except IntegrityError as error:
+            raise DataError(str(error)) from error
+        rows = _read_films(folder / "films.csv", info.classes)
+        missing = [row.film for row in rows if not (folder / row.film).is_file()]
+        if missing:
+            raise DataError(
+                f"{folder / 'films.csv'}: {len(missing)} films are missing, first {missing[0]}"
+            )
+        check_split(rows)
+        if info.split_sha256 != split_hash(rows):
+            raise DataError(
+                f"{folder}: the split column does not match split_sha256 in {MARKER}: the split "
+                "was changed after the set was made; make the set again"
+            )
+        path = folder / "fixations.csv"
+        gaze = read_gaze(path, {row.film for row in rows}) if path.is_file() else {}
+        return cls(folder, info, rows, gaze)
+
+    def split(self, name: Split) -> LabelledSet:
+        """The rows of one split."""
+        rows = tuple(row for row in self.rows if row.split == name)
+        return LabelledSet(self.folder, self.info, rows, self.gaze)
+
+    def film_bytes(self, row: FilmRow) -> bytes:
+        """Bytes of a film, verified against its SHA-256.
+
+        Raises:
+            DataError: the film is not the one that was entered.
+        """
+        data = read_regular(self.folder / row.film, FILM_LIMIT)
+        if sha256(data) != row.sha256:
+            raise DataError(f"{self.folder / row.film}: SHA-256 differs from films.csv")
+        return data
+
+
+def write_set(
+    folder: Path,
+    info: SetInfo,
+    rows: Sequence[FilmRow],
+    gaze: Mapping[str, Gaze],
+    films: Iterable[tuple[str, bytes]],
+) -> LabelledSet:
+    """Write a labelled set whole or not at all, and open it.
+
+    Args:
+        films: path in the set and bytes of each film; taken one by one.
+
+    Raises:
+        DataError: a rule is broken. UsageError: `folder` is something else.
+    """
+    check_split(rows)
+    info = info.model_copy(update={"split_sha256": split_hash(rows)})
+    with new_folder(folder, MARKER) as new:
+        for name, data in films:
+            (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(data)
+        _write_csv(new / "films.csv", FILM_COLUMNS, (row.model_dump() for row in rows))
+        columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
+        _write_csv(new / "fixations.csv", columns, _gaze_records(gaze))
+        (new / MARKER).write_bytes(info.rendered())
+        if (folder / LOOKS).is_file():
+            (new / LOOKS).write_bytes((folder / LOOKS).read_bytes())
+        written = LabelledSet.open(new)
+    return replace(written, folder=folder)
+
+
+def split_hash(rows: Sequence[FilmRow]) -> str:
+    """SHA-256 over the sorted lines film, patient, split (tab-separated)."""
+    lines = sorted(f"{row.film}\t{row.patient}\t{row.split or ''}\n" for row in rows)
+    return sha256("".join(lines).encode())
+
+
+def check_split(rows: Sequence[FilmRow]) -> None:
+    """Refuse a patient on two sides.
+
+    Raises:
+        DataError: with the list of patients.
+    """
+    sides = defaultdict(set)
+    for row in rows:
+        if row.split:
+            sides[row.patient].add(row.split)
+    crossing = sorted(patient for patient, splits in sides.items() if len(splits) > 1)
+    if crossing:
+        listed = ", ".join(crossing[:20]) + (" ..." if len(crossing) > 20 else "")
+        raise DataError(f"{len(crossing)} patients are in more than one split: {listed}")
+
+
+def assign_splits(
+    rows: Sequence[FilmRow], shares: Mapping[Split, float], seed: int
+) -> tuple[FilmRow, ...]:
+    """Deal patients to splits: grouped by patient, stratified by label and view.
+
+    A patient's stratum is that of the patient's first film. Within a stratum, patients are shuffled
+    by `seed` and each goes to the split that is furthest below its share of films so far.
+
+    Raises:
+        DataError: shares that are not positive.
+    """
+    if not shares or min(shares.values()) <= 0:
+        raise DataError(f"split shares must be positive, found {dict(shares)}")
+    films: dict[str, list[FilmRow]] = defaultdict(list)
+    for row in rows:
+        films[row.patient].append(row)
+    strata: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for patient in sorted(films):
+        first = films[patient][0]
+        strata[first.label or "", first.view or ""].append(patient)
+    rng = np.random.default_rng(seed)
+    total = sum(shares.values())
+    count = dict.fromkeys(shares, 0.0)
+    assigned: dict[str, Split] = {}
+    for stratum in sorted(strata):
+        for index in rng.permutation(len(strata[stratum])):
+            patient = strata[stratum][index]
+            dealt = sum(count.values()) + len(films[patient])
+            split = max(shares, key=lambda s: shares[s] / total * dealt - count[s])
+            assigned[patient] = split
+            count[split] += len(films[patient])
+    return tuple(row.model_copy(update={"split": assigned[row.patient]}) for row in rows)
+
+
+def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
+    rows: dict[str, FilmRow] = {}
+    for number, cells in csv_rows(path, FILM_COLUMNS, ()):
+        try:
+            row = FilmRow.model_validate({k: v for k, v in cells.items() if v != ""})
+        except ValidationError as error:
+            raise DataError(f"{path}, row {number}: {complaint(error)}") from error
+        if row.label is not None and row.label not in classes:
+            raise DataError(f"{path}, row {number}: label {row.label!r} is not one of {classes}")
+        if row.film in rows:
+            raise DataError(f"{path}, row {number}: {row.film} is listed twice")
+        rows[row.film] = row
+    if not rows:
+        raise DataError(f"{path}: no films")
+    return tuple(rows.values())
+
+
+def read_gaze(path: Path, films: Set[str]) -> dict[str, Gaze]:
+    """Gaze by film from a table in the form of `fixations.csv`.
+
+    Raises:
+        DataError: naming the row: a film that is not in `films`, another kind than sample or
+            fixation, a coordinate or duration that is not finite.
+    """
+    readers: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    values: dict[str, array[float]] = defaultdict(lambda: array("d"))
+    for number, cells in csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
+        film = cells["film"]
+        try:
+            needed = [float(cells[name]) for name in GAZE_COLUMNS[3:]]
+            optional = [float(cells.get(name) or "nan") for name in GAZE_OPTIONAL]
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        if film not in films:
+            raise DataError(f"{path}, row {number}: {film} is not in films.csv")
+        if cells["kind"] not in _KINDS:
+            raise DataError(f"{path}, row {number}: kind {cells['kind']!r} is not one of {_KINDS}")
+        if not np.isfinite(needed).all() or needed[2] < 0:
+            raise DataError(f"{path}, row {number}: coordinates and duration must be finite")
+        readers[film].append(cells["reader"])
+        kinds[film].append(cells["kind"])
+        values[film].extend(needed + optional)
+    return {
+        film: Gaze(tuple(readers[film]), tuple(kinds[film]), np.array(values[film]).reshape(-1, 9))
+        for film in readers
+    }
+
+
+def csv_rows(
+    path: Path, needed: Sequence[str], optional: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV file in UTF-8, each with its line number, one at a time.
+
+    Args:
+        needed: columns that must be there.
+        optional: further columns that may be there; None allows any.
+
+    Raises:
+        DataError: missing, no CSV, another header, or a row of another length.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or ())
+            missing = [name for name in needed if name not in header]
+            allowed = header if optional is None else (*needed, *optional)
+            foreign = [name for name in header if name not in allowed]
+            if missing or foreign or len(set(header)) != len(header):
+                raise DataError(
+                    f"{path}: columns missing {missing}, not expected {foreign}; "
+                    f"expected {[*needed]}, optional {list(optional or ())}"
+                )
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    raise DataError(f"{path}, row {reader.line_num}: {len(header)} cells expected")
+                yield reader.line_num, cells
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
+def _gaze_records(gaze: Mapping[str, Gaze]) -> Iterator[dict[str, Any]]:
+    columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
+    for film, rows in gaze.items():
+        for reader, kind, values in zip(rows.readers, rows.kinds, rows.values, strict=True):
+            cells = [None if np.isnan(v) else round(float(v), 3) for v in values]
+            yield dict(zip(columns, (film, reader, kind, *cells), strict=True))
+
+
+def _write_csv(path: Path, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)

@@ -1,0 +1,163 @@
+"""What a labelled set can show at all, whatever the candidate."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from math import ceil, log, log1p
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.bundles.verdicts import Limits, percent
+from cxrgaze.evidence.bounds import clopper_pearson
+from cxrgaze.evidence.intervals import (
+    LEVEL,
+    MIN_PATIENTS,
+)
+from cxrgaze.evidence.metrics import present_classes
+from cxrgaze.spec import LOG_DENSITY, LOGITS
+
+RECOMMENDED_PATIENTS = 1500
+
+
+RECOMMENDED_FILMS = 2700
+"""A set of this size lets a candidate pass, at the default limits, that truly loses half of each.
+
+Each quantity passes with probability 0.90 or more, if
+
+- the least common class has 15 % of the films, AUCs are near 0.90 and the logits of candidate and
+  reference correlate within a class at 0.99 or more,
+- 1,000 of the patients have gaze and the change of a film's CC has a standard deviation of at most
+  0.05, half of its variance between patients.
+
+Flips ask for much more likeness: 6 % of such patients flip at a correlation of 0.99, 1 % at 0.9997.
+A candidate that loses nothing takes a quarter of the patients for AUC and CC, and 149 for flips.
+"""
+
+
+def can_show(
+    patients: Sequence[str],
+    labels: NDArray[np.integer],
+    has_gaze: NDArray[np.bool_],
+    limits: Limits | None = None,
+    untrained: Collection[str] = (),
+    classes: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """What a set can show at all, whatever the candidate: a sentence for each quantity.
+
+    Args:
+        patients: patient of each film, `(n,)`.
+        labels: `(n,)`, -1 where it is not known. has_gaze: `(n,)`.
+        untrained, classes: as in `compare`.
+    """
+    limits = limits or Limits()
+    who, labels = np.asarray(patients), np.asarray(labels)
+    lines = []
+    if LOGITS not in untrained:
+        names = tuple(classes) or numbered(int(labels.max()) + 1)
+        lack = lack_of_labels(who, labels, names)
+        known = len(set(who[labels >= 0]))
+        lines.append(f"macro AUC: {lack or _enough(known, RECOMMENDED_PATIENTS)}")
+    if LOG_DENSITY not in untrained:
+        known = len(set(who[np.asarray(has_gaze, dtype=bool)]))
+        lines.append(f"CC: {lack_of_gaze(known) or _enough(known, _RECOMMENDED_GAZE)}")
+    if LOGITS not in untrained:
+        lines.append(f"flips: {_what_flips_can_show(len(set(who)), limits.flips)}")
+    return tuple(lines)
+
+
+def patients_to_show(limit: float) -> int:
+    """The smallest number of patients of whom no flip at all excludes a share of `limit`.
+
+    149 for 2 %: 0.98^149 < 0.05.
+
+    Raises:
+        ValueError: a limit that no number excludes.
+    """
+    if not 0 < limit <= 1:
+        raise ValueError(f"no number of patients excludes a share of {limit}; expected (0, 1]")
+    patients = 1 if limit == 1 else max(ceil(log(1 - LEVEL) / log1p(-limit)), 1)
+    return patients if clopper_pearson(0, patients).bound < limit else patients + 1
+
+
+_RECOMMENDED_GAZE = 1000
+
+
+NOTHING_SHOWN = "a limit of 0 cannot be shown"
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+    """Names for classes that have none."""
+    return tuple(f"class {c}" for c in range(classes))
+
+
+def patients_for_flips(share: float, limit: float) -> int:
+    """About how many patients show that a share is below the limit."""
+    if not share:
+        return patients_to_show(limit)
+    normal = NormalDist().inv_cdf(LEVEL) ** 2 * limit * (1 - limit) / (limit - share) ** 2
+    many = max(patients_to_show(limit), ceil(normal))
+    while clopper_pearson(ceil(share * many), many).bound >= limit:
+        many = ceil(many * 1.1)
+    return rounded_up(many)
+
+
+def rounded_up(patients: float) -> int:
+    """Up to two digits."""
+    step = int(10 ** max(len(str(ceil(patients))) - 2, 0))
+    return ceil(patients / step) * step
+
+
+def lack_of_labels(who: NDArray[np.str_], labels: NDArray[np.integer], names: Sequence[str]) -> str:
+    """Why labels give no interval of the macro AUC, "" where they do."""
+    known = labels >= 0
+    if not known.any():
+        return "no film has a label; take a set with labels"
+    present = present_classes(labels[known], len(names))
+    if not present:
+        return f"all {int(known.sum())} labelled films are of one class; take a set with others"
+    fewest = {
+        c: min(len(set(who[known & some])) for some in (labels == c, labels != c)) for c in present
+    }
+    scarce = min(present, key=lambda c: fewest[c])
+    if fewest[scarce] >= MIN_PATIENTS:
+        return ""
+    return (
+        f"{names[scarce]} against the rest has films of {fewest[scarce]} patients on one side, "
+        f"expected {MIN_PATIENTS} or more"
+    )
+
+
+def lack_of_gaze(patients: int) -> str:
+    """Why so many patients with gaze give no interval of the CC, "" where they do."""
+    if not patients:
+        return "no film has gaze; take a set with gaze"
+    if patients < MIN_PATIENTS:
+        return f"{patients} patients have gaze, expected {MIN_PATIENTS} or more"
+    return ""
+
+
+def _enough(patients: int, recommended: int) -> str:
+    if patients >= recommended:
+        return f"{patients} patients, recommended are {recommended} at the default limits"
+    return (
+        f"{patients} patients, fewer than the {recommended} recommended at the default limits: a "
+        "loss of half a limit may stay inconclusive"
+    )
+
+
+def _what_flips_can_show(patients: int, limit: float) -> str:
+    if not limit:
+        return NOTHING_SHOWN
+    needed = patients_to_show(limit)
+    if patients < needed:
+        return (
+            f"with {patients} patients even zero flips cannot exclude {percent(limit)}: "
+            f"{needed} can"
+        )
+    passing = bisect_left(
+        range(patients + 1), True, key=lambda k: clopper_pearson(k, patients).bound >= limit
+    )
+    return f"up to {passing - 1} of {patients} patients may flip and exclude {percent(limit)} still"

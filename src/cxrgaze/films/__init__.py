@@ -1,0 +1,1 @@
+"""Films: a file becomes a canvas."""

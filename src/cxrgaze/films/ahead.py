@@ -1,0 +1,46 @@
+"""Decoding ahead of inference, in a thread of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from cxrgaze.errors import FilmError
+from cxrgaze.films.film import Film
+
+AHEAD = 2
+"""Films decoded ahead of inference; as many are held in memory."""
+
+
+Decode = Callable[[Path], Film]
+
+
+def decode_ahead(
+    paths: Iterable[Path], decode: Decode, depth: int = AHEAD
+) -> Generator[Film | FilmError, None, None]:
+    """Films in the order of `paths`, decoded by one thread at most `depth` films ahead.
+
+    A film that cannot be read is given as its FilmError, so that it does not end the others.
+    """
+    waiting: deque[Future[Film | FilmError]] = deque()
+    source = iter(paths)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+        try:
+            for path in source:
+                waiting.append(pool.submit(_outcome, decode, path))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _outcome(decode: Decode, path: Path) -> Film | FilmError:
+    try:
+        return decode(path)
+    except FilmError as error:
+        return error

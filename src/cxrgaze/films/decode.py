@@ -1,0 +1,76 @@
+"""Any file to a Film: decoded, windowed, in [0, 1], dense tissue white."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from cxrgaze.errors import FilmError
+from cxrgaze.films.film import Film, content_checked
+from cxrgaze.films.images import film_from_image
+from cxrgaze.films.windows import Window
+
+BYTE_LIMIT = 1 << 30
+
+
+def load_film(path: Path | str, window: Window | None = None) -> Film:
+    """The film in a file.
+
+    Args:
+        window: see `film_from_bytes`.
+
+    Raises:
+        FilmError: missing, unreadable, damaged or of no known format.
+    """
+    path = Path(path)
+    start = time.perf_counter()
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FilmError(f"{path}: not a regular file")
+            # Asking for the limit would take that much memory first.
+            data = file.read(min(status.st_size, BYTE_LIMIT) + 1)
+    except OSError as error:
+        raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise FilmError(f"{path}: no path of a file: {error}") from error
+    film = film_from_bytes(data, str(path), window)
+    return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe without a writer would block for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Film:
+    """The film in the bytes of a file.
+
+    Args:
+        name: stands in messages and results; its suffix is a hint.
+        window: centre and width that replace a DICOM film's own, on values oriented so that larger
+            is whiter; no effect on other files.
+
+    Raises:
+        FilmError: empty, too large, damaged or of no known format.
+    """
+    if not data:
+        raise FilmError(f"{name}: the file is empty (0 bytes)")
+    if len(data) > BYTE_LIMIT:
+        raise FilmError(f"{name}: larger than {BYTE_LIMIT >> 20} MiB")
+    try:
+        return content_checked(_decoded(data, name, window))
+    except MemoryError as error:
+        raise FilmError(f"{name}: needs more memory than there is; refused") from error
+
+
+def _decoded(data: bytes, name: str, window: Window | None) -> Film:
+    if data[128:132] == b"DICM" or Path(name).suffix.lower() in (".dcm", ".dicom"):
+        from cxrgaze.films.dicom import film_from_dicom
+
+        return film_from_dicom(data, name, window)
+    return film_from_image(data, name)

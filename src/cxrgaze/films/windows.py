@@ -1,0 +1,39 @@
+"""Windows: from integer pixels to display values in [0, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrgaze.spec import PixelSource
+
+PERCENTILES = (0.5, 99.5)
+"""The window of a film that brings none of its own: these percentiles of its pixels."""
+
+
+Window = tuple[float, float]
+
+
+def percentile_window(values: NDArray[np.integer]) -> tuple[float, float]:
+    """Lower and upper end of the stated percentile window (`PERCENTILES`) of integer pixels."""
+    low = int(values.min())
+    counts = np.bincount((values.ravel() - low).astype(np.int64))
+    share = np.cumsum(counts) / values.size
+    ends = (int(np.searchsorted(share, p / 100)) + low for p in PERCENTILES)
+    lower, upper = ends
+    return float(lower), float(upper)
+
+
+def apply_window(values: NDArray[np.generic], lower: float, upper: float) -> NDArray[np.float32]:
+    """Linear ramp from 0 at `lower` to 1 at `upper`, clipped; a step where they are equal."""
+    out = values.astype(np.float32)
+    out -= np.float32(lower)
+    out /= np.float32(max(upper - lower, np.finfo(np.float32).tiny))
+    return np.clip(out, 0, 1, out=out)
+
+
+def grey_levels(values: NDArray[np.generic]) -> tuple[NDArray[np.float32], PixelSource]:
+    """Display values of uint8 or uint16 pixels, and what they are."""
+    if values.dtype == np.uint8:
+        return values.astype(np.float32) / np.float32(255), "image-8bit"
+    return apply_window(values, *percentile_window(values.astype(np.int64))), "image-16bit"

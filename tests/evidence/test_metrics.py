@@ -1,0 +1,171 @@
+"""Every metric against an independent oracle (scipy, scikit-learn, numpy) and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from cxrgaze.evidence import metrics
+
+RNG = np.random.default_rng(7)
+
+
+def _maps(shape=(12, 9)):
+    return RNG.random(shape) ** 3, RNG.random(shape) ** 2
+
+
+def _scores(n=200, classes=3, ties=False):
+    labels = RNG.integers(classes, size=n)
+    scores = RNG.random((n, classes)) + 0.4 * np.eye(classes)[labels]
+    if ties:
+        scores = np.round(scores, 1)
+    return scores / scores.sum(axis=1, keepdims=True), labels
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_equals_scikit_learn(ties):
+    scores, labels = _scores(ties=ties)
+    scores = np.round(scores, 1) if ties else scores
+    for c in range(3):
+        expected = sklearn.metrics.roc_auc_score(labels == c, scores[:, c])
+        assert metrics.auc(scores[:, c], labels == c) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auc_equals_mann_whitney():
+    scores, labels = _scores()
+    positive, negative = scores[labels == 0, 0], scores[labels != 0, 0]
+    u = scipy.stats.mannwhitneyu(positive, negative).statistic
+    expected = u / (positive.size * negative.size)
+    assert metrics.auc(scores[:, 0], labels == 0) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auc_by_hand():
+    assert metrics.auc(np.array([1.0, 2.0, 3.0]), np.array([False, False, True])) == 1
+    assert metrics.auc(np.array([3.0, 2.0, 1.0]), np.array([False, False, True])) == 0
+    assert metrics.auc(np.array([1.0, 1.0]), np.array([False, True])) == 0.5
+
+
+def test_auc_refuses_one_class_and_nan():
+    with pytest.raises(ValueError, match="0 negatives"):
+        metrics.auc(np.array([1.0, 2.0]), np.array([True, True]))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.auc(np.array([1.0, np.nan]), np.array([True, False]))
+
+
+def test_macro_and_micro_equal_scikit_learn():
+    scores, labels = _scores()
+    macro = sklearn.metrics.roc_auc_score(labels, scores, multi_class="ovr", average="macro")
+    indicators = np.eye(3)[labels]
+    micro = sklearn.metrics.roc_auc_score(indicators, scores, average="micro")
+    assert metrics.macro_auc(scores, labels) == pytest.approx(macro, abs=1e-12)
+    assert metrics.micro_auc(scores, labels) == pytest.approx(micro, abs=1e-12)
+    expected = sklearn.metrics.accuracy_score(labels, scores.argmax(axis=1))
+    assert metrics.accuracy(scores, labels) == pytest.approx(expected)
+
+
+def test_cc_equals_numpy_and_scipy():
+    p, q = _maps()
+    assert metrics.cc(p, q) == pytest.approx(np.corrcoef(p.ravel(), q.ravel())[0, 1], abs=1e-12)
+    assert metrics.cc(p, q) == pytest.approx(scipy.stats.pearsonr(p.ravel(), q.ravel()).statistic)
+
+
+def test_cc_of_constant_maps():
+    flat, p = np.full((4, 4), 0.5), np.arange(16.0).reshape(4, 4)
+    assert metrics.cc(flat, p) == 0
+    assert math.isnan(metrics.cc(flat, flat))
+    assert metrics.cc(p, 3 * p + 1) == pytest.approx(1)
+    assert metrics.cc(p, -p) == pytest.approx(-1)
+
+
+def test_sim_by_definition_and_by_hand():
+    p, q = _maps()
+    slow = sum(min(a, b) for a, b in zip((p / p.sum()).ravel(), (q / q.sum()).ravel(), strict=True))
+    assert metrics.sim(p, q) == pytest.approx(slow, abs=1e-12)
+    assert metrics.sim(p, 5 * p) == pytest.approx(1)
+    assert metrics.sim(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])) == 0
+
+
+def test_kld_equals_scipy_where_eps_does_not_matter_and_is_not_symmetric():
+    p, q = (m + 0.01 for m in _maps())
+    expected = scipy.stats.entropy(q.ravel(), p.ravel())  # of the truth from the prediction
+    assert metrics.kld(p, q) == pytest.approx(expected, abs=1e-9)
+    assert metrics.kld(p, q) != pytest.approx(metrics.kld(q, p), abs=1e-4)
+    assert metrics.kld(p, p) == pytest.approx(0, abs=1e-12)
+
+
+def test_kld_has_the_mit_epsilon():
+    prediction, truth = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    assert metrics.kld(prediction, truth) == pytest.approx(-math.log(2.2204e-16), rel=1e-9)
+
+
+def test_nss_equals_scipy_zscore():
+    p, _ = _maps()
+    fixations = np.array([[0, 0], [8, 11], [3, 5], [3, 5]])
+    z = scipy.stats.zscore(p, axis=None)
+    expected = np.mean([z[y, x] for x, y in fixations])
+    assert metrics.nss(p, fixations) == pytest.approx(expected, abs=1e-12)
+    assert metrics.nss(np.ones((3, 3)), np.array([[1, 1]])) == 0
+
+
+def test_auc_judd_equals_scikit_learn_with_repeats_and_ties():
+    p = np.round(_maps()[0], 1)
+    fixations = np.array([[0, 0], [8, 11], [3, 5], [3, 5], [1, 2]])
+    scores = [p[y, x] for x, y in fixations] + list(p.ravel())
+    truth = [1] * len(fixations) + [0] * p.size
+    expected = sklearn.metrics.roc_auc_score(truth, scores)
+    assert metrics.auc_judd(p, fixations) == pytest.approx(expected, abs=1e-12)
+
+
+def test_x_is_the_column():
+    p = np.zeros((2, 5))
+    p[1, 4] = 1
+    assert metrics.nss(p, np.array([[4, 1]])) == pytest.approx(3)  # (1 - 0.1) / 0.3
+
+
+@pytest.mark.parametrize(
+    "fixations", [np.zeros((0, 2), int), np.array([[5, 0]]), np.array([[-1, 0]])]
+)
+def test_fixations_outside_or_missing_are_refused(fixations):
+    for metric in (metrics.nss, metrics.auc_judd):
+        with pytest.raises(ValueError, match="fixations"):
+            metric(np.ones((5, 5)), fixations)
+
+
+def test_shapes_and_densities_are_checked():
+    for metric in (metrics.cc, metrics.sim, metrics.kld):
+        with pytest.raises(ValueError, match="one shape"):
+            metric(np.ones((2, 2)), np.ones((2, 3)))
+    for metric in (metrics.sim, metrics.kld):
+        with pytest.raises(ValueError, match="non-negative"):
+            metric(np.zeros((2, 2)), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("bins", [10, 15])
+def test_ece_equals_torchmetrics(bins):
+    torch = pytest.importorskip("torch")
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    scores, labels = _scores(n=500)
+    expected = multiclass_calibration_error(
+        torch.from_numpy(scores), torch.from_numpy(labels), num_classes=3, n_bins=bins, norm="l1"
+    )
+    assert metrics.ece(scores, labels, bins) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_micro_auc_takes_no_credit_for_a_class_that_nobody_has():
+    scores, labels = _scores()
+    labels = np.minimum(labels, 1)
+    scores[:, 2] = 0
+    two = sklearn.metrics.roc_auc_score(np.eye(2)[labels].ravel(), scores[:, :2].ravel())
+    assert metrics.micro_auc(scores, labels, [0, 1]) == pytest.approx(two)
+    assert metrics.micro_auc(scores, labels) > two
+
+
+def test_ece_by_hand():
+    sure = np.array([[0.9, 0.1]] * 10)
+    assert metrics.ece(sure, np.array([0] * 9 + [1])) == pytest.approx(0)
+    assert metrics.ece(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)

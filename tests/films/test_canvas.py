@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrgaze.films.canvas import Geometry, to_canvas
+from cxrgaze.train.model import spec_of
+
+SPEC = spec_of("tiny", model_version="t", pixel_source="image-8bit", domain="phantom")
+SIDES = st.integers(32, 4000)
+
+
+@given(SIDES, SIDES, st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=300, deadline=None)
+def test_a_point_to_the_canvas_and_back_moves_less_than_half_a_pixel(height, width, u, v):
+    geometry = Geometry.fit((height, width), (640, 512))
+    point = np.array([[u * (width - 1), v * (height - 1)]])
+    on_canvas = geometry.to_canvas(point)
+    assert np.abs(geometry.to_film(on_canvas) - point).max() < 0.5
+    x, y = on_canvas[0] - (geometry.left, geometry.top)
+    assert -0.5 <= x <= geometry.width - 0.5 and -0.5 <= y <= geometry.height - 0.5
+
+
+@given(SIDES, SIDES)
+@settings(max_examples=200, deadline=None)
+def test_the_film_is_as_large_as_it_can_be_centred_and_undistorted(height, width):
+    g = Geometry.fit((height, width), (640, 512))
+    assert g.height == 640 or g.width == 512
+    assert abs(g.top - (640 - g.height) / 2) <= 0.5 and abs(g.left - (512 - g.width) / 2) <= 0.5
+    exact = min(640 / height, 512 / width)
+    assert abs(g.height - max(height * exact, 1)) <= 0.5
+    assert abs(g.width - max(width * exact, 1)) <= 0.5
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 128), (128, 256)])
+def test_area_resize_equals_a_slow_block_mean_and_the_pad_is_zero(shape):
+    pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
+    canvas, geometry = to_canvas(pixels, SPEC)
+    assert canvas.shape == (64, 64) and canvas.dtype == np.float32
+    block = 4
+    slow = pixels.reshape(shape[0] // block, block, shape[1] // block, block).mean(axis=(1, 3))
+    assert np.abs(geometry.crop(canvas) - slow).max() < 1e-6
+    outside = canvas.copy()
+    geometry.crop(outside)[:] = 0
+    assert not outside.any()
+
+
+def test_a_bright_dot_lands_where_the_geometry_says():
+    pixels = np.zeros((300, 500), dtype=np.float32)
+    pixels[200:205, 400:405] = 1
+    canvas, geometry = to_canvas(pixels, SPEC)
+    row, column = np.unravel_index(canvas.argmax(), canvas.shape)
+    x, y = geometry.to_canvas(np.array([[402.0, 202.0]]))[0]
+    assert abs(column - x) <= 0.6 and abs(row - y) <= 0.6

@@ -1,0 +1,323 @@
+"""`cxrgaze-train evaluate`: its figures, what it leaves out, what it refuses, what it logs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from cxrgaze.errors import ExitCode
+from cxrgaze.evidence import metrics, phantom
+from cxrgaze.evidence.labelled_set import LabelledSet, write_set
+from cxrgaze.train import checkpoint, cli, evaluation
+from cxrgaze.train.baseline import view_and_age
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assess") / "set"
+    sizes = {"train": 40, "val": 10, "test": 60}
+    return phantom.write_phantom_set(folder, sizes, difficulty=0.6, first_seed=700_000)
+
+
+def _evaluate(folder, output, *more, model=None):
+    model = model or checkpoint.demo_path()
+    arguments = ["evaluate", str(model), str(folder), "--output", str(output)]
+    return cli.main([*arguments, "--resamples", "200", "--threads", "1", *more])
+
+
+@pytest.fixture(scope="module")
+def evaluated(labelled, tmp_path_factory):
+    output = tmp_path_factory.mktemp("assess") / "out"
+    assert _evaluate(labelled.folder, output) == 0
+    return output, json.loads((output / "report.json").read_text())
+
+
+def test_the_files_are_there_and_labelled_synthetic(evaluated):
+    output, report = evaluated
+    assert {p.name for p in output.iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "films.csv",
+        "roc.svg",
+        "reliability.svg",
+        "maps.png",
+    }
+    for name in ("report.md", "report.html"):
+        text = (output / name).read_text()
+        assert "Synthetic" in text and "not a medical device" in text
+    assert report["synthetic"] is True
+    assert 'src="http' not in (output / "report.html").read_text()
+
+
+def test_the_figures_are_those_of_the_film_table(evaluated):
+    output, report = evaluated
+    with (output / "films.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60
+    names = ("normal", "heart_failure", "pneumonia")
+    truth = np.array([names.index(row["label"]) for row in rows])
+    p = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
+    auc = report["diagnosis"]["auc"]
+    for c, name in enumerate(names):
+        slow = roc_auc_score(truth == c, p[:, c])
+        for way in ("delong", "bootstrap"):
+            assert auc[name][way]["value"] == pytest.approx(slow, abs=1e-4)
+            assert auc[name][way]["low"] < slow < auc[name][way]["high"]
+    assert auc["macro"]["bootstrap"]["value"] == pytest.approx(
+        roc_auc_score(truth, p, multi_class="ovr"), abs=1e-4
+    )
+    assert auc["micro"]["delong"]["value"] == pytest.approx(
+        roc_auc_score(np.eye(3)[truth].ravel(), p.ravel()), abs=1e-4
+    )
+    for key in ("cc", "nss", "auc_judd"):
+        mean = np.mean([float(row[key]) for row in rows])
+        assert report["saliency"]["prediction"][key]["value"] == pytest.approx(mean, abs=1e-5)
+    assert report["saliency"]["centre_prior"]["cc"]["value"] == pytest.approx(
+        np.mean([float(row["cc_centre_prior"]) for row in rows]), abs=1e-5
+    )
+    assert report["saliency"]["between_readers"]["cc"]["value"] > 0.5
+    for name, point in report["diagnosis"]["operating_points"].items():
+        flag = p[:, names.index(name)] >= point["threshold"]
+        positive = truth == names.index(name)
+        assert point["sensitivity"]["value"] == pytest.approx(flag[positive].mean())
+        assert point["specificity"]["value"] == pytest.approx((~flag)[~positive].mean())
+
+
+def test_a_bundle_and_its_checkpoint_agree(labelled, evaluated, bundles, tmp_path):
+    assert _evaluate(labelled.folder, tmp_path / "o", model=bundles / "demo-fp32.cxrgaze") == 0
+    found = json.loads((tmp_path / "o" / "report.json").read_text())
+    for key in ("auc", "ece"):
+        text = json.dumps(found["diagnosis"][key]), json.dumps(evaluated[1]["diagnosis"][key])
+        numbers = [np.array(_numbers(json.loads(t))) for t in text]
+        np.testing.assert_allclose(*numbers, atol=2e-3)
+    assert found["model"]["kind"] == "bundle"
+    assert found["diagnosis"]["temperature"] == evaluated[1]["diagnosis"]["temperature"]
+
+
+def _numbers(value):
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in _numbers(v)]
+    return [value]
+
+
+def test_nothing_is_changed_but_the_log_of_looks(labelled, tmp_path):
+    folder = shutil.copytree(labelled.folder, tmp_path / "set")
+    (folder / evaluation.LOOKS).unlink(missing_ok=True)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    weights = checkpoint.demo_path().read_bytes()
+    for split in ("test", "val", "test"):
+        assert _evaluate(folder, tmp_path / "out", "--split", split) == 0
+    assert {p: p.read_bytes() for p in before} == before
+    assert checkpoint.demo_path().read_bytes() == weights
+    looks = [json.loads(line) for line in (folder / evaluation.LOOKS).read_text().splitlines()]
+    assert len(looks) == 2 and {look["model"] for look in looks} == {"demo"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["look"] == {"number": 2, "logged": True}
+    assert "look number 2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def _changed(labelled, folder, change, gaze=None):
+    rows = [change(row) for row in labelled.rows]
+    films = [(row.film, labelled.film_bytes(row)) for row in labelled.rows]
+    return write_set(folder, labelled.info, rows, labelled.gaze if gaze is None else gaze, films)
+
+
+def test_without_gaze_the_diagnosis_alone_is_reported_and_it_says_so(labelled, tmp_path):
+    made = _changed(labelled, tmp_path / "set", lambda row: row, gaze={})
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["saliency"] is None and report["diagnosis"]["auc"]
+    assert "60 of 60 films have no gaze" in report["left_out"]
+    assert not (tmp_path / "out" / "maps.png").exists()
+
+
+def test_without_labels_the_saliency_alone_is_reported(labelled, tmp_path):
+    made = _changed(labelled, tmp_path / "set", lambda r: r.model_copy(update={"label": None}))
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["diagnosis"] is None and report["saliency"]["films"] == 60
+    assert "60 of 60 films have no label" in report["left_out"]
+
+
+def test_without_either_it_is_an_error(labelled, tmp_path, capsys):
+    made = _changed(
+        labelled, tmp_path / "set", lambda r: r.model_copy(update={"label": None}), gaze={}
+    )
+    assert _evaluate(made.folder, tmp_path / "out") == ExitCode.DATA
+    assert "has a label or gaze" in capsys.readouterr().err
+
+
+def test_a_missing_class_is_left_out_and_named(labelled, tmp_path):
+    def two(row):
+        label = "pneumonia" if row.label == "heart_failure" else row.label
+        return row.model_copy(update={"label": label})
+
+    made = _changed(labelled, tmp_path / "set", two, gaze={})
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["diagnosis"]["auc"]) == {"normal", "pneumonia", "macro", "micro"}
+    assert "AUC of heart_failure: 0 of 60 films have it" in report["left_out"]
+    assert report["diagnosis"]["operating_points"]["heart_failure"]["sensitivity"] is None
+
+
+def test_the_view_and_age_baseline_finds_what_the_view_gives_away(labelled, tmp_path):
+    def with_view(row):
+        view = "AP" if row.label == "pneumonia" else "PA"
+        return row.model_copy(update={"view": view, "age": 50.0})
+
+    made = _changed(labelled, tmp_path / "set", with_view, gaze={})
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["diagnosis"]
+    assert found["view_and_age"]["pneumonia"]["bootstrap"]["value"] == 1.0
+    assert found["within_view"].keys() == {"PA"}  # all AP films are pneumonia: no AUC there
+
+
+def test_the_baseline_is_blind_where_view_and_age_say_nothing(labelled):
+    rows = [
+        row.model_copy(update={"view": ("PA", "AP")[i % 2], "age": float(30 + i % 7)})
+        for i, row in enumerate(labelled.rows)
+    ]
+    names = labelled.info.classes
+    p = view_and_age(rows[:40], rows[50:], names)
+    truth = np.array([names.index(row.label) for row in rows[50:]])
+    assert p.sum(axis=1) == pytest.approx(1)
+    assert 0.3 < metrics.macro_auc(p, truth) < 0.7
+    same = [row.model_copy(update={"view": "PA", "age": None}) for row in rows]
+    assert "do not vary" in view_and_age(same[:40], same, names)
+
+
+WRONG = {
+    "no model": (["nowhere.safetensors"], ExitCode.USAGE, "does not exist"),
+    "no such kind": (["README.md"], ExitCode.USAGE, "neither a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_model_is_refused(labelled, tmp_path, capsys, name):
+    (model,), code, message = WRONG[name]
+    assert _evaluate(labelled.folder, tmp_path / "out", model=model) == code
+    assert message in capsys.readouterr().err
+
+
+def test_no_films_in_the_split_is_an_error(labelled, tmp_path, capsys):
+    made = _changed(labelled, tmp_path / "set", lambda r: r.model_copy(update={"split": "train"}))
+    assert _evaluate(made.folder, tmp_path / "out") == ExitCode.DATA
+    assert "no films in split test" in capsys.readouterr().err
+
+
+def test_an_unknown_heatmap_is_refused(labelled, tmp_path, capsys):
+    code = _evaluate(labelled.folder, tmp_path / "out", "--heatmap", "rainbow")
+    assert code == ExitCode.USAGE and "egd-authors" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_say_its_heatmap_must_be_told(
+    labelled, tmp_path, monkeypatch, capsys
+):
+    """As a bundle of clinical films does not."""
+    model = replace(evaluation.open_model(checkpoint.demo_path(), 1), heatmap=None)
+    monkeypatch.setattr(evaluation, "open_model", lambda path, threads: model)
+    assert _evaluate(labelled.folder, tmp_path / "out") == ExitCode.USAGE
+    assert "give --heatmap" in capsys.readouterr().err
+    assert _evaluate(labelled.folder, tmp_path / "out", "--heatmap", "phantom") == 0
+
+
+def test_a_gaze_set_without_training_films_says_that_the_prior_is_missing(labelled, tmp_path):
+    kept = {row.film: labelled.gaze[row.film] for row in labelled.rows if row.split == "test"}
+    made = _changed(labelled, tmp_path / "set", lambda row: row, gaze=kept)
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["saliency"]["centre_prior"] == {}
+    assert any("no training film with gaze" in text for text in report["left_out"])
+
+
+def test_the_phantom_command_draws_the_same_set_twice(tmp_path):
+    for name in ("a", "b"):
+        arguments = ["phantom", "--output", str(tmp_path / name), "--train", "3", "--val", "2"]
+        assert cli.main([*arguments, "--test", "0", "--first-seed", "9"]) == 0
+    one, two = (LabelledSet.open(tmp_path / name) for name in ("a", "b"))
+    assert one.rows == two.rows and len(one.rows) == 5
+    assert cli.main(["phantom", "--output", str(tmp_path / "c"), "--difficulty", "2"]) == 2
+
+
+def test_films_that_the_model_may_have_been_trained_on_are_pointed_out(tmp_path, capsys):
+    """Phantoms from number 0 are the demo's own training films."""
+    own = phantom.write_phantom_set(tmp_path / "set", {"train": 5, "val": 2, "test": 12})
+    assert _evaluate(own.folder, tmp_path / "out") == 0
+    assert "WARNING: possible leakage" in capsys.readouterr().out
+    assert "WARNING: possible leakage" in (tmp_path / "out" / "report.md").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "same films with another split" in report["leakage"]
+
+
+def test_films_of_the_same_split_are_not(labelled, tmp_path, monkeypatch):
+    origin = evaluation.Origin(
+        trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256
+    )
+    model = replace(evaluation.open_model(checkpoint.demo_path(), 1), origins=(origin,))
+    monkeypatch.setattr(evaluation, "open_model", lambda path, threads: model)
+    assert _evaluate(labelled.folder, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["leakage"] is None
+
+
+def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypatch, capsys):
+    model = evaluation.open_model(checkpoint.demo_path(), 1)
+
+    def broken(images):
+        logits, log_density = model.predict(images)
+        logits[0, 0] = np.nan
+        return logits, log_density
+
+    damaged = replace(model, predict=broken)
+    monkeypatch.setattr(evaluation, "open_model", lambda path, threads: damaged)
+    assert _evaluate(labelled.folder, tmp_path / "out") == ExitCode.PARITY
+    assert "NaN or infinity" in capsys.readouterr().err
+
+
+def test_samples_beside_fixations_do_not_change_nss(labelled):
+    from cxrgaze.evidence import heatmaps
+    from cxrgaze.evidence.arrays import load_arrays
+    from cxrgaze.evidence.labelled_set import Gaze
+    from cxrgaze.train.figures import saliency_rows
+
+    model = evaluation.open_model(checkpoint.demo_path(), 1)
+    preset = heatmaps.PRESETS["phantom"]
+    arrays = load_arrays(labelled.split("val"), model.spec, preset)
+    _, log_density = model.predict(arrays.images)
+
+    def with_samples(gaze):
+        corner = np.full((500, 9), np.nan)
+        corner[:, :3] = (1.0, 1.0, 16.0)
+        return Gaze(
+            (*gaze.readers, *["reader-1"] * 500),
+            (*gaze.kinds, *["sample"] * 500),
+            np.concatenate([gaze.values, corner]),
+        )
+
+    mixed = replace(arrays, gaze=tuple(with_samples(g) for g in arrays.gaze))
+    plain, other = (saliency_rows(a, log_density[:, 0], None, preset) for a in (arrays, mixed))
+    assert all(plain[i]["nss"] == other[i]["nss"] for i in plain)
+
+
+@pytest.mark.parametrize("patients", [1, 7, 300])
+def test_a_share_of_one_has_its_exact_interval(patients):
+    from scipy.stats import beta
+
+    found = evaluation.exact_share(1, patients)
+    assert found.low == pytest.approx(beta.ppf(0.025, patients, 1)) and found.high == 1
+    none = evaluation.exact_share(0, patients)
+    assert none.high == pytest.approx(beta.ppf(0.975, 1, patients)) and none.low == 0
+
+
+def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
+    sizes = {"train": 3, "val": 2, "test": 12}
+    made = phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
+    assert _evaluate(made.folder, tmp_path / "out") == 0
+    phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
+    assert len((made.folder / evaluation.LOOKS).read_text().splitlines()) == 1

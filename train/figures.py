@@ -1,0 +1,146 @@
+"""Point figures of both heads: AUC beside accuracy, CC beside the centre prior."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrgaze.command import counted
+from cxrgaze.errors import DataError
+from cxrgaze.evidence import heatmaps, metrics
+from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density
+from cxrgaze.evidence.labelled_set import Gaze
+from cxrgaze.films.canvas import Geometry
+from cxrgaze.train.model import Network
+
+
+def predict(
+    network: Network, images: NDArray[np.float32], batch: int = 16
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits `(N, C)` and log-densities `(N, 1, H, W)` of the network in evaluation mode."""
+    network.eval()
+    logits, densities = [], []
+    with torch.inference_mode():
+        starts = range(0, len(images), batch)
+        for start in counted(starts, len(starts), "batch"):
+            out = network(torch.tensor(images[start : start + batch]))
+            logits.append(out.logits.numpy())
+            densities.append(out.log_density.numpy())
+    return np.concatenate(logits), np.concatenate(densities)
+
+
+def evaluate(
+    network: Network,
+    arrays: Arrays,
+    prior: NDArray[np.floating] | None,
+    preset: heatmaps.HeatmapPreset,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Metrics of both heads on `arrays`.
+
+    Args:
+        prior: centre prior `(H, W)` of the *training* films on the canvas; None where they have
+            no gaze.
+        preset: how the readers' own maps are made, for the inter-reader CC.
+        classes: names in the order of the logits.
+
+    Returns:
+        Plain numbers: films; where there are labels, auc_per_class (of the classes that some and
+        not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
+        gaze, means over films of `saliency_rows`.
+    """
+    logits, log_density = predict(network, arrays.images)
+    result: dict[str, Any] = {"films": len(arrays.films)}
+    labelled = arrays.labels != UNLABELLED
+    labels = arrays.labels[labelled]
+    present = metrics.present_classes(labels, logits.shape[1])
+    if present:
+        # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
+        probabilities = torch.from_numpy(logits[labelled]).softmax(dim=1).numpy()
+        aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
+        result["auc_per_class"] = aucs
+        result["auc_macro"] = metrics.macro_auc(probabilities, labels, present)
+        result["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
+        result["accuracy"] = metrics.accuracy(probabilities, labels)
+    rows = saliency_rows(arrays, log_density[:, 0], prior, preset)
+    for key in next(iter(rows.values()), {}):
+        values = np.array([row[key] for row in rows.values()])
+        if not np.isnan(values).all():
+            result[key] = float(np.nanmean(values))
+    return result
+
+
+def saliency_rows(
+    arrays: Arrays,
+    log_density: NDArray[np.float32],
+    prior: NDArray[np.floating] | None,
+    preset: heatmaps.HeatmapPreset,
+) -> dict[int, dict[str, float]]:
+    """Saliency metrics of every film with gaze, over the film's area, by the film's index.
+
+    Args:
+        log_density: `(N, H, W)`. prior, preset: as in `evaluate`.
+
+    Returns:
+        cc, sim, kld, nss, auc_judd of the prediction (the last two at fixations, or at samples
+        where a film has no fixations); the same of the centre prior
+        (`..._centre_prior`); cc_between_readers of the first two readers, NaN with one; pad_mass.
+    """
+    return {
+        index: _saliency(arrays, index, np.exp(log_density[index]), prior, preset)
+        for index in np.flatnonzero(arrays.has_gaze).tolist()
+    }
+
+
+def _saliency(
+    arrays: Arrays,
+    index: int,
+    predicted: NDArray[np.floating],
+    prior: NDArray[np.floating] | None,
+    preset: heatmaps.HeatmapPreset,
+) -> dict[str, float]:
+    geometry, gaze = arrays.geometries[index], arrays.gaze[index]
+    assert gaze is not None
+    prediction, truth = (geometry.crop(m) for m in (predicted, arrays.densities[index, 0]))
+    # A sample of the eye tracker is no fixation: NSS and AUC-Judd take fixations where there are.
+    fixations = gaze.select(kind="fixation" if "fixation" in gaze.kinds else None).points
+    points = np.rint(geometry.to_canvas(fixations) - (geometry.left, geometry.top)).astype(int)
+    inside = points[((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)]
+    found = _against(prediction, truth, inside)
+    if prior is not None:
+        centre = _against(geometry.crop(prior), truth, inside)
+        found |= {f"{key}_centre_prior": value for key, value in centre.items()}
+    maps = _reader_maps(gaze, geometry, preset)
+    found["cc_between_readers"] = metrics.cc(*maps[:2]) if len(maps) > 1 else float("nan")
+    found["pad_mass"] = float(1 - prediction.sum())
+    return found
+
+
+def _reader_maps(
+    gaze: Gaze, geometry: Geometry, preset: heatmaps.HeatmapPreset
+) -> list[NDArray[np.floating]]:
+    """Each reader's own map over the film's area; a reader who looked elsewhere has none."""
+    maps = []
+    for reader in sorted(set(gaze.readers)):
+        with contextlib.suppress(DataError):
+            density = canvas_density(gaze.select(reader=reader), geometry, preset)
+            maps.append(geometry.crop(density))
+    return maps
+
+
+def _against(
+    prediction: NDArray[np.floating], truth: NDArray[np.floating], fixations: NDArray[np.integer]
+) -> dict[str, float]:
+    seen = len(fixations) > 0  # a density can reach in from fixations beside the film
+    return {
+        "cc": metrics.cc(prediction, truth),
+        "sim": metrics.sim(prediction, truth),
+        "kld": metrics.kld(prediction, truth),
+        "nss": metrics.nss(prediction, fixations) if seen else float("nan"),
+        "auc_judd": metrics.auc_judd(prediction, fixations) if seen else float("nan"),
+    }

@@ -1,0 +1,337 @@
+"""One training stage as a LightningModule: what learns, on which loss, in which order of films.
+
+Everything random in an epoch is drawn from (seed, stage, epoch), so that a resumed run is the
+uninterrupted one. Losses are divided by counts that are reduced over all processes, so that two
+processes with batch b take the step of one with 2b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from cxrgaze.errors import DataError
+from cxrgaze.evidence import metrics
+from cxrgaze.evidence.arrays import UNLABELLED, Arrays
+from cxrgaze.train.augment import augmented
+from cxrgaze.train.config import Augment, Stage
+from cxrgaze.train.losses import (
+    CONTRASTIVE,
+    ENCODER,
+    FILM_LOSSES,
+    NEED_GAZE,
+    NEED_LABELS,
+    Batch,
+)
+from cxrgaze.train.model import HeadTensors, Network
+
+_CONTRAST_CHUNK = 64  # validation films per contrastive loss
+
+
+@dataclass(frozen=True)
+class Films:
+    """Training and validation films of a run."""
+
+    train: Arrays
+    val: Arrays
+
+
+class StageModule(lightning.LightningModule):
+    """A network in one stage.
+
+    Args:
+        network: learns in place.
+        number: of the stage in the run, from 1; part of the random stream.
+        seed: of the run.
+
+    After each epoch, the trainer's callback metrics hold `train_loss`, `val_loss` and, where the
+    stage has them, `val_auc` (macro over the classes of the validation films) and `val_cc`.
+    """
+
+    def __init__(
+        self, network: Network, stage: Stage, films: Films, *, number: int, seed: int, aug: Augment
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.stage = stage
+        self._films = films
+        self._stream = (seed, number)
+        self._augment = aug
+        self._seen: list[tuple[Tensor, ...]] = []
+        torch.manual_seed(_seed_of(*self._stream))
+        learning = [module for part in stage.train for module in network.parts()[part]]
+        frozen = [m for ms in network.parts().values() for m in ms if m not in learning]
+        self._still: list[nn.Module] = list(frozen)
+        if stage.freeze_batch_norm:
+            self._still += [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        network.requires_grad_(True)
+        for module in frozen:
+            module.requires_grad_(False)
+        self.head: nn.Linear | None = None
+        if set(stage.loss) & set(ENCODER):
+            self.head = nn.Linear(network.dense.out_channels, network.classes)
+        self.log_sigma = nn.Parameter(torch.zeros(())) if stage.weighting == "uncertainty" else None
+
+    def train(self, mode: bool = True) -> StageModule:
+        """Training mode for what learns; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
+
+    # Data ------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The batches of the current epoch; asked for again in every epoch."""
+        order = self._order(np.random.default_rng([*self._stream, self.current_epoch]))
+        together = self.stage.batch * self.trainer.world_size
+        together = min(together, len(order) // self.trainer.world_size * self.trainer.world_size)
+        if not together or together // self.trainer.world_size < 2:
+            raise DataError(
+                f"{len(order)} training films for {self.trainer.world_size} processes: expected at "
+                "least two films for each"
+            )
+        steps = [order[i : i + together] for i in range(0, len(order), together)]
+        mine = [
+            step[self.trainer.global_rank :: self.trainer.world_size]
+            for step in steps
+            if len(step) == together  # the rest comes first or last in another epoch's order
+        ]
+        return DataLoader(_Batches(self._films.train, mine), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This process's share of the validation films, padded so that all have as many."""
+        count, world = len(self._films.val.films), self.trainer.world_size
+        padded = np.resize(np.arange(count), -(-count // world) * world)
+        mine = padded[self.trainer.global_rank :: world]
+        size = self.stage.batch
+        shares = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return DataLoader(_Batches(self._films.val, shares), batch_size=None)
+
+    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        labels = self._films.train.labels
+        useful = np.ones(len(labels), dtype=bool)
+        if set(self.stage.loss) <= NEED_LABELS:
+            useful = labels != UNLABELLED
+        elif set(self.stage.loss) <= NEED_GAZE:
+            useful = self._films.train.has_gaze
+        index = np.flatnonzero(useful)
+        if not self.stage.balanced:
+            return rng.permutation(index)
+        _, group, counts = np.unique(labels[index], return_inverse=True, return_counts=True)
+        share = 1 / counts[group] / len(counts)
+        return rng.choice(index, size=len(index), p=share)
+
+    # Steps -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The loss over the films of all processes."""
+        # Dropout and augmentation are drawn from the step's own seed: the state of torch's random
+        # numbers is not the same after a resumption.
+        where = (self.current_epoch, index, self.trainer.global_rank)
+        torch.manual_seed(_seed_of(*self._stream, *where))
+        if self._augment.any:
+            maps = [batch.density, batch.teacher_density]
+            image, (density, teacher) = augmented(batch.image, maps, self._augment)
+            batch = batch._replace(image=image, density=density, teacher_density=teacher)
+        batch = self._shrunk(batch)
+        embedding, out = self._forward(batch)
+        terms = {}
+        for name in self.stage.loss:
+            if name in CONTRASTIVE:
+                rows = self._gathered(embedding, grad=True)
+                # Every process computes the same value; the gathering adds up the gradients.
+                terms[name] = CONTRASTIVE[name](rows, self._gathered(batch.label))
+            else:
+                value, counts = FILM_LOSSES[name](out, batch)
+                total = self._summed(counts.sum()).clamp(min=1)
+                terms[name] = value.sum() * self.trainer.world_size / total
+        loss = self._combined(terms)
+        shown = loss.detach()
+        if not set(self.stage.loss) <= set(CONTRASTIVE):
+            shown = self._summed(shown) / self.trainer.world_size
+        self.log("train_loss", shown, on_step=False, on_epoch=True, batch_size=len(batch.label))
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Collect what the end of the epoch needs of every film."""
+        batch = self._shrunk(batch)
+        embedding, out = self._forward(batch)
+        columns: list[Tensor] = [batch.film, batch.label]
+        for name in self.stage.loss:
+            if name not in CONTRASTIVE:
+                columns += FILM_LOSSES[name](out, batch)
+        columns.append(self._correlations(batch, out))
+        rest = embedding if self.stage.on_encoder and self.head is None else out.logits
+        self._seen.append((torch.stack([c.double() for c in columns], dim=1), rest.float()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all films of all processes, each film once."""
+        table, rest = (self._gathered(torch.cat(parts)) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        _, first = np.unique(table[:, 0].cpu().numpy(), return_index=True)  # in the films' order
+        table, rest = table[first], rest[first]
+        labels, correlations = table[:, 1].long(), table[:, -1].cpu().numpy()
+        terms, column = {}, 2
+        for name in self.stage.loss:
+            if name in CONTRASTIVE:
+                terms[name] = _in_chunks(name, rest, labels, self._stream[0])
+            else:
+                terms[name] = table[:, column].sum() / table[:, column + 1].sum().clamp(min=1)
+                column += 2
+        shown = {"val_loss": self._combined(terms)}
+        if self.head is not None or self.stage.teaches_diagnosis:
+            shown["val_auc"] = torch.tensor(_macro_auc(rest, labels))
+        if not np.isnan(correlations).all():
+            shown["val_cc"] = torch.tensor(np.nanmean(correlations))
+        if np.isnan(float(shown.get("val_auc", 0))):
+            del shown["val_auc"]  # validation films of one class alone, or a network gone astray
+        for name, value in shown.items():
+            self.log(name, value.float().to(self.device), sync_dist=True)  # the same everywhere
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, HeadTensors]:
+        """Embedding and outputs; a stage on the encoder alone spares the rest of the network."""
+        nothing = batch.image.new_zeros(len(batch.image), 0)
+        if self.stage.on_encoder:
+            embedding = self.network.dense(batch.image).embedding
+            return embedding, HeadTensors(self.head(embedding) if self.head else nothing, nothing)
+        return nothing, self.network(batch.image)
+
+    def _shrunk(self, batch: Batch) -> Batch:
+        if self.stage.shrink == 1:
+            return batch
+        side = self.stage.shrink
+        # A density's mean times the square's pixels is its sum again.
+        density = F.avg_pool2d(batch.density, side) * side**2
+        teacher = batch.teacher_density
+        teacher = F.avg_pool2d(teacher, side) * side**2 if teacher.ndim == 4 else teacher
+        image = F.avg_pool2d(batch.image, side)
+        return batch._replace(image=image, density=density, teacher_density=teacher)
+
+    def _combined(self, terms: dict[str, Tensor]) -> Tensor:
+        if self.log_sigma is not None:
+            # docs/method.md#uncertainty-weighting: s_c = exp(a), s_s = 1.
+            sigma = self.log_sigma.exp()
+            diagnosis = terms["cross_entropy"] / sigma**2 + torch.log1p(sigma)
+            return diagnosis + terms["saliency_kl"] / 2 + float(np.log(2))
+        return torch.stack([self.stage.loss[k] * terms[k] for k in terms]).sum()
+
+    def _correlations(self, batch: Batch, out: HeadTensors) -> Tensor:
+        """CC over the film's area where there is gaze and the stage teaches the map; else NaN."""
+        found = torch.full((len(batch.film),), torch.nan, dtype=torch.float64)
+        if "saliency" in self.stage.train and self.stage.shrink == 1:
+            arrays = self._films.val
+            maps = out.log_density.float().exp().cpu().numpy()
+            for row, film in enumerate(batch.film.tolist()):
+                crop = arrays.geometries[film].crop
+                if arrays.densities[film].any():
+                    truth = crop(arrays.densities[film, 0])
+                    found[row] = metrics.cc(crop(maps[row, 0]), truth)
+        return found.to(batch.image.device)
+
+    # Optimisation ----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The stage's optimizer and schedule."""
+        stage = self.stage
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[stage.optimizer]
+        learning = [p for p in self.parameters() if p.requires_grad]
+        optimizer = kind(learning, lr=stage.learning_rate, weight_decay=stage.weight_decay)
+        if stage.schedule == "one_cycle":
+            cycle = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                max_lr=stage.learning_rate,
+                total_steps=int(self.trainer.estimated_stepping_batches),
+            )
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": cycle, "interval": "step"},
+            }
+        if stage.schedule == "plateau":
+            self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, factor=0.1, patience=stage.plateau_patience
+            )
+            scheduler = {"scheduler": self._plateau, "monitor": "val_loss", "interval": "epoch"}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step per-step schedules; the plateau is stepped by `on_train_epoch_end`."""
+        if metric is None:
+            scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        """Step the plateau before the epoch's checkpoint is written, not after it.
+
+        Lightning would do it after, and a resumed run would have lost that step.
+        """
+        if self.stage.schedule == "plateau":
+            self._plateau.step(self.trainer.callback_metrics["val_loss"])
+
+    # Processes -------------------------------------------------------------------------------
+
+    def _gathered(self, rows: Tensor, grad: bool = False) -> Tensor:
+        """Rows of all processes, those of process 0 first; gradients are summed over them."""
+        if self.trainer.world_size == 1:
+            return rows
+        return self.all_gather(rows, sync_grads=grad).flatten(0, 1)  # type: ignore[union-attr]
+
+    def _summed(self, value: Tensor) -> Tensor:
+        return self._gathered(value[None]).sum() if self.trainer.world_size > 1 else value
+
+
+class _Batches(Dataset[Batch]):
+    """Batches of given films."""
+
+    def __init__(self, arrays: Arrays, films: list[NDArray[np.int64]]) -> None:
+        self._arrays = arrays
+        self._films = films
+
+    def __len__(self) -> int:
+        return len(self._films)
+
+    def __getitem__(self, number: int) -> Batch:
+        arrays, films = self._arrays, self._films[number]
+        nothing = np.zeros((len(films), 0), dtype=np.float32)
+        logits, densities = arrays.teacher_logits, arrays.teacher_densities
+        columns = (
+            films,
+            arrays.images[films],
+            arrays.labels[films],
+            arrays.densities[films],
+            nothing if logits is None else logits[films],
+            nothing if densities is None else densities[films],
+        )
+        # A copy in C order: torch takes the strides of an axis of length one at their word, and
+        # picks another convolution, with other rounding, by them.
+        return Batch(*(torch.from_numpy(np.array(c, order="C")) for c in columns))
+
+
+def _in_chunks(name: str, rows: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """Mean of a contrastive loss over chunks of the films in one fixed shuffled order."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows))).to(rows.device)
+    losses = [CONTRASTIVE[name](rows[i], labels[i]) for i in order.split(_CONTRAST_CHUNK)]
+    return torch.stack(losses).mean()
+
+
+def _macro_auc(logits: Tensor, labels: Tensor) -> float:
+    """Macro AUC over the classes that have films with and without them; NaN if there is none."""
+    if not torch.isfinite(logits).all():
+        return float("nan")
+    known = (labels != UNLABELLED).cpu().numpy()
+    probabilities = logits.softmax(1).cpu().numpy()[known]
+    truth = labels.cpu().numpy()[known]
+    present = metrics.present_classes(truth, probabilities.shape[1])
+    return metrics.macro_auc(probabilities, truth, present) if present else float("nan")
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
