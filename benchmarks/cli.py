@@ -185,9 +185,10 @@ def _run(args: argparse.Namespace) -> int:
         f"latency  end to end p50 {whole.p50.value:.2f} ms, max {whole.max:.2f} ms over "
         f"{whole.count} readings; cold start {report.cold.process_ms:.0f} ms"
     )
-    for found in report.objectives:
+    for objective in report.objectives:
         print(
-            f"slo      {found.percentile} <= {found.limit_ms:g} ms: {found.verdict}, {found.reason}"
+            f"slo      {objective.percentile} <= {objective.limit_ms:g} ms: {objective.verdict}, "
+            f"{objective.reason}"
         )
     if not report.warm_up.settled:
         print(f"warm-up  never settled: {report.warm_up.rule}; use a quieter machine")
@@ -271,21 +272,21 @@ def _compare(args: argparse.Namespace) -> int:
             rounds=args.rounds or paired.ROUNDS,
             seconds=seconds,
         )
-    found = paired.compare(times["base"], times["new"], margin)
+    ratio = paired.compare(times["base"], times["new"], margin)
     if args.json:
-        print(found.model_dump_json())
+        print(ratio.model_dump_json())
     else:
         middles = " and ".join(f"{median(t.ravel()):.3f}" for t in times.values())
-        print(f"verdict  {found.verdict}: {args.new} {found.reason}")
+        print(f"verdict  {ratio.verdict}: {args.new} {ratio.reason}")
         print(
             f"medians  {middles} ms, film in memory to reading, {times['base'].size} readings each "
-            f"in {found.rounds} rounds, {threads} threads, {base.backend.name} and "
+            f"in {ratio.rounds} rounds, {threads} threads, {base.backend.name} and "
             f"{new.backend.name}"
         )
     command.say(NOTICE)
-    if found.verdict == "slower":
+    if ratio.verdict == "slower":
         return ExitCode.OBJECTIVE_MISSED
-    return ExitCode.INCONCLUSIVE if found.verdict == "inconclusive" else ExitCode.OK
+    return ExitCode.INCONCLUSIVE if ratio.verdict == "inconclusive" else ExitCode.OK
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -315,12 +316,12 @@ def _objective(text: str) -> tuple[str, float]:
     from cxrgaze.benchmarks.timing import NEEDED
     from cxrgaze.errors import UsageError
 
-    found = re.fullmatch(r"(p[\d.]+)=(\d+(?:\.\d+)?)(ms|s)?", text)
-    name = found[1].replace(".", "_") if found else ""
-    if not found or name not in NEEDED or float(found[2]) <= 0:
-        names = ", ".join(known.replace("_", ".") for known in NEEDED)
+    parts = re.fullmatch(r"(p[\d.]+)=(\d+(?:\.\d+)?)(ms|s)?", text)
+    name = parts[1].replace(".", "_") if parts else ""
+    if not parts or name not in NEEDED or float(parts[2]) <= 0:
+        names = ", ".join(percentile.replace("_", ".") for percentile in NEEDED)
         raise UsageError(f"--slo {text}: expected one of {names}, and a time, as p99=50ms")
-    return name, float(found[2]) * (1000 if found[3] == "s" else 1)
+    return name, float(parts[2]) * (1000 if parts[3] == "s" else 1)
 
 
 @contextmanager

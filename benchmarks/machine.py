@@ -139,9 +139,9 @@ class _Counters:
     @classmethod
     def read(cls, root: Path) -> _Counters:
         ticks = [0.0] * 8
-        found = re.match(r"cpu +(.+)", _text(root / "proc/stat") or "")
-        if found:
-            ticks = [int(t) / os.sysconf("SC_CLK_TCK") for t in found[1].split()[:8]]
+        jiffies = re.match(r"cpu +(.+)", _text(root / "proc/stat") or "")
+        if jiffies:
+            ticks = [int(t) / os.sysconf("SC_CLK_TCK") for t in jiffies[1].split()[:8]]
         idle, steal = ticks[3] + ticks[4], ticks[7]
         own = os.times()
         cpus = root / "sys/devices/system/cpu"
@@ -210,7 +210,7 @@ def gpus(asked: Mapping[str, Nvml]) -> tuple[dict[str, str], ...]:
     except nvml.NVMLError:  # no driver here
         return ()
     try:
-        found = []
+        cards = []
         for index in range(nvml.nvmlDeviceGetCount()):
             gpu = nvml.nvmlDeviceGetHandleByIndex(index)
             values = {}
@@ -219,7 +219,7 @@ def gpus(asked: Mapping[str, Nvml]) -> tuple[dict[str, str], ...]:
                     values[name] = str(ask(nvml, gpu))
                 except nvml.NVMLError:
                     values[name] = "not measured"
-            found.append(values)
-        return tuple(found)
+            cards.append(values)
+        return tuple(cards)
     finally:
         nvml.nvmlShutdown()

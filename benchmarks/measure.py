@@ -202,11 +202,11 @@ def _steady(work: _Work, config: Config) -> dict[str, list[float]]:
 
 
 def _after_idle(work: _Work, config: Config) -> Latency:
-    found = []
+    times_ms = []
     for _ in range(config.after_idle):
         time.sleep(IDLE_SECONDS)
-        found.append(work.sample(work.next())["end_to_end"])
-    return latency(found)
+        times_ms.append(work.sample(work.next())["end_to_end"])
+    return latency(times_ms)
 
 
 def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Objective:
@@ -214,12 +214,12 @@ def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Obj
 
     With too few samples for the percentile, or an interval around the limit, inconclusive.
     """
-    found: Interval | None = getattr(latency(samples), percentile)
-    verdict, reason = _met(percentile, found, limit_ms, len(samples))
+    interval: Interval | None = getattr(latency(samples), percentile)
+    verdict, reason = _met(percentile, interval, limit_ms, len(samples))
     return Objective(
         percentile=percentile,
         limit_ms=limit_ms,
-        found_ms=found.value if found else None,
+        found_ms=interval.value if interval else None,
         missed_share=sum(sample > limit_ms for sample in samples) / len(samples),
         verdict=verdict,
         reason=reason,
@@ -227,15 +227,15 @@ def objective(percentile: str, limit_ms: float, samples: Sequence[float]) -> Obj
 
 
 def _met(
-    percentile: str, found: Interval | None, limit_ms: float, count: int
+    percentile: str, interval: Interval | None, limit_ms: float, count: int
 ) -> tuple[Literal["met", "missed", "inconclusive"], str]:
-    if found is None or found.low is None or found.high is None:
+    if interval is None or interval.low is None or interval.high is None:
         needed = max(NEEDED[percentile], SMALLEST_INTERVAL)
         return "inconclusive", f"{count} samples say nothing of {percentile}, which needs {needed}"
-    between = f"{percentile} is {found.low:.2f} to {found.high:.2f} ms (95 %)"
-    if found.high <= limit_ms:
+    between = f"{percentile} is {interval.low:.2f} to {interval.high:.2f} ms (95 %)"
+    if interval.high <= limit_ms:
         return "met", between
-    if found.low > limit_ms:
+    if interval.low > limit_ms:
         return "missed", between
     around = f"around the limit of {limit_ms:g} ms: more --samples, or a quieter machine"
     return "inconclusive", f"{between}, {around}"

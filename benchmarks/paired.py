@@ -66,7 +66,7 @@ def interleave(
     if turn is None:
         turn = 1 if max(_once(reading) for reading in contenders.values()) > SLOW_MS else TURN
     rng = np.random.default_rng(seed)
-    found: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    rounds_ms: dict[str, list[list[float]]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
     for number in counted(range(rounds), rounds, "round"):
         for index in rng.permutation(len(contenders)):
@@ -78,10 +78,10 @@ def interleave(
                 start = time.perf_counter()
                 reading(film)
                 times.append((time.perf_counter() - start) * 1e3)
-            found[name].append(times)
+            rounds_ms[name].append(times)
         if time.perf_counter() > deadline:
             break
-    return {name: np.array(times) for name, times in found.items()}
+    return {name: np.array(times) for name, times in rounds_ms.items()}
 
 
 def _once(reading: Callable[[int], object]) -> float:

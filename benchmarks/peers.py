@@ -134,7 +134,7 @@ def contenders(
     on = "cuda" if torch.cuda.is_available() else "cpu"
     half = "float16" if on == "cuda" else "bfloat16"
     rewritten = TARGETS["cpu"].rewrites
-    known: dict[str, Opener] = {
+    peers: dict[str, Opener] = {
         "ONNX Runtime fp32, no rewrites": lambda: _onnxruntime(weights, ()),
         f"ONNX Runtime fp32, rewrites {', '.join(rewritten)}": lambda: _onnxruntime(
             weights, rewritten
@@ -150,16 +150,16 @@ def contenders(
         "TensorRT-RTX, its plan": partial(_bundle, bundles[0], "tensorrt_rtx", threads),
     }
     for name in names:
-        if not any(name.lower() in one.lower() for one in known):
-            raise UsageError(f"--peers {name}: none is called so; there are {'; '.join(known)}")
-    made: dict[str, Opener] = {
+        if not any(name.lower() in one.lower() for one in peers):
+            raise UsageError(f"--peers {name}: none is called so; there are {'; '.join(peers)}")
+    ours: dict[str, Opener] = {
         f"cxrgaze {b.manifest.precision}, target {b.manifest.target} ({b.manifest.name})": partial(
             _bundle, b, device, threads
         )
         for b in bundles
     }
-    wanted = [one for one in known if not names or any(n.lower() in one.lower() for n in names)]
-    return made | {one: known[one] for one in wanted}
+    wanted = [one for one in peers if not names or any(n.lower() in one.lower() for n in names)]
+    return ours | {one: peers[one] for one in wanted}
 
 
 @contextlib.contextmanager
@@ -171,8 +171,8 @@ def _bundle(bundle: Bundle, device: str, threads: int) -> Iterator[Infer]:
 @contextlib.contextmanager
 def _onnxruntime(weights: Weights, names: Sequence[str]) -> Iterator[Infer]:
     spec = weights.source.spec
-    made = graph.finished(weights.exported(names, spec), spec) if names else weights.plain
-    yield both_heads(plain_session(made, weights.threads))
+    model = graph.finished(weights.exported(names, spec), spec) if names else weights.plain
+    yield both_heads(plain_session(model, weights.threads))
 
 
 Forward = Callable[[torch.Tensor], Any]
@@ -213,9 +213,9 @@ def _torch(
 
     def infer(image: NDArray[np.float32]) -> Outputs:
         with torch.inference_mode():
-            found = forward(torch.from_numpy(image).to(device))
+            heads = forward(torch.from_numpy(image).to(device))
             return Outputs(
-                found.logits.float().cpu().numpy(), found.log_density.float().cpu().numpy()
+                heads.logits.float().cpu().numpy(), heads.log_density.float().cpu().numpy()
             )
 
     yield infer
@@ -240,8 +240,8 @@ def _openvino(weights: Weights, precision: str) -> Iterator[Infer]:
     request = compiled.create_infer_request()
 
     def infer(image: NDArray[np.float32]) -> Outputs:
-        found = request.infer({IMAGE: image})
-        return Outputs(found[LOGITS].copy(), found[LOG_DENSITY].copy())
+        heads = request.infer({IMAGE: image})
+        return Outputs(heads[LOGITS].copy(), heads[LOG_DENSITY].copy())
 
     yield infer
 
@@ -281,11 +281,11 @@ def measure(
         missing: dict[str, str] = {}
         for name, opener in asked.items():
             say(f"  open {name}")
-            found = _opened(stack, opener, images[:1])
-            if isinstance(found, str):
-                missing[name] = found
+            contender = _opened(stack, opener, images[:1])
+            if isinstance(contender, str):
+                missing[name] = contender
             else:
-                opened[name] = found
+                opened[name] = contender
         base = next(iter(asked))
         if base in missing:
             raise IncompatibleError(f"the bundle does not run here: {missing[base]}")
@@ -351,7 +351,7 @@ def _accuracies(
     images = films.arrays.images
     with _torch(weights, "cpu", _eager) as infer:
         reference = _predicted(infer, images)
-    found = {}
+    accuracies = {}
     for name, contender in opened.items():
         say(f"  accuracy of {name}")
         candidate = _predicted(contender.infer, images)
@@ -368,7 +368,7 @@ def _accuracies(
         assert judged.comparison is not None
         loss = {q.name: q.loss for q in judged.comparison.quantities}
         trained = source.spec.domain == "phantom"
-        found[name] = Accuracy(
+        accuracies[name] = Accuracy(
             set_name=films.name,
             films=len(images),
             logits_max=float(min(off, np.finfo(np.float32).max)),
@@ -379,7 +379,7 @@ def _accuracies(
             cc_loss=loss["CC"] if trained else None,
             verdict=judged.verdict if trained else "not_gated",
         )
-    return found
+    return accuracies
 
 
 def _predicted(infer: Infer, images: NDArray[np.float32]) -> gate.Predicted:

@@ -230,10 +230,10 @@ class Report(Digested):
     @property
     def verdict(self) -> Literal["ok", "missed", "inconclusive"]:
         """Missed where an objective is; inconclusive where one is, or the machine never settled."""
-        found = {objective.verdict for objective in self.objectives}
-        if "missed" in found:
+        verdicts = {objective.verdict for objective in self.objectives}
+        if "missed" in verdicts:
             return "missed"
-        return "ok" if self.warm_up.settled and "inconclusive" not in found else "inconclusive"
+        return "ok" if self.warm_up.settled and "inconclusive" not in verdicts else "inconclusive"
 
 
 def read_report(path: Path) -> Report:

@@ -114,8 +114,8 @@ def _verdict(report: Report) -> list[Block]:
 def _latency(report: Report) -> list[Block]:
     rows = []
     for stage in report.boundaries:
-        found = report.steady.get(stage)
-        cells = _cells(found) if found else ["not measured", *[""] * (len(_PERCENTILES) + 1)]
+        latency = report.steady.get(stage)
+        cells = _cells(latency) if latency else ["not measured", *[""] * (len(_PERCENTILES) + 1)]
         rows.append((stage, *cells))
     return [
         Table(("stage, ms", "n", *(_name(p) for p in _PERCENTILES), "max"), rows),

@@ -132,7 +132,7 @@ def loadgen(backend: Backend, canvases: NDArray[np.float32]) -> LoadGen | str:
 
 
 def _figure(text: str, pattern: str) -> float:
-    found = re.search(pattern, text)
-    if not found:
+    figure = re.search(pattern, text)
+    if not figure:
         raise ValueError(f"LoadGen's summary has nothing like {pattern!r}")
-    return float(found[1])
+    return float(figure[1])

@@ -44,7 +44,7 @@ def asked(texts: Sequence[str], spec: ModelSpec, threads: int) -> dict[Name, tup
         UsageError: no such sweep, or values that are none.
     """
     defaults = _defaults(spec, threads)
-    found: dict[Name, tuple[str, ...]] = {}
+    sweeps: dict[Name, tuple[str, ...]] = {}
     for text in texts:
         name, _, values = text.partition("=")
         if name not in defaults:
@@ -52,8 +52,8 @@ def asked(texts: Sequence[str], spec: ModelSpec, threads: int) -> dict[Name, tup
         chosen = tuple(filter(None, values.split(","))) or defaults[name]
         for value in chosen:
             _checked(name, value, spec)
-        found[cast(Name, name)] = chosen
-    return found
+        sweeps[cast(Name, name)] = chosen
+    return sweeps
 
 
 def _defaults(spec: ModelSpec, threads: int) -> Mapping[str, tuple[str, ...]]:
@@ -101,14 +101,14 @@ def measure(
     Args:
         seconds: a point stops after this time.
     """
-    found = []
+    sweeps = []
     for name, values in wanted.items():
         points = []
         for value in values:
             say(f"  {name} {value}")
             points.append(_point(weights, name, value, seconds))
-        found.append(Sweep(name=name, points=tuple(points)))
-    return tuple(found)
+        sweeps.append(Sweep(name=name, points=tuple(points)))
+    return tuple(sweeps)
 
 
 def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
@@ -119,8 +119,8 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
         height, width = _sides(value)
         spec = spec.model_copy(update={"height": height, "width": width})
     precision = cast(Precision, value) if name == "precision" else "fp32"
-    made, macs = _graph(weights, spec, precision)
-    infer = both_heads(plain_session(made, threads))
+    model, macs = _graph(weights, spec, precision)
+    infer = both_heads(plain_session(model, threads))
     shape = (batch, 1, spec.height, spec.width)
     image = np.random.default_rng(0).random(shape, dtype=np.float32)
     times = list(_calls(infer, image, seconds))

@@ -64,11 +64,11 @@ def latency(samples_ms: Sequence[float], seed: int = 0) -> Latency:
     if len(samples) >= SMALLEST_INTERVAL:
         drawn = _block_bootstrap(samples, shares, seed)
         bounds = np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
-    found: dict[str, Interval | None] = dict.fromkeys(NEEDED)
+    percentiles: dict[str, Interval | None] = dict.fromkeys(NEEDED)
     for index, name in enumerate(asked):
         low, high = bounds[:, index] if bounds is not None else (None, None)
-        found[name] = Interval(value=values[index], low=low, high=high)
-    return Latency(count=len(samples), max=float(samples.max()), **found)
+        percentiles[name] = Interval(value=values[index], low=low, high=high)
+    return Latency(count=len(samples), max=float(samples.max()), **percentiles)
 
 
 def _quantiles(samples: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.float64]:

@@ -84,9 +84,9 @@ class Built(NamedTuple):
 
 def this_site() -> Site:
     """This machine."""
-    found = device.gpus()
-    why = found if isinstance(found, str) else ""
-    gpu = None if isinstance(found, str) else found[0]
+    visible = device.gpus()
+    why = visible if isinstance(visible, str) else ""
+    gpu = None if isinstance(visible, str) else visible[0]
     return Site(gpu, why, host.available_memory_bytes(), host.l4t_release())
 
 
@@ -175,16 +175,16 @@ def gated(
     backend = TensorRT(library, cache, record, allow_host_code=allow_host_code)
     backend.activate(bundle)
     try:
-        found = gate.judge_engine(bundle, films, backend.infer)
+        verdict = gate.judge_engine(bundle, films, backend.infer)
     finally:
         backend.deactivate()
-    if found.verdict == "fail":
+    if verdict.verdict == "fail":
         cache.remove(record.inputs)
         raise GateError(
-            f"gate of the plan on {backend.device}: {found.reason}. The plan was deleted; build it "
-            "from a bundle of higher precision"
+            f"gate of the plan on {backend.device}: {verdict.reason}. The plan was deleted; build "
+            "it from a bundle of higher precision"
         )
-    record = record.model_copy(update={"gate": found})
+    record = record.model_copy(update={"gate": verdict})
     cache.store_record(record)
     return record
 
@@ -256,12 +256,12 @@ def _proven(
     record: plans.PlanRecord, plan: bytes, library: Library, options: Options, bundle: Bundle
 ) -> plans.PlanRecord:
     """The record with the verdict on the precision that was built."""
-    found = inspected(record, plan, library, allow_host_code=options.allow_host_code)
+    engine = inspected(record, plan, library, allow_host_code=options.allow_host_code)
     manifest = bundle.manifest
     verdict, why = precision.judge(
-        manifest.precision, manifest.convolution_macs, found, tf32=options.tf32
+        manifest.precision, manifest.convolution_macs, engine, tf32=options.tf32
     )
-    update = {"engine": found, "built_precision": verdict, "built_precision_why": why}
+    update = {"engine": engine, "built_precision": verdict, "built_precision_why": why}
     return record.model_copy(update=update)
 
 
@@ -277,11 +277,11 @@ def inspected(
             engine = loaded.engine
             inspector = engine.create_engine_inspector()
             information = inspector.get_engine_information(form)
-            found = precision.built_engine(information, int(engine.device_memory_size_v2))
+            built = precision.built_engine(information, int(engine.device_memory_size_v2))
             del inspector, engine, loaded  # before the device goes
     finally:
         opened.close()
-    return found
+    return built
 
 
 def _serialized(
@@ -298,8 +298,8 @@ def _serialized(
     network = builder.create_network(library.network_flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph):
-        found = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        said = "; ".join(dict.fromkeys(found)) or library.said(log)
+        problems = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+        said = "; ".join(dict.fromkeys(problems)) or library.said(log)
         raise BuildError(f"{library.name} {library.version} does not accept the graph: {said}")
     _check_interface(network, bundle)
     config = builder.create_builder_config()

@@ -164,10 +164,10 @@ def print_built(built: Built, cache: Cache) -> None:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([MG])", text)
-    if not found or not int(found[1]):
+    size = re.fullmatch(r"(\d+)([MG])", text)
+    if not size or not int(size[1]):
         raise argparse.ArgumentTypeError(f"expected a size such as 512M or 2G, found {text}")
-    return int(found[1]) << (20 if found[2] == "M" else 30)
+    return int(size[1]) << (20 if size[2] == "M" else 30)
 
 
 def _capabilities(text: str) -> tuple[str, ...]:

@@ -43,20 +43,22 @@ def _run(args: argparse.Namespace) -> int:
 
     if not args.bundle and not args.device:
         raise UsageError("give a BUNDLE, --device, or both")
-    found: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     if args.device:
-        found["device"] = device_facts()
-        found["support matrix"] = support_rows()
+        sections["device"] = device_facts()
+        sections["support matrix"] = support_rows()
     if args.verify and not args.bundle:
         raise UsageError("--verify needs a BUNDLE")
     if args.bundle:
         if args.verify:
             require_signature(Bundle.open(args.bundle), args.verify)
-        found["bundle"], found["plans"] = bundle_facts(args.bundle, args.cache, bool(args.verify))
+        sections["bundle"], sections["plans"] = bundle_facts(
+            args.bundle, args.cache, bool(args.verify)
+        )
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(sections, indent=2))
         return 0
-    for title, facts in found.items():
+    for title, facts in sections.items():
         print(title)
         for line in facts if isinstance(facts, list) else [facts]:
             for key, value in line.items():

@@ -74,18 +74,18 @@ def _magnitudes(tallies: Sequence[Tally]) -> Histogram:
     )
 
 
-def require_no_overflow(found: Audit) -> None:
+def require_no_overflow(audited: Audit) -> None:
     """Stop an export whose activations float16 cannot hold.
 
     Raises:
         ParityError: naming the tensor.
     """
-    if found.overflowing or not found.rounding_finite:
-        where = found.overflowing[0] if found.overflowing else "the rounding run"
+    if audited.overflowing or not audited.rounding_finite:
+        where = audited.overflowing[0] if audited.overflowing else "the rounding run"
         raise ParityError(
-            f"float16 overflow: {where} (largest activation {found.largest:.4g} in "
-            f"{found.largest_tensor}, float16 ends at {HALF_MAX:.0f}) over {found.films} films; "
-            "export with --precision fp32; nothing was written"
+            f"float16 overflow: {where} (largest activation {audited.largest:.4g} in "
+            f"{audited.largest_tensor}, float16 ends at {HALF_MAX:.0f}) over {audited.films} "
+            "films; export with --precision fp32; nothing was written"
         )
 
 

@@ -191,15 +191,15 @@ def _run(args: argparse.Namespace) -> int:
         ),
         fallback_trials=args.fallback_trials if args.fallback else 0,
     )
-    made = pipeline.export(source, options, step)
-    _summarise(made)
-    _build(made, wanted=not args.no_build)
-    for line in filter(None, (made.manifest.spec.caution, made.manifest.notice)):
+    bundle = pipeline.export(source, options, step)
+    _summarise(bundle)
+    _build(bundle, wanted=not args.no_build)
+    for line in filter(None, (bundle.manifest.spec.caution, bundle.manifest.notice)):
         command.say(line)
-    return ExitCode.INCONCLUSIVE if made.manifest.gate.verdict == "inconclusive" else ExitCode.OK
+    return ExitCode.INCONCLUSIVE if bundle.manifest.gate.verdict == "inconclusive" else ExitCode.OK
 
 
-def _build(made: Bundle, *, wanted: bool) -> None:
+def _build(bundle: Bundle, *, wanted: bool) -> None:
     """The plan for the GPU here, where a TensorRT is beside one, else the command for a device."""
     from cxrgaze.engines.build import Options, build
     from cxrgaze.engines.cli import print_built
@@ -208,11 +208,11 @@ def _build(made: Bundle, *, wanted: bool) -> None:
 
     beside = trt_library.beside_a_gpu() if wanted else []
     if not beside:
-        print(f"plan     on the device: cxrgaze-build {made.path.name}")
+        print(f"plan     on the device: cxrgaze-build {bundle.path.name}")
         return
     cache = plans.Cache()
     try:
-        print_built(build(made, trt_library.find(beside[0]), Options(), cache), cache)
+        print_built(build(bundle, trt_library.find(beside[0]), Options(), cache), cache)
     except (BuildError, IncompatibleError) as error:
         raise type(error)(
             f"the bundle is complete, its plan for this GPU is not (--no-build leaves it out): "
@@ -220,22 +220,22 @@ def _build(made: Bundle, *, wanted: bool) -> None:
         ) from error
 
 
-def _summarise(made: Bundle) -> None:
+def _summarise(bundle: Bundle) -> None:
     from cxrgaze.bundles.bundle import GRAPH
 
-    manifest = made.manifest
+    manifest = bundle.manifest
     size = next(record.size for record in manifest.files if record.path == GRAPH)
     total = sum(record.size for record in manifest.files)
-    found = manifest.parity
-    print(f"bundle   {made.path}")
+    parity = manifest.parity
+    print(f"bundle   {bundle.path}")
     print(f"size     {size / 1e6:.2f} MB graph ({manifest.precision}), {total / 1e6:.2f} MB in all")
     print(
-        f"parity   {found.verdict} on {found.domain}: logits off by {found.logits.max:.2g}, "
-        f"log-density by {found.log_density.max:.2g}, agreement CC {found.agreement_cc_min:.6f}, "
-        f"{found.label_flips} label flips"
+        f"parity   {parity.verdict} on {parity.domain}: logits off by {parity.logits.max:.2g}, "
+        f"log-density by {parity.log_density.max:.2g}, agreement CC {parity.agreement_cc_min:.6f}, "
+        f"{parity.label_flips} label flips"
     )
     print(f"gate     {manifest.gate.verdict}: {manifest.gate.reason}")
-    print(f"next     cxrgaze-predict {made.path} FILM... --output readings")
+    print(f"next     cxrgaze-predict {bundle.path} FILM... --output readings")
 
 
 if __name__ == "__main__":

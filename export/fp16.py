@@ -50,7 +50,9 @@ def to_fp16(
     weights = {w.name: w for w in graph.initializer}
     dtype = {value.name: TensorProto.FLOAT for value in graph.input if _is_float(value)}
     floating = float_tensors(model)
-    made: dict[tuple[str, int], str] = {}  # (tensor, type) to the name that holds it in that type
+    in_types: dict[
+        tuple[str, int], str
+    ] = {}  # (tensor, type) to the name that holds it in that type
     nodes: list[onnx.NodeProto] = []
     new_weights: dict[str, onnx.TensorProto] = {}
 
@@ -59,10 +61,12 @@ def to_fp16(
             return _weight(weights[name], wanted, new_weights)
         if dtype[name] == wanted:
             return name
-        if (name, wanted) not in made:
-            made[name, wanted] = f"{name}/{'half' if wanted == TensorProto.FLOAT16 else 'float'}"
-            nodes.append(_cast(name, made[name, wanted], wanted))
-        return made[name, wanted]
+        if (name, wanted) not in in_types:
+            in_types[name, wanted] = (
+                f"{name}/{'half' if wanted == TensorProto.FLOAT16 else 'float'}"
+            )
+            nodes.append(_cast(name, in_types[name, wanted], wanted))
+        return in_types[name, wanted]
 
     for node in graph.node:
         if any(
@@ -160,12 +164,12 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
 
 
-def _weight(weight: onnx.TensorProto, wanted: int, made: dict[str, onnx.TensorProto]) -> str:
+def _weight(weight: onnx.TensorProto, wanted: int, stored: dict[str, onnx.TensorProto]) -> str:
     """Name of the float weight in the wanted type; made once."""
     if weight.data_type == wanted:
         return weight.name
     name = f"{weight.name}/half"
-    if name not in made:
+    if name not in stored:
         values = numpy_helper.to_array(weight)
         largest = float(np.abs(values).max(initial=0.0))
         if not largest <= HALF_MAX:
@@ -173,7 +177,7 @@ def _weight(weight: onnx.TensorProto, wanted: int, made: dict[str, onnx.TensorPr
                 f"weight {weight.name} reaches {largest:.4g}; float16 ends at {HALF_MAX:.0f}; "
                 "export with --precision fp32"
             )
-        made[name] = numpy_helper.from_array(values.astype(np.float16), name)
+        stored[name] = numpy_helper.from_array(values.astype(np.float16), name)
     return name
 
 

@@ -84,7 +84,7 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     weights = {w.name: tuple(w.dims) for w in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
-    found: dict[DataType, int] = {}
+    macs: dict[DataType, int] = {}
     for node in graph.node:
         if node.op_type != "Conv":
             continue
@@ -93,8 +93,8 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
         kind = "int8" if is_int8 else _DATA_TYPES[values[node.input[0]].elem_type]
         out = [d.dim_value for d in values[node.output[0]].shape.dim]
         kernel = _weight_shape(node.input[1], weights, producer)
-        found[kind] = found.get(kind, 0) + math.prod(out[1:]) * math.prod(kernel[1:])
-    return found
+        macs[kind] = macs.get(kind, 0) + math.prod(out[1:]) * math.prod(kernel[1:])
+    return macs
 
 
 _DATA_TYPES: dict[int, DataType] = {

@@ -46,7 +46,7 @@ def kept_convolutions(
         for pattern in names:
             if node.name.startswith(pattern) or layout.block_of(node.name) == pattern:
                 names[pattern].add(node.name)
-    if empty := [pattern for pattern, found in names.items() if not found]:
+    if empty := [pattern for pattern, members in names.items() if not members]:
         raise ParityError(f"no convolution belongs to {empty}; its name was changed")
     return set().union(*names.values())
 
@@ -102,13 +102,13 @@ def for_tensorrt(
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
     weights = {w.name: w for w in graph.initializer}
-    made: dict[str, str] = {}
+    dequantized: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
     zero = numpy_helper.from_array(np.zeros((), np.int8), "int8/zero")
     graph.initializer.append(zero)
 
     def quantized_input(name: str) -> str:
-        if name not in made:
+        if name not in dequantized:
             if name not in ranges:
                 raise ParityError(f"no calibrated range for {name}")
             scale = _scales(np.abs(ranges[name]).max())
@@ -116,15 +116,15 @@ def for_tensorrt(
             nodes.append(_node("QuantizeLinear", [name, f"{name}/scale", zero.name], f"{name}/q"))
             back = [f"{name}/q", f"{name}/scale", zero.name]
             nodes.append(_node("DequantizeLinear", back, f"{name}/dq"))
-            made[name] = f"{name}/dq"
-        return made[name]
+            dequantized[name] = f"{name}/dq"
+        return dequantized[name]
 
     for node in graph.node:
         if node.op_type == "Conv" and node.name not in keep:
             if node.input[1] not in weights:
                 raise ParityError(f"the weight of {node.name} is not stored in the graph")
             node.input[0] = quantized_input(node.input[0])
-            node.input[1] = _quantized_weight(graph, nodes, weights[node.input[1]], made)
+            node.input[1] = _quantized_weight(graph, nodes, weights[node.input[1]], dequantized)
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
     kept = [w for w in graph.initializer if w.name in used]
@@ -138,9 +138,9 @@ def _quantized_weight(
     graph: onnx.GraphProto,
     nodes: list[onnx.NodeProto],
     weight: onnx.TensorProto,
-    made: dict[str, str],
+    dequantized: dict[str, str],
 ) -> str:
-    if weight.name not in made:
+    if weight.name not in dequantized:
         values = numpy_helper.to_array(weight).astype(np.float32)
         scales = _scales(np.abs(values).reshape(len(values), -1).max(axis=1))
         levels = np.rint(values / scales.reshape(-1, *[1] * (values.ndim - 1)))
@@ -152,9 +152,9 @@ def _quantized_weight(
         for part, array in parts.items():
             graph.initializer.append(numpy_helper.from_array(array, f"{weight.name}/{part}"))
         inputs = [f"{weight.name}/{part}" for part in parts]
-        made[weight.name] = f"{weight.name}/dq"
-        nodes.append(_node("DequantizeLinear", inputs, made[weight.name], axis=0))
-    return made[weight.name]
+        dequantized[weight.name] = f"{weight.name}/dq"
+        nodes.append(_node("DequantizeLinear", inputs, dequantized[weight.name], axis=0))
+    return dequantized[weight.name]
 
 
 def for_cpu(
@@ -171,7 +171,7 @@ def for_cpu(
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    known = TensorsData(
+    tensor_ranges = TensorsData(
         CalibrationMethod.MinMax,
         {
             name: TensorData(lowest=np.float32(low), highest=np.float32(high))
@@ -193,7 +193,7 @@ def for_cpu(
             reduce_range=False,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=known,
+            tensors_range=tensor_ranges,
             nodes_to_quantize=[node.name for node in _cpu_nodes(model, layout, keep)],
             nodes_to_exclude=sorted(keep),
             op_types_to_quantize=_CPU_OPS,
@@ -235,8 +235,8 @@ def lint(model: onnx.ModelProto) -> int:
     """
     weights = {w.name: w for w in model.graph.initializer}
     producer = {name: node for node in model.graph.node for name in node.output}
-    found = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    for node in found:
+    q_dq = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in q_dq:
         if len(node.input) < 3 or not {node.input[1], node.input[2]} <= set(weights):
             raise ParityError(f"{node.name}: scale and zero point must be stored")
         zero = weights[node.input[2]]
@@ -257,7 +257,7 @@ def lint(model: onnx.ModelProto) -> int:
             axis = next((a.i for a in node.attribute if a.name == "axis"), None)
             if stored is not None and (axis != 0 or values.shape != (stored.dims[0],)):
                 raise ParityError(f"{node.name}: expected one scale per output channel, axis 0")
-    return len(found)
+    return len(q_dq)
 
 
 def _scales(largest: NDArray[np.floating] | np.floating) -> NDArray[np.float32]:

@@ -159,12 +159,12 @@ def _sizes(model: onnx.ModelProto) -> dict[str, int]:
     """Bytes of every float32 tensor that a node gives, for one film, in the graph's order."""
     graph = for_one_film(model)
     types = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output)}
-    found = {}
+    sizes = {}
     for name in (name for node in graph.node for name in node.output):
         kind = types[name]
         if kind.elem_type == onnx.TensorProto.FLOAT:
-            found[name] = 4 * int(np.prod([d.dim_value for d in kind.shape.dim]))
-    return found
+            sizes[name] = 4 * int(np.prod([d.dim_value for d in kind.shape.dim]))
+    return sizes
 
 
 def _groups(names: Sequence[str], sizes: dict[str, int]) -> Iterator[list[str]]:

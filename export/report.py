@@ -99,12 +99,12 @@ def _parity(manifest: Manifest) -> list[Block]:
             [
                 (
                     name,
-                    f"{found.max:.3g}",
-                    f"{found.p99:.3g}",
+                    f"{output.max:.3g}",
+                    f"{output.p99:.3g}",
                     f"{limit:g}",
-                    f"{found.cosine:.7f}",
+                    f"{output.cosine:.7f}",
                 )
-                for name, found, limit in (
+                for name, output, limit in (
                     ("logits", parity.logits, parity.limits.logits),
                     (
                         "log-density (nats, where density is at least 1 % of its peak)",
@@ -144,14 +144,18 @@ def _audit(manifest: Manifest) -> list[Block]:
 
 
 def _calibration(manifest: Manifest) -> list[Block]:
-    if (found := manifest.calibration) is None:
+    if (calibration := manifest.calibration) is None:
         return []
-    method = f"percentile {found.percentile}" if found.method == "percentile" else found.method
+    method = (
+        f"percentile {calibration.percentile}"
+        if calibration.method == "percentile"
+        else calibration.method
+    )
     return [
         Heading("Calibration"),
         Paragraph(
-            f"{len(found.films)} films of {found.set_name} ({found.domain}), {method}; SHA-256 of "
-            f"their list {found.sha256}. {' '.join(found.warnings)}".rstrip()
+            f"{len(calibration.films)} films of {calibration.set_name} ({calibration.domain}), "
+            f"{method}; SHA-256 of their list {calibration.sha256}. {' '.join(calibration.warnings)}".rstrip()
         ),
     ]
 
@@ -159,7 +163,7 @@ def _calibration(manifest: Manifest) -> list[Block]:
 def _gate(manifest: Manifest) -> list[Block]:
     gate = manifest.gate
     blocks: list[Block] = [Paragraph(f"{gate.level} level: {gate.verdict}. {gate.reason}")]
-    if (found := gate.comparison) is None:
+    if (comparison := gate.comparison) is None:
         return blocks
     synthetic = " Synthetic figures: drawings." if gate.domain == "phantom" else ""
     return [
@@ -169,7 +173,7 @@ def _gate(manifest: Manifest) -> list[Block]:
             f"{gate.agreement_cc_min:.6f}, mean {gate.agreement_cc_mean:.6f}. Worst film: "
             f"{gate.worst_film_sha256[:12]}."
         ),
-        Table(found.header(), found.rows()),
+        Table(comparison.header(), comparison.rows()),
     ]
 
 
@@ -266,12 +270,12 @@ def _axes(x: str, y: str) -> tuple[Plot, Axes]:
     return plot, plot.add_subplot(xlabel=x, ylabel=y, xscale="log")
 
 
-def _bars(axes: Axes, found: Histogram, **look: Any) -> None:
+def _bars(axes: Axes, histogram: Histogram, **look: Any) -> None:
     """Shares in percent, between the edges; an edge of zero stands a quarter decade further."""
-    edges = np.asarray(found.edges)
+    edges = np.asarray(histogram.edges)
     if edges[0] == 0:
         edges[0] = edges[1] ** 2 / edges[2]
-    shares = 100 * np.asarray(found.counts) / max(sum(found.counts), 1)
+    shares = 100 * np.asarray(histogram.counts) / max(sum(histogram.counts), 1)
     axes.bar(edges[:-1], shares, np.diff(edges), align="edge", **look)
 
 

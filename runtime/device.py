@@ -368,8 +368,8 @@ def gpus() -> tuple[Gpu, ...] | str:
     why = []
     for name, provider in PROVIDERS.items():
         try:
-            if found := provider.gpus():
-                return found
+            if visible := provider.gpus():
+                return visible
             why.append(f"{name}: the driver lists no GPU")
         except ImportError as error:
             why.append(f"{name}: {_line(error)}")
@@ -392,8 +392,8 @@ def open_device(index: int = 0) -> Device:
         except (ImportError, DeviceError):
             continue
         return provider(index)
-    found = gpus()
-    why = found if isinstance(found, str) else f"{len(found)} GPU(s) here, no number {index}"
+    visible = gpus()
+    why = visible if isinstance(visible, str) else f"{len(visible)} GPU(s) here, no number {index}"
     raise IncompatibleError(f"no GPU to run on: {why}")
 
 

@@ -41,8 +41,8 @@ def l4t_release(root: Path = Path("/")) -> str | None:
     if not path.is_file():
         return None
     text = path.read_text(errors="replace")
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
-    return f"{found[1]}.{found[2]}" if found else "not understood"
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
+    return f"{release[1]}.{release[2]}" if release else "not understood"
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
@@ -53,20 +53,20 @@ def power_mode(root: Path = Path("/")) -> str | None:
     status, names = root / "var/lib/nvpmodel/status", root / "etc/nvpmodel.conf"
     if not status.is_file():
         return None
-    found = re.search(r"pmode:(\d+)", status.read_text(errors="replace"))
-    if not found:
+    mode = re.search(r"pmode:(\d+)", status.read_text(errors="replace"))
+    if not mode:
         return None
-    number = int(found[1])
-    known = names.read_text(errors="replace") if names.is_file() else ""
-    name = re.search(rf"POWER_MODEL\s+ID={number}\s+NAME=(\S+)", known)
+    number = int(mode[1])
+    configuration = names.read_text(errors="replace") if names.is_file() else ""
+    name = re.search(rf"POWER_MODEL\s+ID={number}\s+NAME=(\S+)", configuration)
     return f"{number} ({name[1]})" if name else str(number)
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
     """Memory that the kernel can give without swapping, None where it does not say."""
     path = root / "proc/meminfo"
-    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
+    return int(available[1]) * 1024 if available else None
 
 
 def peak_memory_bytes(root: Path = Path("/")) -> int:
@@ -76,8 +76,8 @@ def peak_memory_bytes(root: Path = Path("/")) -> int:
     process that started this one on to it.
     """
     status = root / "proc/self/status"
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    if found:
-        return int(found[1]) * 1024
+    high_water = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if high_water:
+        return int(high_water[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -318,11 +318,11 @@ def check_header(plan: bytes, inputs: PlanInputs) -> None:
             f"{magic!r}: it is none; run: cxrgaze-build --rebuild"
         )
     said = version_number(inputs.library_version)[:3]
-    found = tuple(plan[_VERSION_AT : _VERSION_AT + 3])
-    if found != said:
+    written_by = tuple(plan[_VERSION_AT : _VERSION_AT + 3])
+    if written_by != said:
         raise IncompatibleError(
-            f"the plan {inputs.key} was written by version {'.'.join(map(str, found))}, its record "
-            f"says {inputs.library_version}; run: cxrgaze-build --rebuild"
+            f"the plan {inputs.key} was written by version {'.'.join(map(str, written_by))}, its "
+            f"record says {inputs.library_version}; run: cxrgaze-build --rebuild"
         )
 
 

@@ -85,9 +85,10 @@ def verdict(library: Library, gpu: Gpu, platform: str, l4t: str | None) -> tuple
         return False, f"{name} is not documented for {system}"
     able = [row for row in rows if gpu.capability in row.capabilities]
     if not able:
-        known = ", ".join(sorted({c for row in rows for c in row.capabilities}, key=int))
+        documented = ", ".join(sorted({c for row in rows for c in row.capabilities}, key=int))
         return False, (
-            f"{name} is not documented for compute capability {gpu.capability}; it is for {known}"
+            f"{name} is not documented for compute capability {gpu.capability}; it is for "
+            f"{documented}"
         )
     row = able[-1]
     if tuple(map(int, gpu.driver_cuda.split("."))) < row.driver_cuda:

@@ -247,20 +247,20 @@ def check_engine(engine: Any, trt: Any, spec: ModelSpec, inputs: plans.PlanInput
     Raises:
         IntegrityError: names, directions, types, shapes or the batch profile differ.
     """
-    found = {}
+    tensors = {}
     for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         is_float = engine.get_tensor_dtype(name) == trt.DataType.FLOAT
-        found[name] = (is_input, is_float, tuple(engine.get_tensor_shape(name))[1:])
+        tensors[name] = (is_input, is_float, tuple(engine.get_tensor_shape(name))[1:])
     map_shape = (1, spec.height, spec.width)
     expected = {
         IMAGE: (True, True, map_shape),
         LOGITS: (False, True, (len(spec.classes),)),
         LOG_DENSITY: (False, True, map_shape),
     }
-    if found != expected:
+    if tensors != expected:
         raise IntegrityError(
-            f"the plan {inputs.key} has tensors (input, float32, shape) {found}, expected "
+            f"the plan {inputs.key} has tensors (input, float32, shape) {tensors}, expected "
             f"{expected}; run: cxrgaze-build --rebuild"
         )
     batches = tuple(int(shape[0]) for shape in engine.get_tensor_profile_shape(IMAGE, 0))

@@ -111,15 +111,15 @@ class Library:
         Raises:
             IncompatibleError: this library cannot compile for it.
         """
-        known = getattr(self.module, "ComputeCapability", None)
-        found = getattr(known, f"SM{sm}", None)
-        if found is None:
-            can = sorted((n[2:] for n in dir(known) if re.fullmatch(r"SM\d+", n)), key=int)
+        enumeration = getattr(self.module, "ComputeCapability", None)
+        member = getattr(enumeration, f"SM{sm}", None)
+        if member is None:
+            can = sorted((n[2:] for n in dir(enumeration) if re.fullmatch(r"SM\d+", n)), key=int)
             raise IncompatibleError(
                 f"{self.name} {self.version} cannot compile for compute capability {sm}; it can "
                 f"for {', '.join(can) or 'none ahead of time'}"
             )
-        return found
+        return member
 
     @contextlib.contextmanager
     def timing_cache(self, config: Any, path: Path) -> Iterator[None]:
@@ -132,10 +132,10 @@ class Library:
             yield
             return
         try:
-            known = read_regular(path, _TIMING_CACHE_LIMIT)
+            stored = read_regular(path, _TIMING_CACHE_LIMIT)
         except (OSError, IntegrityError):
-            known = b""
-        timings = config.create_timing_cache(known)
+            stored = b""
+        timings = config.create_timing_cache(stored)
         if timings is None or not config.set_timing_cache(timings, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
         yield
@@ -175,13 +175,13 @@ def version_number(version: str) -> tuple[int, ...]:
 
 def versions() -> dict[str, str]:
     """Version by module of the libraries that can be imported here, supported or not."""
-    found = {}
+    installed = {}
     for name in NAMES:
         try:
-            found[name] = str(importlib.import_module(name).__version__)
+            installed[name] = str(importlib.import_module(name).__version__)
         except (ImportError, OSError):
             continue
-    return found
+    return installed
 
 
 def beside_a_gpu() -> list[str]:

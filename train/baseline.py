@@ -43,7 +43,7 @@ def view_and_age(
 
     regression = LogisticRegression(max_iter=1000)
     regression.fit(columns(labelled), [row.label for row in labelled])
-    found = np.zeros((len(films), len(classes)))
+    probabilities = np.zeros((len(films), len(classes)))
     for column, name in enumerate(regression.classes_):
-        found[:, classes.index(name)] = regression.predict_proba(columns(films))[:, column]
-    return found
+        probabilities[:, classes.index(name)] = regression.predict_proba(columns(films))[:, column]
+    return probabilities

@@ -90,7 +90,7 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         card: fields of `Card`; schema version, hash, parameters and environment are filled in.
     """
     weights = weights_bytes(network)
-    made = Card(
+    saved = Card(
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
@@ -101,8 +101,8 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         **card,
     )
     write_atomic(path, weights)
-    write_card(path, made)
-    return made
+    write_card(path, saved)
+    return saved
 
 
 def write_card(path: Path, card: Card) -> None:
@@ -170,13 +170,13 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str
         IntegrityError: naming every tensor that is missing, foreign or of another shape.
     """
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    wrong = [f"{k} is missing" for k in wanted if k not in found]
-    wrong += [f"{k} is not expected" for k in found if k not in wanted]
+    stored = {key: tuple(value.shape) for key, value in weights.items()}
+    wrong = [f"{k} is missing" for k in wanted if k not in stored]
+    wrong += [f"{k} is not expected" for k in stored if k not in wanted]
     wrong += [
-        f"{k} has shape {found[k]}, expected {wanted[k]}"
+        f"{k} has shape {stored[k]}, expected {wanted[k]}"
         for k in wanted
-        if k in found and found[k] != wanted[k]
+        if k in stored and stored[k] != wanted[k]
     ]
     if wrong:
         raise IntegrityError(f"{name} does not fit the network: " + "; ".join(wrong))

@@ -240,10 +240,10 @@ def _phantom(args: argparse.Namespace) -> int:
     sizes = {split: size for split in SPLITS if (size := getattr(args, split))}
     if not sizes or not 0 <= args.difficulty <= 1:
         raise UsageError("expected at least one phantom and a difficulty from 0 to 1")
-    made = write_phantom_set(
+    labelled = write_phantom_set(
         args.output, sizes, difficulty=args.difficulty, first_seed=args.first_seed
     )
-    print(f"set      {made.folder} ({len(made.rows)} phantoms: synthetic drawings)")
+    print(f"set      {labelled.folder} ({len(labelled.rows)} phantoms: synthetic drawings)")
     return 0
 
 

@@ -84,9 +84,9 @@ class Stage(Frozen):
     @field_validator("loss")
     @classmethod
     def _losses_exist(cls, value: dict[str, float]) -> dict[str, float]:
-        known = [*CONTRASTIVE, *FILM_LOSSES]
-        if foreign := [name for name in value if name not in known]:
-            raise ValueError(f"no loss {foreign[0]!r}; there are {', '.join(known)}")
+        losses = [*CONTRASTIVE, *FILM_LOSSES]
+        if foreign := [name for name in value if name not in losses]:
+            raise ValueError(f"no loss {foreign[0]!r}; there are {', '.join(losses)}")
         if min(value.values()) <= 0:
             raise ValueError("weights must be positive")
         return value

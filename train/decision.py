@@ -62,8 +62,8 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
         scaled = log_softmax(logits / np.exp(log_temperature), axis=1)
         return float(-scaled[rows, labels].mean())
 
-    found = minimize_scalar(cross_entropy, bounds=_LOG_TEMPERATURE, method="bounded")
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(cross_entropy, bounds=_LOG_TEMPERATURE, method="bounded")
+    return float(np.exp(minimum.x))
 
 
 def operating_point(
@@ -78,8 +78,8 @@ def operating_point(
     values = np.unique(np.asarray(scores, dtype=np.float64))
     thresholds = np.concatenate([[values[0] / 2], (values[1:] + values[:-1]) / 2])
     flagged = scores[None, :] >= thresholds[:, None]
-    found = (flagged & positive).sum(1) / positive.sum()
+    sensitivities = (flagged & positive).sum(1) / positive.sum()
     if sensitivity is not None:
-        return float(thresholds[np.flatnonzero(found >= sensitivity)[-1]])
+        return float(thresholds[np.flatnonzero(sensitivities >= sensitivity)[-1]])
     specificity = (~flagged & ~positive).sum(1) / (~positive).sum()
-    return float(thresholds[int(np.argmax(found + specificity))])
+    return float(thresholds[int(np.argmax(sensitivities + specificity))])

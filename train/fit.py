@@ -110,7 +110,7 @@ def fit(
     if config.store == "float16":
         checkpoint.round_to_half(network)
     logits, _ = predict(network, val.images)
-    known = val.labels != UNLABELLED
+    labelled_val = val.labels != UNLABELLED
     untrained = tuple(head for head in ("logits", "log_density") if head not in taught_heads)
     for head in untrained:
         say(f"note: nothing taught the output {head}; every reading of this network will say so")
@@ -127,7 +127,10 @@ def fit(
         centre_prior=config.centre_prior,
         untrained=untrained,
         decision=fit_decision(
-            logits[known], val.labels[known], spec.class_names, config.operating_sensitivity
+            logits[labelled_val],
+            val.labels[labelled_val],
+            spec.class_names,
+            config.operating_sensitivity,
         ),
         command=command,
         config=config.model_dump(mode="json"),

@@ -169,8 +169,8 @@ def _kl(target: Tensor, log_density: Tensor) -> PerFilm:
 
 
 def _same(labels: Tensor) -> Tensor:
-    known = labels[labels != UNLABELLED]
-    return known[:, None] == known[None, :]
+    labelled = labels[labels != UNLABELLED]
+    return labelled[:, None] == labelled[None, :]
 
 
 def _diagonal(square: Tensor) -> Tensor:

@@ -136,12 +136,12 @@ def prepare(source: Source, options: Options) -> LabelledSet:
         if entry.file in source.gaze and _name(entry) in used
     }
     originals = ((row.film, paths[row.film].read_bytes()) for row in rows)
-    made = write_set(options.output, info, rows, gaze, originals)
+    labelled = write_set(options.output, info, rows, gaze, originals)
     for note in source.notes:
         say(note)
     for name, reason in left_out:
         say(f"left out: {name}: {reason}")
-    return made
+    return labelled
 
 
 def find_mimic_film(films: Path, path: str, where: str) -> Path:
@@ -203,11 +203,11 @@ def _rows(source: Source, options: Options) -> tuple[list[FilmRow], list[tuple[s
 def _row(entry: Entry, film: Film, options: Options) -> FilmRow:
     label = entry.values.get("label", "")
     label = options.label_map.get(label, label)
-    known = [c.name for c in CLASSES]
-    if label and label not in known:
+    classes = [c.name for c in CLASSES]
+    if label and label not in classes:
         raise DataError(
-            f"{entry.where}: label {label!r} is not one of {known}; give --map '{label}=CLASS', or "
-            f"--map '{label}=' to leave such films unlabelled"
+            f"{entry.where}: label {label!r} is not one of {classes}; give --map '{label}=CLASS', "
+            f"or --map '{label}=' to leave such films unlabelled"
         )
     values: dict[str, Any] = {key: entry.values[key] for key in _COLUMNS if entry.values.get(key)}
     values["label"] = label or None

@@ -122,7 +122,10 @@ def _prepare(args: argparse.Namespace) -> int:
         patient_per_film=args.patient_per_film,
         synthetic=args.synthetic,
     )
-    made = prepare(source, options)
-    print(summary(made))
-    print(f"set      {made.folder} ({len(made.rows)} films, split {made.info.split_sha256[:12]})")
+    labelled = prepare(source, options)
+    print(summary(labelled))
+    print(
+        f"set      {labelled.folder} ({len(labelled.rows)} films, split "
+        f"{labelled.info.split_sha256[:12]})"
+    )
     return 0

@@ -77,12 +77,12 @@ def read_reflacx(folder: Path, films: Path, classes: Mapping[str, str]) -> Sourc
     if not tables:
         raise DataError(f"{folder / 'main_data'}: no metadata_phase_1.csv, _2 or _3")
     by_film: dict[str, _FilmReadings] = {}
-    known = {NO_FINDING}
+    findings = {NO_FINDING}
     discarded = 0
     for table in tables:
         for number, cells in csv_rows(table, _IDENTITY, None):
             where = f"{table}, row {number}"
-            known |= {column for column in cells if column not in _NOT_FINDINGS}
+            findings |= {column for column in cells if column not in _NOT_FINDINGS}
             if _is_true(cells["eye_tracking_data_discarded"]):
                 discarded += 1
                 continue
@@ -91,9 +91,9 @@ def read_reflacx(folder: Path, films: Path, classes: Mapping[str, str]) -> Sourc
             film.findings.update(_findings(cells, where))
             path = folder / "main_data" / cells["id"].strip() / "fixations.csv"
             film.gaze.append(_read_fixations(path, cells["id"].strip(), where))
-    if unknown := sorted(set(classes) - known):
+    if unknown := sorted(set(classes) - findings):
         raise DataError(
-            f"no metadata file has the finding {unknown[0]!r}; there are {sorted(known)}"
+            f"no metadata file has the finding {unknown[0]!r}; there are {sorted(findings)}"
         )
     notes = [f"{discarded} readings dropped: their eye tracking was discarded"] if discarded else []
     entries, gaze, two = [], {}, 0
@@ -146,7 +146,7 @@ def _size_check(size: tuple[int, int]) -> Check:
 
 def _findings(cells: Mapping[str, str], where: str) -> list[str]:
     """Findings of one reading with certainty `CERTAIN` or more, or "No finding"."""
-    found = []
+    present = []
     for column, cell in cells.items():
         text = cell.strip()
         if column in _NOT_FINDINGS or not text:
@@ -156,15 +156,15 @@ def _findings(cells: Mapping[str, str], where: str) -> list[str]:
         except ValueError as error:
             raise DataError(f"{where}: certainty of {column!r} is no number") from error
         if certainty >= CERTAIN:
-            found.append(column)
-    return found or [NO_FINDING]
+            present.append(column)
+    return present or [NO_FINDING]
 
 
 def _label(film: _FilmReadings, classes: Mapping[str, str]) -> tuple[str, bool]:
     """Class of a film, empty where there is none, and whether findings map to several."""
     present = [name for name, count in film.findings.items() if 2 * count >= film.readings]
-    found = {classes[name] for name in present if classes.get(name)}
-    return (found.pop() if len(found) == 1 else ""), len(found) > 1
+    labels = {classes[name] for name in present if classes.get(name)}
+    return (labels.pop() if len(labels) == 1 else ""), len(labels) > 1
 
 
 def _read_fixations(path: Path, reading: str, where: str) -> Gaze:

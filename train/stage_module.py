@@ -226,7 +226,7 @@ class StageModule(lightning.LightningModule):
 
     def _correlations(self, batch: Batch, out: HeadTensors) -> Tensor:
         """CC over the film's area where there is gaze and the stage teaches the map; else NaN."""
-        found = torch.full((len(batch.film),), torch.nan, dtype=torch.float64)
+        correlations = torch.full((len(batch.film),), torch.nan, dtype=torch.float64)
         if "saliency" in self.stage.train and self.stage.shrink == 1:
             arrays = self._films.val
             maps = out.log_density.float().exp().cpu().numpy()
@@ -234,8 +234,8 @@ class StageModule(lightning.LightningModule):
                 crop = arrays.geometries[film].crop
                 if arrays.densities[film].any():
                     truth = crop(arrays.densities[film, 0])
-                    found[row] = metrics.cc(crop(maps[row, 0]), truth)
-        return found.to(batch.image.device)
+                    correlations[row] = metrics.cc(crop(maps[row, 0]), truth)
+        return correlations.to(batch.image.device)
 
     # Optimisation ----------------------------------------------------------------------------
 
@@ -326,9 +326,9 @@ def _macro_auc(logits: Tensor, labels: Tensor) -> float:
     """Macro AUC over the classes that have films with and without them; NaN if there is none."""
     if not torch.isfinite(logits).all():
         return float("nan")
-    known = (labels != UNLABELLED).cpu().numpy()
-    probabilities = logits.softmax(1).cpu().numpy()[known]
-    truth = labels.cpu().numpy()[known]
+    labelled = (labels != UNLABELLED).cpu().numpy()
+    probabilities = logits.softmax(1).cpu().numpy()[labelled]
+    truth = labels.cpu().numpy()[labelled]
     present = metrics.present_classes(truth, probabilities.shape[1])
     return metrics.macro_auc(probabilities, truth, present) if present else float("nan")
 

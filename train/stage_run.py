@@ -128,28 +128,28 @@ def run_stage(
     network.cpu()
     checkpoint.load_weights(network, weights, f"the best epoch of stage {name}")
     network.requires_grad_(True)
-    made: dict[str, Any] = {"epochs": rows.epochs, **rows.at_best}
+    stage_record: dict[str, Any] = {"epochs": rows.epochs, **rows.at_best}
     if world:
         world.strategy.barrier()
     if world is None or world.is_global_zero:
         data = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()})
-        made["sha256"] = sha256(data)
+        stage_record["sha256"] = sha256(data)
         write_atomic(finished, data)
-        write_atomic(record, render_json(made))
+        write_atomic(record, render_json(stage_record))
         shutil.rmtree(state_folder)
-    return made
+    return stage_record
 
 
 def _finished(network: Network, weights: Path, record: Path) -> dict[str, Any]:
-    made = parse_json(record.read_bytes(), str(record))
+    stored = parse_json(record.read_bytes(), str(record))
     try:
         data = weights.read_bytes()
     except OSError as error:
         raise IntegrityError(f"{weights}: {error.strerror}; start the run again") from error
-    if sha256(data) != made.get("sha256"):
+    if sha256(data) != stored.get("sha256"):
         raise IntegrityError(f"{weights} was altered; start the run again")
     checkpoint.load_weights(network, safetensors.torch.load(data), str(weights))
-    return made
+    return stored
 
 
 class _State:
@@ -300,11 +300,11 @@ class EpochRows(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Write the epoch's row."""
         self._bar.close()
-        found = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         row: dict[str, Any] = {
             "stage": self._stage,
             "epoch": trainer.current_epoch + 1,
-            **{key: found.get(key, "") for key in _COLUMNS[2:6]},
+            **{key: metrics.get(key, "") for key in _COLUMNS[2:6]},
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - self._started, 3),
         }

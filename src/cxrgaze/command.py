@@ -33,11 +33,11 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An argument parser in the house's form."""
     from importlib.metadata import version
 
-    made = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         prog=prog, description=description, epilog=EXIT_HELP, allow_abbrev=False
     )
-    made.add_argument("--version", action="version", version=f"%(prog)s {version('cxrgaze')}")
-    return made
+    arguments.add_argument("--version", action="version", version=f"%(prog)s {version('cxrgaze')}")
+    return arguments
 
 
 def execute(

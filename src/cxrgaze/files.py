@@ -197,7 +197,7 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
     """
     if target.is_symlink() or (target.exists() and not (target / marker).is_file()):
         raise UsageError(f"{target} exists and has no {marker}; remove it or choose another name")
-    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    new_parents = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     make_output_folder(target.parent)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
@@ -215,7 +215,7 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        for folder in made:  # parents that we made and that stayed empty go again
+        for folder in new_parents:  # parents that we made and that stayed empty go again
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

@@ -13,7 +13,7 @@ from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.errors import UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.export import cli as export_cli
-from cxrgaze.export import pipeline
+from cxrgaze.export.network_source import source_from_random
 from cxrgaze.spec import Outputs
 
 CONFIG = Config(samples=1, warmup_seconds=0, seconds=1, threads=1, cold_starts=1, after_idle=1)
@@ -121,13 +121,13 @@ def test_random_weights_are_made_again(tmp_path, opened):
     assert export_cli.main(arguments) == 0
     bundle = Bundle.open(tmp_path / "tiny-random-fp32.cxrgaze")
     source = peers.weights_of(bundle, None, 1).source
-    assert source.sha256 == bundle.manifest.provenance.checkpoint_sha256
+    assert source.facts.sha256 == bundle.manifest.provenance.checkpoint_sha256
     with pytest.raises(UsageError, match="same weights"):
         peers.require_same([opened[0], bundle])
 
 
 def test_random_weights_have_no_accuracy(tmp_path, images):
-    source = pipeline.source_from_random("tiny", 0)
+    source = source_from_random("tiny", 0)
     one = peers._Open(lambda image: Outputs(np.ones((1, 3), np.float32), image * 0), 0.0, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "ACCURACY_FILMS", 4)

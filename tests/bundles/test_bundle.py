@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cxrgaze.bundles.bundle import MANIFEST, Bundle
-from cxrgaze.bundles.manifest import SCHEMA_VERSION, Decision, FileRecord
+from cxrgaze.bundles.manifest import Decision, FileRecord, Manifest
 from cxrgaze.bundles.verdicts import Histogram
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
 from cxrgaze.runtime import cli
@@ -78,9 +78,9 @@ def _rewrite(bundle, change):
 
 
 def test_another_schema_version_is_named(bundle, films, capsys):
-    _rewrite(bundle, lambda content: content.update(schema_version=SCHEMA_VERSION + 1))
+    _rewrite(bundle, lambda content: content.update(schema_version=Manifest.VERSION + 1))
     assert _predict(bundle, films) == ExitCode.INTEGRITY
-    expected = f"schema version {SCHEMA_VERSION + 1}, this cxrgaze reads {SCHEMA_VERSION}"
+    expected = f"schema version {Manifest.VERSION + 1}, this cxrgaze reads {Manifest.VERSION}"
     assert expected in capsys.readouterr().err
 
 

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from cxrgaze import compare as c
+from cxrgaze.bundles import verdicts
 from cxrgaze.bundles.verdicts import Limits
-from cxrgaze.evidence import intervals
-from cxrgaze.evidence.compare import Paired, compare
+from cxrgaze.evidence import bounds, intervals, power
+from cxrgaze.evidence import compare as compare_module
+from cxrgaze.evidence.compare import Paired, compare, judge_flips
 
 PREVALENCE = (0.6, 0.25, 0.15)
 AUC = 0.9
@@ -151,13 +152,13 @@ def unlabelled():
 def asked(monkeypatch):
     """What `studentised` was asked for, by the estimate."""
     calls = []
-    real = c.studentised
+    real = bounds.studentised
 
     def spy(patients, value, influence, statistic, **options):
         calls.append((patients, value, influence, statistic))
         return real(patients, value, influence, statistic, **options)
 
-    monkeypatch.setattr(c, "studentised", spy)
+    monkeypatch.setattr(compare_module, "studentised", spy)
     return calls
 
 
@@ -209,7 +210,7 @@ def test_the_bootstrap_is_brute_force_resampling(place, name, unlabelled, asked)
 
 @pytest.mark.parametrize("count,total", [(0, 1), (1, 1), (0, 149), (3, 120), (60, 120), (9, 5000)])
 def test_clopper_pearson_is_scipys(count, total):
-    low, high, bound = c.clopper_pearson(count, total)
+    low, high, bound = bounds.clopper_pearson(count, total)
     exact = stats.binomtest(count, total).proportion_ci(0.95, "exact")
     assert (low, high) == pytest.approx((exact.low, exact.high), rel=1e-9)
     expected = stats.beta.ppf(0.95, count + 1, total - count) if count < total else 1
@@ -220,27 +221,27 @@ def test_the_distributions_are_scipys():
     for freedom in (1.0, 1.7, 4.25, 8.99, 300):
         for level in (0.025, 0.95, 0.975):
             expected = stats.t.ppf(level, freedom)
-            assert c._t_quantile(level, freedom) == pytest.approx(expected, rel=1e-8)
+            assert bounds._t_quantile(level, freedom) == pytest.approx(expected, rel=1e-8)
     rng = np.random.default_rng(0)
     for a, b, x in zip(*rng.uniform(0.3, 2000, (2, 200)), rng.random(200), strict=True):
         expected = stats.beta.cdf(x, a, b)
-        assert c._beta_cdf(x, a, b) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+        assert bounds._beta_cdf(x, a, b) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 def test_a_count_must_be_of_a_total():
     for count, total in ((0, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="expected a count"):
-            c.clopper_pearson(count, total)
+            bounds.clopper_pearson(count, total)
 
 
 def test_149_patients_without_a_flip_exclude_two_percent():
-    assert c.patients_to_show(0.02) == 149
+    assert power.patients_to_show(0.02) == 149
     for limit in (1.0, 0.5, 0.05, 0.01, 0.001):
-        needed = c.patients_to_show(limit)
-        assert c.clopper_pearson(0, needed).bound < limit
-        assert needed == 1 or c.clopper_pearson(0, needed - 1).bound >= limit
+        needed = power.patients_to_show(limit)
+        assert bounds.clopper_pearson(0, needed).bound < limit
+        assert needed == 1 or bounds.clopper_pearson(0, needed - 1).bound >= limit
     with pytest.raises(ValueError, match="no number"):
-        c.patients_to_show(0)
+        power.patients_to_show(0)
 
 
 def test_flips_are_counted_in_patients_and_take_unlabelled_films(unlabelled):
@@ -378,7 +379,7 @@ def test_what_is_not_finite_never_passes(field, bad, untrained):
     values[np.flatnonzero(paired.has_gaze)[0]] = bad
     found = compare(replace(paired, **{field: values}), untrained=untrained)
     assert found.verdict == "fail" and "not finite in 1 of" in found.reason
-    c.Comparison.model_validate_json(found.model_dump_json())
+    verdicts.Comparison.model_validate_json(found.model_dump_json())
 
 
 def test_a_candidate_that_is_nan_where_there_is_no_gaze_is_no_failure():
@@ -440,7 +441,7 @@ def test_a_limit_of_zero_never_passes():
 
 
 def test_flips_fail_pass_and_stay_open():
-    verdicts = [c.judge_flips(k, 400, 0.02).verdict for k in (0, 3, 4, 8, 14, 15, 400)]
+    verdicts = [judge_flips(k, 400, 0.02).verdict for k in (0, 3, 4, 8, 14, 15, 400)]
     assert verdicts == ["pass"] * 2 + ["inconclusive"] * 3 + ["fail"] * 2
     assert stats.beta.ppf(0.95, 4, 397) < 0.02 < stats.beta.ppf(0.95, 5, 396)
     assert stats.beta.ppf(0.025, 14, 387) < 0.02 < stats.beta.ppf(0.025, 15, 386)
@@ -450,16 +451,16 @@ def test_reasons_say_how_many_patients_it_takes():
     """Half of the limit lost in 60 patients: take the number that is named, and it passes."""
     found = _of(_paired(seed=4, patients=60, macro=0.0025), "macro AUC")
     assert found.verdict == "inconclusive" and "take about " in found.reason
-    flips = c.judge_flips(3, 300, 0.02)
+    flips = judge_flips(3, 300, 0.02)
     named = int(flips.reason.split("about ")[1].split()[0])
-    assert c.judge_flips(round(named / 100), named, 0.02).verdict == "pass"
-    outside = c.judge_flips(4, 120, 0.02)
+    assert judge_flips(round(named / 100), named, 0.02).verdict == "pass"
+    outside = judge_flips(4, 120, 0.02)
     assert outside.verdict == "inconclusive" and "estimate is outside" in outside.reason
 
 
 def test_what_a_set_can_show():
     def lines(paired, **options):
-        return c.can_show(paired.patients, paired.labels, paired.has_gaze, **options)
+        return power.can_show(paired.patients, paired.labels, paired.has_gaze, **options)
 
     small = lines(_paired(patients=120))
     assert small[2] == "flips: with 120 patients even zero flips cannot exclude 2 %: 149 can"
@@ -476,10 +477,10 @@ def test_what_a_set_can_show():
 def test_a_comparison_goes_into_a_manifest_and_back(unlabelled):
     for paired in (unlabelled, _without(unlabelled, "gaze"), _without(unlabelled, "labels")):
         found = compare(paired, resamples=50)
-        assert c.Comparison.model_validate_json(found.model_dump_json()) == found
+        assert verdicts.Comparison.model_validate_json(found.model_dump_json()) == found
     broken = {"quantities": [], "nonsense": 1}
     with pytest.raises(ValidationError):
-        c.Comparison.model_validate({**found.model_dump(), **broken})
+        verdicts.Comparison.model_validate({**found.model_dump(), **broken})
 
 
 def test_a_pair_must_be_of_the_same_films():
@@ -514,7 +515,7 @@ def test_few_patients_who_lose_bound_the_loss_as_poisson_does(losing):
     def mean(weights):
         return intervals.weighted_mean(changes, weights)
 
-    bound = c.studentised(patients, value, parts, mean).bound
+    bound = bounds.studentised(patients, value, parts, mean).bound
     exact = -0.3 / 400 * stats.chi2.ppf(0.95, 2 * (losing + 1)) / 2
     assert bound < 0.985 * exact
     percentile = np.quantile(intervals.bootstrap(patients, mean, resamples=500, seed=0), 0.05)
@@ -548,16 +549,16 @@ def test_a_loss_by_few_patients_seldom_passes():
     assert covered["macro AUC"] >= 0.88 and passed["macro AUC"] <= 0.11, (covered, passed)
 
 
-@pytest.mark.parametrize("patients", [149, 150, 248, 400, 849, 1450, c.RECOMMENDED_PATIENTS])
+@pytest.mark.parametrize("patients", [149, 150, 248, 400, 849, 1450, power.RECOMMENDED_PATIENTS])
 def test_flips_at_the_limit_pass_in_one_of_twenty_at_most(patients):
     """Exact: the probability of every count that passes."""
-    passing = [k for k in range(80) if c.judge_flips(k, patients, LIMITS.flips).verdict == "pass"]
+    passing = [k for k in range(80) if judge_flips(k, patients, LIMITS.flips).verdict == "pass"]
     assert stats.binom.pmf(passing, patients, LIMITS.flips).sum() <= 0.05
 
 
 def test_half_of_the_limit_of_flips_passes_at_the_recommended_size():
-    n = c.RECOMMENDED_PATIENTS
-    passing = [k for k in range(80) if c.judge_flips(k, n, LIMITS.flips).verdict == "pass"]
+    n = power.RECOMMENDED_PATIENTS
+    passing = [k for k in range(80) if judge_flips(k, n, LIMITS.flips).verdict == "pass"]
     assert stats.binom.pmf(passing, n, LIMITS.flips / 2).sum() >= 0.90
 
 
@@ -570,7 +571,7 @@ def test_a_thousand_sets_at_the_limit():
 
 @pytest.mark.slow
 def test_a_thousand_sets_of_the_recommended_size_at_half_the_limit():
-    _, passed = _shares(1000, 200, c.RECOMMENDED_PATIENTS, LIMITS.macro_auc / 2, LIMITS.cc / 2)
+    _, passed = _shares(1000, 200, power.RECOMMENDED_PATIENTS, LIMITS.macro_auc / 2, LIMITS.cc / 2)
     assert min(passed.values()) >= 0.90, passed
 
 

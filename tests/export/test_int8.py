@@ -11,8 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.errors import ParityError
 from cxrgaze.evidence import gate, metrics
-from cxrgaze.export import forms, graph, int8
-from cxrgaze.export.session import host_session
+from cxrgaze.export import graph, int8
+from cxrgaze.export.forms import Forms
+from cxrgaze.export.source import Layout
+from cxrgaze.export.targets import TARGETS
+from cxrgaze.runtime.ort import witness
+from cxrgaze.train.model import KEPT, block_of
+
+LAYOUT = Layout(KEPT, block_of)
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +38,24 @@ def images(bundle):
 
 @pytest.fixture(scope="module")
 def ranges(model, images):
-    return {t: int8.calibrate(model, list(images), t, "minmax") for t in ("tensorrt", "cpu")}
+    return {
+        target: int8.calibrate(model, list(images), row.ranged(model, LAYOUT), "minmax")
+        for target, row in TARGETS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def typed(model, ranges):
     """All int8 forms by name."""
-    made = [f for t in ("tensorrt", "cpu") for f in forms.forms(model, "int8", t, ranges[t])]
+    made = [f for t in TARGETS for f in Forms(model, "int8", t, LAYOUT, ranges[t]).with_kept()]
     return {form.name: form.model for form in made}
 
 
 def _agreement(model, other, images):
-    sessions = [host_session(m.SerializeToString()) for m in (model, other)]
+    witnesses = [witness(m.SerializeToString()) for m in (model, other)]
     found = []
     for image in images:
-        one, two = (s.run(["log_density"], {"image": image[None]})[0] for s in sessions)
+        one, two = (infer(image[None]).log_density for infer in witnesses)
         found.append(metrics.cc(np.exp(one[0, 0]), np.exp(two[0, 0])))
     return found
 
@@ -132,7 +141,7 @@ def test_a_channel_of_zeros_has_a_scale():
 
 
 def test_what_stays_float_stays_float(model, typed):
-    keep = int8.kept_convolutions(model)
+    keep = int8.kept_convolutions(model, LAYOUT)
     assert {"/dense/conv0/Conv", "/saliency/saliency.3/Conv"} <= keep
     quantized = typed["int8, float16 else, float32 scales"]
     producer = {n: node.op_type for node in quantized.graph.node for n in node.output}
@@ -146,9 +155,9 @@ def test_a_renamed_layer_is_an_error_and_not_an_accident(model):
     for node in renamed.graph.node:
         node.name = node.name.replace("/saliency/", "/head/")
     with pytest.raises(ParityError, match="/saliency/"):
-        int8.kept_convolutions(renamed)
+        int8.kept_convolutions(renamed, LAYOUT)
     with pytest.raises(ParityError, match="no convolution belongs to"):
-        int8.kept_convolutions(model, ["decoder.9"])
+        int8.kept_convolutions(model, LAYOUT, ["decoder.9"])
 
 
 def _change(model, change):
@@ -226,7 +235,7 @@ def test_the_lint_refuses_the_form_for_the_cpu(typed):
 def test_nan_in_calibration_is_an_error(model):
     images = [np.full((1, 64, 64), np.nan, np.float32)]
     with pytest.raises(ParityError, match="NaN or infinity"):
-        int8.calibrate(model, images, "tensorrt", "minmax")
+        int8.calibrate(model, images, ["image"], "minmax")
 
 
 def test_a_tensor_without_a_range_is_an_error(model):

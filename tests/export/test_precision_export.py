@@ -14,10 +14,11 @@ import pytest
 
 import cxrgaze
 from cxrgaze.bundles.bundle import GRAPH, REFERENCE, Bundle
+from cxrgaze.bundles.verdicts import HEAD_OF
 from cxrgaze.errors import ExitCode, GateError, IncompatibleError, ParityError
 from cxrgaze.evidence import gate
 from cxrgaze.evidence.phantom import write_phantom_set
-from cxrgaze.export import audit, cli, forms, int8, pipeline, search
+from cxrgaze.export import audit, cli, fp16, int8, network_source, search
 from cxrgaze.train import checkpoint
 
 
@@ -48,7 +49,10 @@ def test_fp16_and_int8_pass_the_gate(bundles, quantized):
     assert manifest.gate.verdict == "pass", manifest.gate.reason
     assert manifest.convolution_macs["int8"] >= 0.5 * sum(manifest.convolution_macs.values())
     assert manifest.calibration is not None and len(manifest.calibration.films) == 64
-    assert [trial.form[-14:] for trial in manifest.trials] == ["float32 scales", "float16 scales"]
+    assert [tried.form[-14:] for tried in manifest.forms_tried] == [
+        "float32 scales",
+        "float16 scales",
+    ]
 
 
 @pytest.mark.slow
@@ -59,8 +63,8 @@ def test_int8_for_the_cpu_passes_by_fallback(tmp_path, films):
     assert os.listdir(tmp_path) == ["demo-int8-cpu.cxrgaze"]  # the search's log is gone
     bundle = tmp_path / "demo-int8-cpu.cxrgaze"
     manifest = Bundle.open(bundle).manifest
-    assert manifest.gate.verdict == "pass" and manifest.trials[0].gate != "pass"
-    assert manifest.trials[-1].kept and manifest.trials[-1].gate == "pass"
+    assert manifest.gate.verdict == "pass" and manifest.forms_tried[0].gate != "pass"
+    assert manifest.forms_tried[-1].kept and manifest.forms_tried[-1].gate == "pass"
     assert manifest.convolution_macs["int8"] >= 0.5 * sum(manifest.convolution_macs.values())
     assert "went back" in (bundle / "report/parity.html").read_text()
     assert (bundle / "report/fallback.png").is_file()
@@ -96,10 +100,14 @@ def test_the_report_has_tables_maps_and_json(quantized):
 class _Fake:
     """Forms that are names of kept blocks; the gate passes once all of `needed` are kept."""
 
-    def __init__(self, needed, effect):
+    def __init__(self, needed, effect, blocks=("a", "b", "c")):
         self.needed, self.effect, self.tried, self.measured = needed, effect, [], []
+        self._blocks = blocks
 
-    def forms(self, kept):
+    def blocks(self):
+        return self._blocks
+
+    def with_kept(self, kept):
         return [types.SimpleNamespace(name="form", kept=tuple(sorted(kept)))]
 
     def distance(self, form):
@@ -116,9 +124,9 @@ class _Fake:
         )
 
 
-def _search(fake, tmp_path, blocks=("a", "b", "c"), budget=10):
+def _search(fake, tmp_path, budget=10):
     log = search.Log(tmp_path / "log.json", "key")
-    return search.fallback(fake.forms, blocks, fake, fake.distance, log, budget)
+    return search.fallback(fake, fake, fake.distance, log, budget)
 
 
 def test_the_search_ranks_blocks_and_keeps_the_fewest_that_pass(tmp_path):
@@ -160,12 +168,12 @@ def test_the_search_keeps_to_its_budget(tmp_path):
 def test_what_ranks_is_the_output_that_fails(losses, head):
     limits = {"macro AUC": 0.005, "CC": 0.01, "flips": 0.02}
     quantities = [
-        types.SimpleNamespace(name=name, loss=loss, limit=limits[name])
+        types.SimpleNamespace(head=HEAD_OF[name], loss=loss, limit=limits[name])
         for name, loss in losses.items()
     ]
     comparison = types.SimpleNamespace(quantities=quantities)
-    attempt = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=comparison))
-    assert search.weakest_head(attempt) == head
+    judged = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=comparison))
+    assert search.weakest_head(judged) == head
 
 
 def _export(tmp_path, *arguments):
@@ -205,14 +213,14 @@ def test_wrong_scales_are_caught_and_nothing_is_left(tmp_path, monkeypatch, caps
 
 
 def _after_typing(monkeypatch, change):
-    real = forms.fp16.to_fp16
+    real = fp16.to_fp16
 
     def changed(*arguments, **options):
         model = real(*arguments, **options)
         change(model)
         return model
 
-    monkeypatch.setattr(forms.fp16, "to_fp16", changed)
+    monkeypatch.setattr(fp16, "to_fp16", changed)
 
 
 def _nan_in_a_channel(model):
@@ -248,9 +256,9 @@ def test_a_half_overflow_is_named_with_its_tensor(tmp_path, monkeypatch, capsys)
     up[3].weight.data /= 3e5
     checkpoint_folder = tmp_path / "in"
     checkpoint_folder.mkdir()
-    real = pipeline.source_from_checkpoint
+    real = network_source.source_from_checkpoint
     monkeypatch.setattr(
-        pipeline, "source_from_checkpoint", lambda path: replace(real(path), network=network)
+        network_source, "source_from_checkpoint", lambda path: replace(real(path), module=network)
     )
     assert _export(tmp_path, "--precision", "fp16") == ExitCode.PARITY
     assert "float16 overflow: /decoder.3/fuse" in capsys.readouterr().err
@@ -305,14 +313,14 @@ def test_random_weights_have_parity_only(tmp_path):
 @pytest.fixture
 def clinical(tmp_path, monkeypatch):
     """The demo network as if it had been trained on films."""
-    real = pipeline.source_from_checkpoint
+    real = network_source.source_from_checkpoint
 
     def source(path):
         found = real(path)
         spec = found.spec.model_copy(update={"domain": "clinical"})
         return replace(found, spec=spec)
 
-    monkeypatch.setattr(pipeline, "source_from_checkpoint", source)
+    monkeypatch.setattr(network_source, "source_from_checkpoint", source)
 
 
 NEEDS = {

@@ -13,10 +13,10 @@ from PIL import Image
 
 from cxrgaze.errors import FilmError, UsageError
 from cxrgaze.evidence import phantom
+from cxrgaze.films import images
 from cxrgaze.films.decode import film_from_bytes, load_film
 from cxrgaze.films.film import film_from_array
 from cxrgaze.films.find import find_films
-from cxrgaze.runtime import film as films_module
 
 PIXELS = phantom.draw(1, shape=(120, 90)).pixels
 
@@ -111,7 +111,7 @@ def test_other_files_are_refused_by_what_they_are(tmp_path):
 
 def test_a_huge_image_is_refused_before_its_pixels_are_made(tmp_path, monkeypatch):
     path = _saved(tmp_path, "a.png")
-    monkeypatch.setattr(films_module, "PIXEL_LIMIT", 1000)
+    monkeypatch.setattr(images, "PIXEL_LIMIT", 1000)
     with pytest.raises(FilmError, match="90 x 120 pixels, limit 1000"):
         load_film(path)
 

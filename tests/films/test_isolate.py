@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from cxrgaze.errors import CxrgazeError, FilmError
+from cxrgaze.films import isolate
 from cxrgaze.films.ahead import decode_ahead
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.isolate import IsolatedLoader
-from cxrgaze.runtime import isolate
 from cxrgaze.runtime.cli import main
 
 
@@ -31,9 +31,12 @@ def test_the_child_gives_the_same_film(films):
     with IsolatedLoader() as loader:
         for path in _real(films):
             here, there = load_film(path), loader.load(path)
+            sent = loader.load_bytes(path.read_bytes(), str(path))
             assert np.array_equal(here.pixels, there.pixels)
+            assert np.array_equal(here.pixels, sent.pixels)
+            assert here.identity == there.identity == sent.identity
             for name in ("name", "sha256", "pixel_source", "spacing_mm", "reasons", "notes"):
-                assert getattr(here, name) == getattr(there, name)
+                assert getattr(here, name) == getattr(there, name) == getattr(sent, name)
 
 
 def test_errors_come_back_as_film_errors_and_the_child_lives_on(films, tmp_path):
@@ -81,10 +84,10 @@ def test_memory_is_bounded(films, tmp_path):
 def test_nonsense_from_a_child_is_refused(monkeypatch, tmp_path):
     """A child that a hostile file took over can say what it likes."""
     answers = {
-        "a huge header": "struct.pack('<II', 1 << 30, 0)",
-        "a huge film": "struct.pack('<II', 2, (1 << 32) - 1) + b'{}'",
-        "no JSON": "struct.pack('<II', 4, 0) + b'\\x80\\x04N.'",
-        "another size": "struct.pack('<II', 2, 4) + b'{}' + bytes(4)",
+        "a huge header": "struct.pack('<III', 1 << 30, 0)",
+        "a huge film": "struct.pack('<III', 2, (1 << 32) - 1, 0) + b'{}'",
+        "no JSON": "struct.pack('<III', 4, 0, 0) + b'\\x80\\x04N.'",
+        "another size": "struct.pack('<III', 2, 4, 0) + b'{}' + bytes(4)",
     }
     real = subprocess.Popen
     for answer in answers.values():

@@ -30,6 +30,7 @@ from cxrgaze.evidence import gate
 from cxrgaze.files import sha256
 from cxrgaze.runtime import backends, plans, trt_library
 from cxrgaze.runtime import device as device_layer
+from cxrgaze.runtime.backend import BackendOptions
 from cxrgaze.runtime.device import Device, Gpu
 from cxrgaze.runtime.host import host_platform
 from cxrgaze.runtime.ort import OnnxRuntime
@@ -495,10 +496,10 @@ def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
 
 
 def test_without_a_gpu_auto_says_nothing_and_a_name_says_why(bundle):
-    choice = backends.choose(bundle)
+    choice = backends.choose(bundle, "auto", BackendOptions())
     assert choice.backend.name == "onnxruntime" and choice.warnings == ()
     with pytest.raises(IncompatibleError, match="no TensorRT here|no GPU to run on"):
-        backends.choose(bundle, backends.Wish("tensorrt_rtx"))
+        backends.choose(bundle, "tensorrt_rtx", BackendOptions())
 
 
 def test_the_real_library_without_a_driver_is_an_error_with_its_log(bundles, tmp_path):

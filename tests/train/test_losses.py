@@ -21,7 +21,7 @@ from cxrgaze.train.losses import (
     supcon,
     triplet,
 )
-from cxrgaze.train.model import Outputs
+from cxrgaze.train.model import HeadTensors
 
 N, C, H, W = 5, 3, 6, 4
 
@@ -51,7 +51,7 @@ def out():
     raw = torch.from_numpy(rng.normal(size=(N, 1, H, W))).float()
     logits = torch.from_numpy(rng.normal(size=(N, C))).float().requires_grad_()
     log_density = raw.flatten(1).log_softmax(1).reshape(raw.shape).requires_grad_()
-    return Outputs(logits, log_density)
+    return HeadTensors(logits, log_density)
 
 
 def _slow(name, out, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import onnxruntime
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cxrgaze.errors import ExitCode, UsageError
-from cxrgaze.export import fp16, graph, parity, pipeline
+from cxrgaze.export import fp16, graph, parity
+from cxrgaze.export.canvases import phantom_canvases
+from cxrgaze.export.network_source import source_from_random
+from cxrgaze.export.targets import TARGETS
 from cxrgaze.runtime import trt_library
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
 from cxrgaze.train import rewrites
@@ -55,7 +59,7 @@ def network():
 @pytest.fixture(scope="module")
 def tiny():
     """As it is exported: float32, calibrated random weights."""
-    return pipeline.source_from_random("tiny", 0)
+    return source_from_random("tiny", 0)
 
 
 def _images(n, height, width):
@@ -199,7 +203,7 @@ def test_repeating_the_border_is_wrong_at_the_border_only(network):
 
 @pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
 def test_the_original_is_not_changed(tiny, names):
-    network = copy.deepcopy(tiny.network).train()
+    network = copy.deepcopy(tiny.module).train()
     modules = [(name, id(module), module.training) for name, module in network.named_modules()]
     values = {name: value.clone() for name, value in network.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -223,8 +227,8 @@ def test_the_type_stays(network, dtype):
 
 def test_an_unknown_name_is_a_usage_error(tiny):
     for call in (
-        lambda: rewrites.rewritten(tiny.network, ["stem", "stern"]),
-        lambda: rewrites.saved_macs(tiny.network, tiny.spec, ["stern"]),
+        lambda: rewrites.rewritten(tiny.module, ["stem", "stern"]),
+        lambda: rewrites.saved_macs(tiny.module, tiny.spec, ["stern"]),
     ):
         with pytest.raises(
             UsageError, match="no rewrite is called stern; there are stem, ups"
@@ -240,9 +244,9 @@ def test_what_was_rewritten_is_not_rewritten_again(network):
 
 
 def test_targets_name_rewrites_that_exist():
-    assert rewrites.for_target("tensorrt") == ("stem",)
-    assert rewrites.for_target("cpu") == ("stem", "upsample")
-    assert set(rewrites.for_target("cpu")) <= set(EVERY)
+    assert TARGETS["tensorrt"].rewrites == ("stem",)
+    assert TARGETS["cpu"].rewrites == ("stem", "upsample")
+    assert set(TARGETS["cpu"].rewrites) <= set(EVERY)
 
 
 def _spec(variant, canvas=None):
@@ -258,8 +262,8 @@ def exported(tiny):
 
     def export(*names, canvas=(64, 64)):
         if (names, canvas) not in made:
-            network = rewrites.rewritten(tiny.network, names)
-            made[names, canvas] = graph.onnx_from_network(network, _spec("tiny", canvas))
+            network = rewrites.rewritten(tiny.module, names)
+            made[names, canvas] = graph.onnx_from_module(network, _spec("tiny", canvas))
         return made[names, canvas]
 
     return export
@@ -272,7 +276,7 @@ def test_saved_macs_are_those_that_onnx_counts(tiny, exported, canvas, sets):
     before = graph.convolution_macs(exported(canvas=canvas))["fp32"]
     for names in sets:
         after = graph.convolution_macs(exported(*names, canvas=canvas))["fp32"]
-        saved = rewrites.saved_macs(tiny.network, _spec("tiny", canvas), names)
+        saved = rewrites.saved_macs(tiny.module, _spec("tiny", canvas), names)
         assert before - after == saved
         assert saved > 0 or names == ("shortcut",)
 
@@ -323,9 +327,9 @@ def test_the_graph_in_onnx_runtime_is_the_network_as_trained(tiny, exported, nam
     model = exported(*names)
     data = graph.finished(graph.simplified(model) if simplify else model, tiny.spec)
     for batch in (1, 3):
-        images = pipeline._phantoms(tiny.spec, batch, 10)
+        images = phantom_canvases(tiny.spec, batch, 10)
         with torch.inference_mode():
-            want = tiny.network(torch.from_numpy(images))
+            want = tiny.module(torch.from_numpy(images))
         for a, b in zip(_run(data, images), want, strict=True):
             assert abs(a - b.numpy()).max() < 5e-5
 
@@ -351,9 +355,11 @@ def test_the_simplified_graph_has_what_was_meant(exported):
 def test_parity_hooks_the_rewritten_network_and_passes(tiny, exported, precision):
     model = graph.simplified(exported(*EVERY))
     data = graph.finished(fp16.to_fp16(model) if precision == "fp16" else model, tiny.spec)
-    images = pipeline._phantoms(tiny.spec, 4, 10)
-    for network in (tiny.network, rewrites.rewritten(tiny.network, EVERY)):
-        found = parity.compare(parity.answers(network, images), data, precision, "test")
+    images = phantom_canvases(tiny.spec, 4, 10)
+    for network in (tiny.module, rewrites.rewritten(tiny.module, EVERY)):
+        found = parity.compare(
+            replace(tiny, module=network).answers(images), data, precision, "test"
+        )
         assert found.verdict == "pass" and found.peak_activation > 1
 
 

@@ -100,12 +100,12 @@ def studentised(
         total, square = (weights[:, first] @ moments).T
         own = np.sqrt(np.maximum(square - total**2 / count, 0) * count / (count - 1))
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Array = np.asarray((statistic(weights) - value) / own)
-        return found
+            pivot_of_draw: Array = np.asarray((statistic(weights) - value) / own)
+        return pivot_of_draw
 
     drawn = PatientBootstrap(patients, resamples, seed).draws(pivots)
-    known = np.clip(drawn[~np.isnan(drawn)], -_FAR, _FAR)
-    quantiles = np.quantile(known, levels, method="weibull")  # of b + 1, as for a pivot
+    defined = np.clip(drawn[~np.isnan(drawn)], -_FAR, _FAR)
+    quantiles = np.quantile(defined, levels, method="weibull")  # of b + 1, as for a pivot
     return Bounds(*(float(value - error * q) for q in quantiles))
 
 

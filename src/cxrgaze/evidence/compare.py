@@ -173,12 +173,12 @@ _REMEDY = "keep more of the network in higher precision"
 
 def _class_changes(paired: Paired, names: Sequence[str]) -> list[tuple[int, ClassChange, Array]]:
     """Column, change of the AUC and its influence `(labelled films,)` of every class with one."""
-    known = np.asarray(paired.labels) >= 0
-    labels = np.asarray(paired.labels)[known]
+    labelled = np.asarray(paired.labels) >= 0
+    labels = np.asarray(paired.labels)[labelled]
     changes = []
     for c in present_classes(labels, len(names)):
         (before, old), (after, new) = (
-            auc_influence(scores[known, c], labels == c)
+            auc_influence(scores[labelled, c], labels == c)
             for scores in (paired.reference_logits, paired.candidate_logits)
         )
         change = ClassChange(
@@ -204,7 +204,7 @@ def _macro_auc(
     lack = lack_of_labels(who, labels, names)
     if not changes:
         return _not_measured("macro AUC", limit, lack)
-    known = labels >= 0
+    labelled = labels >= 0
     before, after = (
         float(np.mean([getattr(change, side) for _, change, _ in changes]))
         for side in ("reference", "candidate")
@@ -212,8 +212,8 @@ def _macro_auc(
 
     def difference(weights: Array) -> Array:
         differences = [
-            weighted_auc(paired.candidate_logits[known, c], labels[known] == c, weights)
-            - weighted_auc(paired.reference_logits[known, c], labels[known] == c, weights)
+            weighted_auc(paired.candidate_logits[labelled, c], labels[labelled] == c, weights)
+            - weighted_auc(paired.reference_logits[labelled, c], labels[labelled] == c, weights)
             for c, _, _ in changes
         ]
         return np.asarray(np.mean(differences, axis=0))
@@ -222,14 +222,14 @@ def _macro_auc(
     if not lack:
         influence = np.mean([part for _, _, part in changes], axis=0)
         bounds = studentised(
-            who[known].tolist(),
+            who[labelled].tolist(),
             after - before,
             influence,
             difference,
             resamples=resamples,
             seed=seed,
         )
-    return _judged("macro AUC", before, after, bounds, limit, len(set(who[known])), lack)
+    return _judged("macro AUC", before, after, bounds, limit, len(set(who[labelled])), lack)
 
 
 def _cc(paired: Paired, limit: float, resamples: int, seed: int) -> Quantity:
@@ -280,19 +280,19 @@ def _judged(
     """
     change = after - before
     sign = 1 if name == "flips" else -1  # which way a loss goes
-    found = f"{name} {shown(name, change)} in {patients} patients"
+    measured = f"{name} {shown(name, change)} in {patients} patients"
     if bounds is None:
         verdict: GateOutcome = "inconclusive"
-        reason = f"{found}, no interval: {lack}"
+        reason = f"{measured}, no interval: {lack}"
     else:
         ends = (shown(name, bounds.low), shown(name, bounds.high))
         within = f"95 % bound {shown(name, bounds.bound)}, limit {shown(name, sign * limit)}"
         if sign * bounds.bound < limit:
-            verdict, reason = "pass", f"{found}, {within}"
+            verdict, reason = "pass", f"{measured}, {within}"
         elif min(sign * bounds.low, sign * bounds.high) > limit:
             verdict = "fail"
             reason = (
-                f"{found}, 95 % interval {ends[0]} to {ends[1]}, limit "
+                f"{measured}, 95 % interval {ends[0]} to {ends[1]}, limit "
                 f"{shown(name, sign * limit)}: {_REMEDY}"
             )
         else:
@@ -306,7 +306,7 @@ def _judged(
             else:
                 ratio = (change - bounds.bound) / (change + limit)
                 remedy = f"take about {rounded_up(patients * ratio**2)} patients"
-            reason = f"{found}, {within}: {remedy}"
+            reason = f"{measured}, {within}: {remedy}"
     return Quantity(
         name=name,
         reference=before,

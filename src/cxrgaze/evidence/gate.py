@@ -211,16 +211,16 @@ def judge(
         reference_cc=_human_cc(films, reference),
         candidate_cc=_human_cc(films, candidate),
     )
-    found = compare(paired, limits, untrained=untrained, classes=classes)
+    comparison = compare(paired, limits, untrained=untrained, classes=classes)
     worst = int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0
     return Gate(
         level=level,
-        verdict=found.verdict,
-        reason=found.reason,
+        verdict=comparison.verdict,
+        reason=comparison.reason,
         set_name=films.name,
         set_sha256=films.identity,
         domain=films.domain,
-        comparison=found,
+        comparison=comparison,
         agreement_cc_min=_number(np.nanmin, agreement),
         agreement_cc_mean=_number(np.nanmean, agreement),
         worst_film_sha256=films.keys[worst],
@@ -333,14 +333,14 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     """
     keys, reference = read_reference(bundle)
     place = {key: index for index, key in enumerate(keys)}
-    known = [index for index, key in enumerate(films.keys) if key in place]
-    if not known:
+    with_reference = [index for index, key in enumerate(films.keys) if key in place]
+    if not with_reference:
         raise DataError(
             f"none of the {len(films.keys)} films of {films.name} is among the {len(keys)} that "
             f"{bundle.path} has reference outputs of; use the set that it was exported with: "
             f"{bundle.manifest.gate.set_name or 'not recorded'}"
         )
-    part = films.chosen(known)
+    part = films.chosen(with_reference)
     matching = reference.chosen([place[key] for key in part.keys])
     candidate = predicted(infer, part.arrays.images)
     manifest = bundle.manifest

@@ -99,13 +99,13 @@ def bootstrap(
     _, cluster = np.unique(np.asarray(patients), return_inverse=True)
     count = int(cluster.max()) + 1
     rng = np.random.default_rng(seed)
-    found, left = [], resamples
+    statistics, left = [], resamples
     while left:
         size = min(left, max(_CHUNK // len(cluster), 1))
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        found.append(statistic(drawn[:, cluster].astype(np.float64)))
+        statistics.append(statistic(drawn[:, cluster].astype(np.float64)))
         left -= size
-    return np.concatenate(found)
+    return np.concatenate(statistics)
 
 
 def percentile_interval(value: float, samples: Array, patients: int) -> Interval:
@@ -164,9 +164,9 @@ def weighted_share(hit: NDArray[np.bool_], among: NDArray[np.bool_], weights: Ar
 
 def weighted_mean(values: NDArray[np.floating], weights: Array) -> Array:
     """Mean of `values` `(n,)` for each row of `weights` `(b, n)`; NaN values do not count."""
-    known = np.isfinite(values)
-    total = weights[:, known].sum(axis=1)
-    summed = weights[:, known] @ values[known]
+    finite = np.isfinite(values)
+    total = weights[:, finite].sum(axis=1)
+    summed = weights[:, finite] @ values[finite]
     return _ratio(summed, total)
 
 

@@ -58,11 +58,11 @@ def can_show(
     if LOGITS not in untrained:
         names = tuple(classes) or numbered(int(labels.max()) + 1)
         lack = lack_of_labels(who, labels, names)
-        known = len(set(who[labels >= 0]))
-        lines.append(f"macro AUC: {lack or _enough(known, RECOMMENDED_PATIENTS)}")
+        informative = len(set(who[labels >= 0]))
+        lines.append(f"macro AUC: {lack or _enough(informative, RECOMMENDED_PATIENTS)}")
     if LOG_DENSITY not in untrained:
-        known = len(set(who[np.asarray(has_gaze, dtype=bool)]))
-        lines.append(f"CC: {lack_of_gaze(known) or _enough(known, _RECOMMENDED_GAZE)}")
+        informative = len(set(who[np.asarray(has_gaze, dtype=bool)]))
+        lines.append(f"CC: {lack_of_gaze(informative) or _enough(informative, _RECOMMENDED_GAZE)}")
     if LOGITS not in untrained:
         lines.append(f"flips: {_what_flips_can_show(len(set(who)), limits.flips)}")
     return tuple(lines)
@@ -112,14 +112,15 @@ def rounded_up(patients: float) -> int:
 
 def lack_of_labels(who: NDArray[np.str_], labels: NDArray[np.integer], names: Sequence[str]) -> str:
     """Why labels give no interval of the macro AUC, "" where they do."""
-    known = labels >= 0
-    if not known.any():
+    labelled = labels >= 0
+    if not labelled.any():
         return "no film has a label; take a set with labels"
-    present = present_classes(labels[known], len(names))
+    present = present_classes(labels[labelled], len(names))
     if not present:
-        return f"all {int(known.sum())} labelled films are of one class; take a set with others"
+        return f"all {int(labelled.sum())} labelled films are of one class; take a set with others"
     fewest = {
-        c: min(len(set(who[known & some])) for some in (labels == c, labels != c)) for c in present
+        c: min(len(set(who[labelled & some])) for some in (labels == c, labels != c))
+        for c in present
     }
     scarce = min(present, key=lambda c: fewest[c])
     if fewest[scarce] >= MIN_PATIENTS:

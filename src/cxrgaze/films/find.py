@@ -32,19 +32,19 @@ def find_films(paths: Sequence[Path | str]) -> Iterator[tuple[Path, Path]]:
 
 def _films_of(given: Path) -> Iterator[tuple[Path, Path]]:
     if given.is_dir():
-        found = sorted(path for path in _files_below(given) if _looks_like_film(path))
-        if not found:
+        films = sorted(path for path in _files_below(given) if _looks_like_film(path))
+        if not films:
             raise UsageError(f"{given} holds no films (DICOM, or {', '.join(SUFFIXES)})")
-        yield from ((path, path.relative_to(given)) for path in found)
+        yield from ((path, path.relative_to(given)) for path in films)
     elif given.exists():
         yield given, Path(given.name)
     elif any(c in str(given) for c in "*?["):
         anchor = Path(given.anchor or ".")
         pattern = str(given.relative_to(given.anchor)) if given.anchor else str(given)
-        found = sorted(p for p in anchor.glob(pattern) if p.is_file())
-        if not found:
+        films = sorted(p for p in anchor.glob(pattern) if p.is_file())
+        if not films:
             raise UsageError(f"no file matches {given}")
-        yield from ((path, Path(path.name)) for path in found)
+        yield from ((path, Path(path.name)) for path in films)
     else:
         raise UsageError(f"{given} does not exist")
 
