@@ -155,7 +155,8 @@ def _calibration(manifest: Manifest) -> list[Block]:
         Heading("Calibration"),
         Paragraph(
             f"{len(calibration.films)} films of {calibration.set_name} ({calibration.domain}), "
-            f"{method}; SHA-256 of their list {calibration.sha256}. {' '.join(calibration.warnings)}".rstrip()
+            f"{method}; SHA-256 of their list {calibration.sha256}. "
+            f"{' '.join(calibration.warnings)}".rstrip()
         ),
     ]
 

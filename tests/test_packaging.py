@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +47,13 @@ def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_package_is_listed():
-    found = {"cxrgaze"}
+    packages = set()
     for name, folder in SETUP["package-dir"].items():
-        if name != "cxrgaze":
-            for init in (ROOT / folder).rglob("__init__.py"):
-                found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
-    assert found == set(SETUP["packages"])
+        for root, folders, files in os.walk(ROOT / folder):
+            folders[:] = [f for f in folders if not Path(root, f).is_symlink()]
+            if "__init__.py" in files:
+                packages.add(".".join([name, *Path(root).relative_to(ROOT / folder).parts]))
+    assert packages == set(SETUP["packages"])
 
 
 def test_every_link_points_at_its_folder():
@@ -158,6 +161,30 @@ def test_import_contracts_hold():
         [Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def _storeys(page):
+    """The picture of the storeys: a set of rooms a line, from the top."""
+    picture = page.split("## The storeys")[1].split("```")[1]
+    return [set(re.split(r" \| |, ", line)) for line in picture.strip().splitlines()]
+
+
+def _layers(contracts):
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    rooms = (re.split(r" [|:] ", layer) for layer in layers)
+    return [{room.removeprefix("cxrgaze.") for room in layer} for layer in rooms]
+
+
+def test_the_picture_of_the_storeys_is_what_the_contracts_hold():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    assert _storeys(page) == _layers(contracts)
+    assert _storeys(page.replace("runtime | evidence", "runtime")) != _layers(contracts)
+    packages = {name.split(".")[1] for name in SETUP["packages"] if "." in name}
+    modules = {path.stem for path in (ROOT / "src/cxrgaze").glob("*.py")} - {"__init__"}
+    assert set().union(*_layers(contracts)) == packages | modules
+    (no_circles,) = (c for c in contracts if c["type"] == "acyclic_siblings")
+    assert no_circles["ancestors"] == ["cxrgaze.**"]
 
 
 def test_the_version_is_written_once():

@@ -216,10 +216,11 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from cxrgaze.train.evaluation import Options, assess
+    from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
+    from cxrgaze.train.evaluation_report import summary
 
-    return assess(
-        Options(
+    evaluation = evaluate_model(
+        EvaluationOptions(
             model=args.model,
             labelled=args.set,
             split=args.split,
@@ -230,6 +231,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             threads=args.threads,
         )
     )
+    for line in summary(evaluation):
+        print(line)
+    return 0
 
 
 def _phantom(args: argparse.Namespace) -> int:

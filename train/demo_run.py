@@ -15,7 +15,7 @@ from cxrgaze.evidence.labelled_set import LabelledSet, write_set
 from cxrgaze.evidence.phantom import HARD, write_phantom_set
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import TrainConfig
-from cxrgaze.train.figures import evaluate
+from cxrgaze.train.figures import point_figures
 from cxrgaze.train.fit import fit
 from cxrgaze.train.run_folder import Start
 
@@ -60,10 +60,10 @@ def train_demo(
     names = card.spec.class_names
     results: dict[str, Any] = {
         **card.results,
-        "held_out": evaluate(network, test, prior, preset, names),
+        "held_out": point_figures(network, test, prior, preset, names),
         "held_out_hard": {
             "difficulty": HARD,
-            **evaluate(network, test_hard, prior, preset, names),
+            **point_figures(network, test_hard, prior, preset, names),
         },
         "note": "synthetic (phantom) figures: they say nothing of clinical performance",
     }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure as Plot
 from sklearn.metrics import roc_curve
@@ -23,111 +20,141 @@ from cxrgaze.report import (
     html_page,
     markdown_page,
 )
-from cxrgaze.train.evaluation import Outcome
+from cxrgaze.train.evaluated_films import EvaluatedFilms
+from cxrgaze.train.evaluation_record import AucIntervals, Diagnosis, Evaluation, Saliency
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without colour vision (Okabe & Ito)
 _SALIENCY = {"cc": "CC", "sim": "SIM", "kld": "KLD", "nss": "NSS", "auc_judd": "AUC-Judd"}
 
 
-def pages(outcome: Outcome) -> dict[str, bytes]:
-    """report.md, report.html and the figures, by file name."""
-    report = outcome.report
-    title = f"Evaluation of {report['model']['name']}"
-    blocks = _head(report)
-    if report["diagnosis"]:
-        blocks += _diagnosis(outcome, report["diagnosis"])
-    if report["saliency"]:
-        blocks += _saliency(outcome, report["saliency"])
-    if report["left_out"]:
-        blocks += [Heading("Left out"), Bullets(report["left_out"])]
-    figures = {b.name: b.data for b in blocks if isinstance(b, Figure)}
+def pages(evaluation: Evaluation, films: EvaluatedFilms) -> dict[str, bytes]:
+    """report.md, report.html and the drawings, by file name."""
+    title = f"Evaluation of {evaluation.model.name}"
+    blocks = _cautions(evaluation)
+    blocks.append(_identity(evaluation))
+    if evaluation.diagnosis:
+        blocks += _diagnosis_blocks(evaluation.diagnosis, films)
+    if evaluation.saliency:
+        blocks += _saliency_blocks(evaluation.saliency, films)
+    if evaluation.left_out:
+        blocks += [Heading("Left out"), Bullets(evaluation.left_out)]
+    drawings = {b.name: b.data for b in blocks if isinstance(b, Figure)}
     return {
         "report.md": markdown_page(title, blocks).encode(),
         "report.html": html_page(title, blocks).encode(),
-        **figures,
+        **drawings,
     }
 
 
-def _head(report: Mapping[str, Any]) -> list[Block]:
-    where, model = report["set"], report["model"]
-    blocks: list[Block] = [Paragraph(report["notice"])]
-    if report["synthetic"]:
-        blocks.append(Paragraph("Synthetic: drawings, not films. Says nothing of clinical use."))
-    if report["leakage"]:
-        blocks.append(Paragraph(f"WARNING: {report['leakage']}"))
-    if report["caution"]:
-        blocks.append(Paragraph(report["caution"]))
-    look = report.get("look")
-    if look:
-        text = f"look number {look['number']}" if look["logged"] else "a look that was not logged"
-        blocks.append(Paragraph(f"This is {text} at this set's test split ({LOOKS})."))
-    blocks.append(
-        Table(
-            ("", ""),
-            (
-                ("model", f"{model['kind']} {model['name']}, {model['sha256'][:16]}"),
-                ("computed by", f"{model['backend']}, {model['precision']}"),
-                ("trained on", model["trained_on"]),
-                (
-                    "set",
-                    f"{where['origin']}, split {where['split']} ({where['split_sha256'][:12]})",
-                ),
-                ("films, patients", f"{where['films']}, {where['patients']}"),
-                ("intervals", report["intervals"]),
-            ),
-        )
+def summary(evaluation: Evaluation) -> list[str]:
+    """The evaluation in a few lines."""
+    where = evaluation.set
+    kind = " (synthetic)" if evaluation.synthetic else ""
+    lines = [f"WARNING: {evaluation.leakage}"] if evaluation.leakage else []
+    lines.append(
+        f"{evaluation.model.name} on {where.split} of {where.name}{kind}: "
+        f"{where.films} films, {where.patients} patients"
     )
-    return blocks
+    diagnosis, saliency = evaluation.diagnosis, evaluation.saliency
+    if diagnosis and diagnosis.auc:
+        lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}, accuracy {diagnosis.accuracy}")
+        if diagnosis.view_and_age:
+            baseline = diagnosis.view_and_age["macro"].bootstrap
+            lines.append(f"view and age alone: macro AUC {baseline}")
+        lines.append(
+            f"ECE {diagnosis.ece.before.value:.3f} before, "
+            f"{diagnosis.ece.after.value:.3f} after scaling"
+        )
+    if saliency:
+        prior = saliency.centre_prior.cc
+        beside = f"centre prior {prior}" if prior else "no centre prior"
+        lines.append(f"CC {_text(saliency.prediction.cc)}, {beside}")
+    return lines + [f"left out: {reason}" for reason in evaluation.left_out]
 
 
-def _diagnosis(outcome: Outcome, found: Mapping[str, Any]) -> list[Block]:
-    blocks: list[Block] = [Heading("Diagnosis")]
-    films = ", ".join(f"{count} {name}" for name, count in found["films"].items())
-    blocks.append(Paragraph(f"Films: {films}. Accuracy {_text(found['accuracy'])}."))
-    if found["auc"]:
-        columns = ["AUC, one versus rest", "DeLong", "patient bootstrap"]
-        base = found["view_and_age"]
-        if base:
-            columns.append("view and age alone (bootstrap)")
+def _cautions(evaluation: Evaluation) -> list[Block]:
+    """What must be read before any figure."""
+    texts = [evaluation.notice]
+    if evaluation.synthetic:
+        texts.append("Synthetic: drawings, not films. Says nothing of clinical use.")
+    if evaluation.leakage:
+        texts.append(f"WARNING: {evaluation.leakage}")
+    if evaluation.caution:
+        texts.append(evaluation.caution)
+    look = evaluation.look
+    if look:
+        which = f"look number {look.number}" if look.logged else "a look that was not logged"
+        texts.append(f"This is {which} at this set's test split ({LOOKS}).")
+    return [Paragraph(text) for text in texts]
+
+
+def _identity(evaluation: Evaluation) -> Table:
+    """What was evaluated on what."""
+    where, model = evaluation.set, evaluation.model
+    return Table(
+        ("", ""),
+        (
+            ("model", f"{model.kind} {model.name}, {model.sha256[:16]}"),
+            ("computed by", f"{model.backend}, {model.precision}"),
+            ("trained on", model.trained_on),
+            ("set", f"{where.origin}, split {where.split} ({where.split_sha256[:12]})"),
+            ("films, patients", f"{where.films}, {where.patients}"),
+            ("intervals", evaluation.intervals),
+        ),
+    )
+
+
+def _diagnosis_blocks(diagnosis: Diagnosis, films: EvaluatedFilms) -> list[Block]:
+    counts = ", ".join(f"{count} {name}" for name, count in diagnosis.films.items())
+    blocks: list[Block] = [
+        Heading("Diagnosis"),
+        Paragraph(f"Films: {counts}. Accuracy {diagnosis.accuracy}."),
+    ]
+    if diagnosis.auc:
+        blocks += [_auc_table(diagnosis.auc, diagnosis.view_and_age), _roc(films)]
+    if diagnosis.within_view:
         rows = [
-            [name, _text(row["delong"]), _text(row["bootstrap"])]
-            + ([_text(base[name]["bootstrap"])] if base else [])
-            for name, row in found["auc"].items()
-        ]
-        blocks += [Table(columns, rows), _roc(outcome)]
-    if found["within_view"]:
-        rows = [
-            [view, row["films"]]
-            + [_text(row.get(key, {}).get("bootstrap")) for key in ("macro", "view_and_age")]
-            for view, row in found["within_view"].items()
+            [view, part.films, part.macro.bootstrap]
+            + [part.view_and_age.bootstrap if part.view_and_age else _text(None)]
+            for view, part in diagnosis.within_view.items()
         ]
         blocks.append(Table(("within view", "films", "macro AUC", "age alone"), rows))
-    if found["operating_points"]:
+    if diagnosis.operating_points:
         rows = [
-            [name, f"{point['threshold']:.3f}"]
-            + [_text(point[key]) for key in ("sensitivity", "specificity")]
-            for name, point in found["operating_points"].items()
+            [name, f"{point.threshold:.3f}", _text(point.sensitivity), _text(point.specificity)]
+            for name, point in diagnosis.operating_points.items()
         ]
         blocks.append(Table(("operating point", "threshold", "sensitivity", "specificity"), rows))
-    ece = found["ece"]
+    ece = diagnosis.ece
     blocks.append(
         Paragraph(
-            f"ECE (15 bins) {_text(ece['before'])} before and {_text(ece['after'])} after scaling "
-            f"with temperature {found['temperature']:.3f}, which was fitted on validation films. "
+            f"ECE (15 bins) {ece.before} before and {ece.after} after scaling with temperature "
+            f"{diagnosis.temperature:.3f}, which was fitted on validation films. "
             "ECE is biased upwards on few films, and its bootstrap more so."
         )
     )
-    blocks.append(_reliability(outcome))
+    blocks.append(_reliability(films))
     return blocks
 
 
-def _saliency(outcome: Outcome, found: Mapping[str, Any]) -> list[Block]:
-    prior, between = found["centre_prior"], found["between_readers"]["cc"]
+def _auc_table(
+    aucs: dict[str, AucIntervals], view_and_age: dict[str, AucIntervals] | None
+) -> Table:
+    columns = ["AUC, one versus rest", "DeLong", "patient bootstrap"]
+    rows = [[name, auc.delong, auc.bootstrap] for name, auc in aucs.items()]
+    if view_and_age:
+        columns.append("view and age alone (bootstrap)")
+        rows = [[*row, view_and_age[name].bootstrap] for row, name in zip(rows, aucs, strict=True)]
+    return Table(columns, rows)
+
+
+def _saliency_blocks(saliency: Saliency, films: EvaluatedFilms) -> list[Block]:
+    between = saliency.between_readers.cc
     rows = [
         [
             label,
-            _text(found["prediction"][key]),
-            _text(prior.get(key)),
+            _text(getattr(saliency.prediction, key)),
+            _text(getattr(saliency.centre_prior, key)),
             _text(between) if key == "cc" else "",
         ]
         for key, label in _SALIENCY.items()
@@ -135,22 +162,22 @@ def _saliency(outcome: Outcome, found: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("Saliency"),
         Paragraph(
-            f"{found['films']} films with gaze, heatmap preset {found['heatmap']}, over the film's "
-            f"area. Mass that the network put outside the film: {_text(found['pad_mass'])}. Lower "
+            f"{saliency.films} films with gaze, heatmap preset {saliency.heatmap}, over the film's "
+            f"area. Mass that the network put outside the film: {saliency.pad_mass}. Lower "
             "is better for KLD, higher for the others. CC compares only at the same heatmap blur."
         ),
         Table(("mean over films", "prediction", "centre prior", "between two readers"), rows),
-        _maps(outcome),
+        _maps(films),
     ]
 
 
-def _text(interval: Mapping[str, Any] | None) -> str:
-    return str(Interval(**interval)) if interval else "not measured"
+def _text(interval: Interval | None) -> str:
+    return str(interval) if interval else "not measured"
 
 
-def _roc(outcome: Outcome) -> Figure:
-    labels = outcome.arrays.labels[outcome.labelled]
-    p = outcome.probabilities[outcome.labelled]
+def _roc(films: EvaluatedFilms) -> Figure:
+    labels = films.arrays.labels[films.has_label]
+    p = films.probabilities[films.has_label]
     plot = Plot(figsize=(4.6, 4.2), layout="constrained")
     axes = plot.add_subplot(
         xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", title="ROC"
@@ -159,15 +186,15 @@ def _roc(outcome: Outcome) -> Figure:
     for c in metrics.present_classes(labels, p.shape[1]):
         false_positive, true_positive, _ = roc_curve(labels == c, p[:, c])
         area = metrics.auc(p[:, c], labels == c)
-        name = f"{outcome.classes[c]} ({area:.3f})"
+        name = f"{films.classes[c]} ({area:.3f})"
         axes.plot(false_positive, true_positive, color=_COLOURS[c % 3], label=name)
     axes.legend(loc="lower right", fontsize=8)
     return drawn("roc.svg", plot, "ROC of each class against the rest, with its AUC.")
 
 
-def _reliability(outcome: Outcome) -> Figure:
-    labels = outcome.arrays.labels[outcome.labelled]
-    confidence, hits, counts = metrics.reliability(outcome.probabilities[outcome.labelled], labels)
+def _reliability(films: EvaluatedFilms) -> Figure:
+    labels = films.arrays.labels[films.has_label]
+    confidence, hits, counts = metrics.reliability(films.probabilities[films.has_label], labels)
     plot = Plot(figsize=(4.6, 4.2), layout="constrained")
     axes = plot.add_subplot(
         xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
@@ -183,24 +210,24 @@ def _reliability(outcome: Outcome) -> Figure:
     )
 
 
-def _maps(outcome: Outcome) -> Figure:
+def _maps(films: EvaluatedFilms) -> Figure:
     """Film, true and predicted map of five films from the lowest to the highest CC."""
-    order = sorted(outcome.films, key=lambda index: outcome.films[index]["cc"])
+    order = sorted(films.saliency, key=lambda index: films.saliency[index]["cc"])
     chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, 5).round().astype(int))]
     plot = Plot(figsize=(7, 2.4 * len(chosen)), layout="constrained")
     axes = plot.subplots(len(chosen), 3, squeeze=False)
     for line, index in zip(axes, chosen, strict=True):
-        crop = outcome.arrays.geometries[index].crop
-        film = crop(outcome.arrays.images[index, 0])
-        truth = crop(outcome.arrays.densities[index, 0])
-        predicted = np.exp(crop(outcome.log_density[index]))
+        crop = films.arrays.geometries[index].crop
+        film = crop(films.arrays.images[index, 0])
+        truth = crop(films.arrays.densities[index, 0])
+        predicted = np.exp(crop(films.log_density[index]))
         line[0].imshow(film, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(f"{outcome.rows[index].label or 'no label'}", fontsize=8)
+        line[0].set_title(f"{films.rows[index].label or 'no label'}", fontsize=8)
         for axis, density, name in ((line[1], truth, "readers"), (line[2], predicted, "predicted")):
             axis.imshow(film, cmap="gray", vmin=0, vmax=1)
             axis.imshow(density, cmap="viridis", alpha=0.6)
             axis.set_title(name, fontsize=8)
-        line[2].set_title(f"predicted, CC {outcome.films[index]['cc']:.2f}", fontsize=8)
+        line[2].set_title(f"predicted, CC {films.saliency[index]['cc']:.2f}", fontsize=8)
     for axis in axes.ravel():
         axis.set_axis_off()
     return drawn(

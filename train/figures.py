@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxrgaze.bundles.manifest import Decision
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import heatmaps, metrics
 from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density
 from cxrgaze.evidence.labelled_set import Gaze
 from cxrgaze.films.canvas import Geometry
+from cxrgaze.spec import Outputs
 from cxrgaze.train.model import Network
 
 
-def predict(
-    network: Network, images: NDArray[np.float32], batch: int = 16
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits `(N, C)` and log-densities `(N, 1, H, W)` of the network in evaluation mode."""
+def predict(network: Network, images: NDArray[np.float32], batch: int = 16) -> Outputs:
+    """Both heads of the network in evaluation mode for `images` `(N, 1, H, W)`."""
     network.eval()
     logits, densities = [], []
     with torch.inference_mode():
@@ -31,17 +31,17 @@ def predict(
             out = network(torch.tensor(images[start : start + batch]))
             logits.append(out.logits.numpy())
             densities.append(out.log_density.numpy())
-    return np.concatenate(logits), np.concatenate(densities)
+    return Outputs(np.concatenate(logits), np.concatenate(densities))
 
 
-def evaluate(
+def point_figures(
     network: Network,
     arrays: Arrays,
     prior: NDArray[np.floating] | None,
     preset: heatmaps.HeatmapPreset,
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """Metrics of both heads on `arrays`.
+    """Metrics of both heads on `arrays`, without intervals.
 
     Args:
         prior: centre prior `(H, W)` of the *training* films on the canvas; None where they have
@@ -52,30 +52,30 @@ def evaluate(
     Returns:
         Plain numbers: films; where there are labels, auc_per_class (of the classes that some and
         not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
-        gaze, means over films of `saliency_rows`.
+        gaze, means over films of `saliency_by_film`.
     """
     logits, log_density = predict(network, arrays.images)
-    result: dict[str, Any] = {"films": len(arrays.films)}
-    labelled = arrays.labels != UNLABELLED
-    labels = arrays.labels[labelled]
+    figures: dict[str, Any] = {"films": len(arrays.films)}
+    has_label = arrays.labels != UNLABELLED
+    labels = arrays.labels[has_label]
     present = metrics.present_classes(labels, logits.shape[1])
     if present:
         # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
-        probabilities = torch.from_numpy(logits[labelled]).softmax(dim=1).numpy()
+        probabilities = Decision().probabilities(logits[has_label])
         aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
-        result["auc_per_class"] = aucs
-        result["auc_macro"] = metrics.macro_auc(probabilities, labels, present)
-        result["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
-        result["accuracy"] = metrics.accuracy(probabilities, labels)
-    rows = saliency_rows(arrays, log_density[:, 0], prior, preset)
-    for key in next(iter(rows.values()), {}):
-        values = np.array([row[key] for row in rows.values()])
+        figures["auc_per_class"] = aucs
+        figures["auc_macro"] = metrics.macro_auc(probabilities, labels, present)
+        figures["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
+        figures["accuracy"] = metrics.accuracy(probabilities, labels)
+    by_film = saliency_by_film(arrays, log_density[:, 0], prior, preset)
+    for key in next(iter(by_film.values()), {}):
+        values = np.array([saliency[key] for saliency in by_film.values()])
         if not np.isnan(values).all():
-            result[key] = float(np.nanmean(values))
-    return result
+            figures[key] = float(np.nanmean(values))
+    return figures
 
 
-def saliency_rows(
+def saliency_by_film(
     arrays: Arrays,
     log_density: NDArray[np.float32],
     prior: NDArray[np.floating] | None,
@@ -84,7 +84,7 @@ def saliency_rows(
     """Saliency metrics of every film with gaze, over the film's area, by the film's index.
 
     Args:
-        log_density: `(N, H, W)`. prior, preset: as in `evaluate`.
+        log_density: `(N, H, W)`. prior, preset: as in `point_figures`.
 
     Returns:
         cc, sim, kld, nss, auc_judd of the prediction (the last two at fixations, or at samples
@@ -92,12 +92,12 @@ def saliency_rows(
         (`..._centre_prior`); cc_between_readers of the first two readers, NaN with one; pad_mass.
     """
     return {
-        index: _saliency(arrays, index, np.exp(log_density[index]), prior, preset)
+        index: _saliency_of_film(arrays, index, np.exp(log_density[index]), prior, preset)
         for index in np.flatnonzero(arrays.has_gaze).tolist()
     }
 
 
-def _saliency(
+def _saliency_of_film(
     arrays: Arrays,
     index: int,
     predicted: NDArray[np.floating],
@@ -111,14 +111,14 @@ def _saliency(
     fixations = gaze.select(kind="fixation" if "fixation" in gaze.kinds else None).points
     points = np.rint(geometry.to_canvas(fixations) - (geometry.left, geometry.top)).astype(int)
     inside = points[((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)]
-    found = _against(prediction, truth, inside)
+    saliency = _agreement(prediction, truth, inside)
     if prior is not None:
-        centre = _against(geometry.crop(prior), truth, inside)
-        found |= {f"{key}_centre_prior": value for key, value in centre.items()}
+        of_prior = _agreement(geometry.crop(prior), truth, inside)
+        saliency |= {f"{key}_centre_prior": value for key, value in of_prior.items()}
     maps = _reader_maps(gaze, geometry, preset)
-    found["cc_between_readers"] = metrics.cc(*maps[:2]) if len(maps) > 1 else float("nan")
-    found["pad_mass"] = float(1 - prediction.sum())
-    return found
+    saliency["cc_between_readers"] = metrics.cc(*maps[:2]) if len(maps) > 1 else float("nan")
+    saliency["pad_mass"] = float(1 - prediction.sum())
+    return saliency
 
 
 def _reader_maps(
@@ -133,9 +133,10 @@ def _reader_maps(
     return maps
 
 
-def _against(
+def _agreement(
     prediction: NDArray[np.floating], truth: NDArray[np.floating], fixations: NDArray[np.integer]
 ) -> dict[str, float]:
+    """Metrics of one map; NaN for those at fixations where there is none on the film."""
     seen = len(fixations) > 0  # a density can reach in from fixations beside the film
     return {
         "cc": metrics.cc(prediction, truth),

@@ -17,7 +17,7 @@ from cxrgaze.train import checkpoint, initial
 from cxrgaze.train.config import Stage, TrainConfig
 from cxrgaze.train.decision import fit_decision
 from cxrgaze.train.distill import taught
-from cxrgaze.train.figures import evaluate, predict
+from cxrgaze.train.figures import point_figures, predict
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     NEED_GAZE,
@@ -136,7 +136,7 @@ def fit(
         config=config.model_dump(mode="json"),
         results={
             "stages": done,
-            "validation": evaluate(network, val, prior, preset, spec.class_names),
+            "validation": point_figures(network, val, prior, preset, spec.class_names),
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
     )

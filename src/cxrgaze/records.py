@@ -70,7 +70,7 @@ def parse_record(kind: type[AnyRecord], data: bytes, name: str) -> AnyRecord:
     try:
         record = kind.model_validate(content)
     except ValidationError as error:
-        raise IntegrityError(f"{name} is not a {kind.WHAT}: {complaint(error)}") from error
+        raise IntegrityError(f"{name} is no {kind.WHAT}: {complaint(error)}") from error
     if isinstance(record, Digested) and record.rendered() != data:
         raise IntegrityError(f"{name} was altered: it does not match its own digest; {kind.REMEDY}")
     return record

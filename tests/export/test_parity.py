@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,22 +12,26 @@ import torch
 from onnx import numpy_helper
 
 from cxrgaze.errors import ExitCode, ParityError
-from cxrgaze.export import fp16, graph, parity, pipeline
+from cxrgaze.export import fp16, graph, network_source, parity, pipeline
+from cxrgaze.export.canvases import PARITY_SEED, phantom_canvases
+from cxrgaze.export.options import ExportOptions
+from cxrgaze.export.source import Answers
+from cxrgaze.runtime.ort import witness
 from cxrgaze.train import checkpoint
 
 
 @pytest.fixture(scope="module")
 def source():
-    return pipeline.source_from_checkpoint(checkpoint.demo_path())
+    return network_source.source_from_checkpoint(checkpoint.demo_path())
 
 
 @pytest.fixture(scope="module")
 def images(source):
-    return pipeline._phantoms(source.spec, 6, pipeline.PARITY_SEED)
+    return phantom_canvases(source.spec, 6, PARITY_SEED)
 
 
 def _graph(source, precision="fp32", change=None):
-    model = graph.simplified(graph.onnx_from_network(source.network, source.spec))
+    model = source.graph()
     if change:
         change(model)
     return graph.finished(fp16.to_fp16(model) if precision == "fp16" else model, source.spec)
@@ -37,13 +42,13 @@ def test_the_right_graph_passes_and_the_figures_are_those_of_a_slow_loop(source,
     import onnxruntime
 
     data = _graph(source, precision)
-    found = parity.compare(parity.answers(source.network, images), data, precision, "test")
+    found = parity.compare(source.answers(images), data, precision, "test")
     assert found.verdict == "pass" and found.label_flips == 0 and found.films == 6
     session = onnxruntime.InferenceSession(data)
     worst = 0.0
     for image in images:
         with torch.inference_mode():
-            reference = source.network(torch.from_numpy(image[None])).logits.numpy()
+            reference = source.module(torch.from_numpy(image[None])).logits.numpy()
         logits = session.run(["logits"], {"image": image[None]})[0]
         worst = max(worst, float(np.abs(logits - reference).max()))
     assert found.logits.max == pytest.approx(worst, abs=1e-6)
@@ -85,7 +90,7 @@ WRONG = {
 def test_a_wrong_graph_fails(source, images, name):
     change, verdict = WRONG[name]
     data = _graph(source, change=change)
-    found = parity.compare(parity.answers(source.network, images), data, "fp32", "test")
+    found = parity.compare(source.answers(images), data, "fp32", "test")
     assert found.verdict == verdict
     with pytest.raises(ParityError) as caught:
         parity.require_pass(found, "fp32")
@@ -94,33 +99,78 @@ def test_a_wrong_graph_fails(source, images, name):
 
 def _scaled(source, factor):
     """The same function with one activation `factor` times as large inside."""
-    network = copy.deepcopy(source.network)
+    network = copy.deepcopy(source.module)
     with torch.no_grad():
         network.classifier[0].weight.mul_(factor)
         network.classifier[0].bias.mul_(factor)
         network.classifier[3].weight.div_(factor)
-    return network
+    return replace(source, module=network)
 
 
 def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see_it(source, images):
     """Only the float32 range tells: docs/graphs.md#witness."""
-    network = _scaled(source, 3e4)
-    changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
-    found = parity.compare(parity.answers(network, images), _graph(changed, "fp16"), "fp16", "test")
+    changed = _scaled(source, 3e4)
+    found = parity.compare(changed.answers(images), _graph(changed, "fp16"), "fp16", "test")
     assert found.peak_activation > 65504 and found.verdict != "pass"
     with pytest.raises(ParityError):
         parity.require_pass(found, "fp16")
-    as_float = parity.compare(parity.answers(network, images), _graph(changed), "fp32", "test")
+    as_float = parity.compare(changed.answers(images), _graph(changed), "fp32", "test")
     assert as_float.verdict == "pass"
 
 
 def test_a_network_with_nan_inside_is_not_finite(source, images):
-    network = copy.deepcopy(source.network)
+    network = copy.deepcopy(source.module)
     with torch.no_grad():
         network.saliency[3].weight.fill_(float("nan"))
-    changed = pipeline.Source(network, source.spec, "x", "x", "0" * 64, "x")
-    found = parity.compare(parity.answers(network, images), _graph(changed), "fp32", "test")
+    changed = replace(source, module=network)
+    found = parity.compare(changed.answers(images), _graph(changed), "fp32", "test")
     assert found.verdict == "not_finite"
+
+
+@pytest.fixture(scope="module")
+def said(source, images):
+    """A graph, and its own answers in place of the network's: nothing differs but by a test."""
+    data = _graph(source)
+    logits, log_density = zip(*(witness(data)(image[None]) for image in images), strict=True)
+    return data, Answers(images, np.concatenate(logits), np.concatenate(log_density)[:, 0], 1.0)
+
+
+def _border(log_density):
+    """Just above 1 % of the peak of each film."""
+    return log_density.max(axis=(1, 2), keepdims=True) + np.float32(np.log(0.01) + 1e-5)
+
+
+def test_maps_are_compared_from_one_percent_of_the_peak_on(said):
+    """The network's map of one film changes in one pixel, far off from the graph's."""
+    data, answers = said
+    lowest = np.unravel_index(answers.log_density.argmin(), answers.log_density.shape)
+    for nats, verdict in ((0.0, "fail"), (-1e-4, "pass")):
+        changed = answers.log_density.copy()
+        changed[lowest] = _border(changed)[lowest[0], 0, 0] + np.float32(nats)
+        found = parity.compare(replace(answers, log_density=changed), data, "fp32", "test")
+        assert found.verdict == verdict
+        assert found.agreement_cc_min >= parity.AGREEMENT["fp32"] and found.logits.max == 0
+
+
+def _as_far_as_it_may(log_density, limit):
+    """Left and right change places within the limit; what is not compared rises to the border."""
+    within = np.float32(0.99 * limit)
+    moved = np.clip(log_density[..., ::-1], log_density - within, log_density + within)
+    return np.maximum(moved, _border(moved) - np.float32(1e-4))
+
+
+@pytest.mark.parametrize("precision", parity.AGREEMENT)
+def test_maps_that_agree_too_little_fail_although_no_compared_pixel_does(said, precision):
+    data, answers = said
+    limits = parity.LIMITS[precision]
+    changed = replace(
+        answers, log_density=_as_far_as_it_may(answers.log_density, limits.log_density)
+    )
+    found = parity.compare(changed, data, precision, "test")
+    assert found.logits.max <= limits.logits and found.log_density.max <= limits.log_density
+    assert found.agreement_cc_min < parity.AGREEMENT[precision] and found.verdict == "fail"
+    with pytest.raises(ParityError, match="agreement CC"):
+        parity.require_pass(found, precision)
 
 
 def test_a_graph_that_fails_parity_is_never_written(source, tmp_path, monkeypatch):
@@ -128,7 +178,7 @@ def test_a_graph_that_fails_parity_is_never_written(source, tmp_path, monkeypatc
 
     strict = {p: limits.model_copy(update={"logits": 1e-12}) for p, limits in parity.LIMITS.items()}
     monkeypatch.setattr(parity, "LIMITS", strict)
-    options = pipeline.Options("fp16", "tensorrt", tmp_path / "new")
+    options = ExportOptions("fp16", "tensorrt", tmp_path / "new")
     with pytest.raises(ParityError, match="nothing was written"):
         pipeline.export(source, options, Steps())
     assert not list(tmp_path.iterdir())

@@ -335,6 +335,24 @@ def test_signed_8_bits_without_a_window_use_the_whole_grey_scale(photometric):
     _close(_film(_file(signed, bits=8, **tags)), DRAWN / 255)
 
 
+def test_8_bits_in_words_of_16_are_the_8_bit_image_and_9_bits_are_not():
+    words = DRAWN.astype(np.uint16)
+    film = _film(_file(words, bits=8))
+    assert film.pixel_source == "image-8bit"
+    _close(film, DRAWN / 255)
+    nine = _film(_file(2 * words, bits=9))
+    assert nine.pixel_source == "dicom-percentile"
+    _close(nine, _percentile(DRAWN))
+
+
+@pytest.mark.parametrize("slope", [1, 0.5])
+def test_8_bits_with_a_rescale_are_no_display_values(slope):
+    film = _film(_file(DRAWN, bits=8, RescaleSlope=slope, RescaleIntercept=-7))
+    assert film.pixel_source == "dicom-percentile"
+    _close(film, _percentile(DRAWN))
+    assert np.abs(film.pixels - DRAWN / 255).max() > 0.01
+
+
 # --- padding ------------------------------------------------------------------------------------
 
 

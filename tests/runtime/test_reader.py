@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 
 import cxrgaze
-from cxrgaze.errors import FilmError, NotApplicableError, UsageError
+from cxrgaze.bundles.bundle import GOLDEN, fill_bundle
+from cxrgaze.errors import FilmError, IncompatibleError, NotApplicableError, UsageError
 from cxrgaze.evidence import metrics, phantom
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.films.film import Film
+from cxrgaze.runtime.backend import Backend
 from cxrgaze.runtime.overlay import render, top_mass_level
+from cxrgaze.runtime.reader import MAX_BATCH, Reader, read_golden
+from cxrgaze.spec import Outputs
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +190,78 @@ def test_the_map_is_not_made_before_it_is_asked_for(reader):
     assert "film_density" not in vars(reading)
     reading.heatmap()
     assert "film_density" in vars(reading)
+
+
+class StandIn(Backend):
+    """Says of every film what `golden` says, and takes its time for it by its own clock."""
+
+    name = "stand-in"
+
+    def __init__(self, golden):
+        self.golden = golden
+        self.now = 0.0
+
+    def activate(self, bundle):
+        pass
+
+    def infer(self, image):
+        self.now += 0.048
+        self.stages_ms = {"h2d": 16.0, "compute": 32.0}
+        answers = (np.repeat(self.golden[name], len(image), 0) for name in Outputs._fields)
+        return Outputs(*answers)
+
+    def deactivate(self):
+        pass
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def golden(reader):
+    return read_golden(reader.bundle)
+
+
+def _bundle_of(folder, manifest, golden):
+    buffer = io.BytesIO()
+    np.savez(buffer, **golden)
+    return fill_bundle(folder, manifest, {GOLDEN: buffer.getvalue()})
+
+
+def test_the_self_test_compares_from_one_percent_of_the_peak_on(reader, golden, tmp_path):
+    """The golden map changes in one pixel, far off from what the backend says there."""
+    density = golden["log_density"]
+    lowest = np.unravel_index(density.argmin(), density.shape)
+    border = np.float32(float(density.max()) + np.log(0.01) + 1e-5)
+    for nats, is_compared in ((0.0, True), (-1e-4, False)):
+        density = golden["log_density"].copy()
+        density[lowest] = border + np.float32(nats)
+        folder = tmp_path / str(is_compared)
+        folder.mkdir()
+        bundle = _bundle_of(folder, reader.bundle.manifest, {**golden, "log_density": density})
+        if is_compared:
+            with pytest.raises(IncompatibleError, match="self-test failed on stand-in"):
+                Reader(bundle, StandIn(golden))
+        else:
+            Reader(bundle, StandIn(golden)).close()
+
+
+@pytest.mark.parametrize("head", Outputs._fields)
+@pytest.mark.parametrize("off", [1.0, np.nan])
+def test_the_self_test_compares_both_heads(reader, golden, tmp_path, head, off):
+    bundle = _bundle_of(tmp_path, reader.bundle.manifest, golden)
+    Reader(bundle, StandIn(golden)).close()
+    with pytest.raises(IncompatibleError, match="self-test failed on stand-in"):
+        Reader(bundle, StandIn({**golden, head: golden[head] + np.float32(off)}))
+
+
+def test_a_film_takes_its_share_of_the_time_of_its_own_batch(reader, golden, tmp_path, monkeypatch):
+    backend = StandIn(golden)
+    monkeypatch.setattr("cxrgaze.runtime.reader.time", backend)
+    with Reader(_bundle_of(tmp_path, reader.bundle.manifest, golden), backend) as timed:
+        readings = timed.read_batch([phantom.draw(1).pixels] * (MAX_BATCH + 4))
+    for films, batch in ((MAX_BATCH, readings[:MAX_BATCH]), (4, readings[MAX_BATCH:])):
+        for reading in batch:
+            assert reading.timings_ms["infer"] == pytest.approx(48 / films)
+            assert reading.timings_ms["h2d"] == pytest.approx(16 / films)
+            assert reading.timings_ms["compute"] == pytest.approx(32 / films)

@@ -11,16 +11,24 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cxrgaze.errors import ExitCode
-from cxrgaze.evidence import metrics, phantom
-from cxrgaze.evidence.labelled_set import LabelledSet, write_set
+from cxrgaze.errors import ExitCode, IntegrityError
+from cxrgaze.evidence import heatmaps, metrics, phantom
+from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.labelled_set import LOOKS, Gaze, LabelledSet, write_set
+from cxrgaze.files import render_json
 from cxrgaze.train import checkpoint, cli, evaluation
 from cxrgaze.train.baseline import view_and_age
+from cxrgaze.train.diagnosis_figures import exact_share
+from cxrgaze.train.evaluated_model import open_model
+from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
+from cxrgaze.train.evaluation_record import Evaluation, Look, SaliencyMeans, read_evaluation
+from cxrgaze.train.figures import saliency_by_film
+from cxrgaze.train.origin import Origin
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assess") / "set"
+    folder = tmp_path_factory.mktemp("evaluation") / "set"
     sizes = {"train": 40, "val": 10, "test": 60}
     return phantom.write_phantom_set(folder, sizes, difficulty=0.6, first_seed=700_000)
 
@@ -33,7 +41,7 @@ def _evaluate(folder, output, *more, model=None):
 
 @pytest.fixture(scope="module")
 def evaluated(labelled, tmp_path_factory):
-    output = tmp_path_factory.mktemp("assess") / "out"
+    output = tmp_path_factory.mktemp("evaluation") / "out"
     assert _evaluate(labelled.folder, output) == 0
     return output, json.loads((output / "report.json").read_text())
 
@@ -109,14 +117,14 @@ def _numbers(value):
 
 def test_nothing_is_changed_but_the_log_of_looks(labelled, tmp_path):
     folder = shutil.copytree(labelled.folder, tmp_path / "set")
-    (folder / evaluation.LOOKS).unlink(missing_ok=True)
+    (folder / LOOKS).unlink(missing_ok=True)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     weights = checkpoint.demo_path().read_bytes()
     for split in ("test", "val", "test"):
         assert _evaluate(folder, tmp_path / "out", "--split", split) == 0
     assert {p: p.read_bytes() for p in before} == before
     assert checkpoint.demo_path().read_bytes() == weights
-    looks = [json.loads(line) for line in (folder / evaluation.LOOKS).read_text().splitlines()]
+    looks = [json.loads(line) for line in (folder / LOOKS).read_text().splitlines()]
     assert len(looks) == 2 and {look["model"] for look in looks} == {"demo"}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["look"] == {"number": 2, "logged": True}
@@ -129,6 +137,31 @@ def _changed(labelled, folder, change, gaze=None):
     return write_set(folder, labelled.info, rows, labelled.gaze if gaze is None else gaze, films)
 
 
+def _with_view_and_age(row):
+    number = int(row.sha256[:4], 16)
+    return row.model_copy(update={"view": "PA" if number % 4 else "AP", "age": 30.0 + number % 50})
+
+
+def _unlabelled(row):
+    return row.model_copy(update={"label": None})
+
+
+def _two_classes(row):
+    label = "pneumonia" if row.label == "heart_failure" else row.label
+    return row.model_copy(update={"label": label})
+
+
+def test_a_look_that_cannot_be_logged_is_said_to_be_none(labelled, tmp_path, capsys):
+    folder = shutil.copytree(labelled.folder, tmp_path / "set")
+    (folder / LOOKS).unlink(missing_ok=True)
+    (folder / LOOKS).mkdir()
+    assert _evaluate(folder, tmp_path / "out") == 0
+    assert "is not logged" in capsys.readouterr().err
+    stored = read_evaluation(tmp_path / "out" / "report.json")
+    assert stored.look == Look(number=None, logged=False)
+    assert "a look that was not logged" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_without_gaze_the_diagnosis_alone_is_reported_and_it_says_so(labelled, tmp_path):
     made = _changed(labelled, tmp_path / "set", lambda row: row, gaze={})
     assert _evaluate(made.folder, tmp_path / "out") == 0
@@ -139,7 +172,7 @@ def test_without_gaze_the_diagnosis_alone_is_reported_and_it_says_so(labelled, t
 
 
 def test_without_labels_the_saliency_alone_is_reported(labelled, tmp_path):
-    made = _changed(labelled, tmp_path / "set", lambda r: r.model_copy(update={"label": None}))
+    made = _changed(labelled, tmp_path / "set", _unlabelled)
     assert _evaluate(made.folder, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["diagnosis"] is None and report["saliency"]["films"] == 60
@@ -147,19 +180,13 @@ def test_without_labels_the_saliency_alone_is_reported(labelled, tmp_path):
 
 
 def test_without_either_it_is_an_error(labelled, tmp_path, capsys):
-    made = _changed(
-        labelled, tmp_path / "set", lambda r: r.model_copy(update={"label": None}), gaze={}
-    )
+    made = _changed(labelled, tmp_path / "set", _unlabelled, gaze={})
     assert _evaluate(made.folder, tmp_path / "out") == ExitCode.DATA
     assert "has a label or gaze" in capsys.readouterr().err
 
 
 def test_a_missing_class_is_left_out_and_named(labelled, tmp_path):
-    def two(row):
-        label = "pneumonia" if row.label == "heart_failure" else row.label
-        return row.model_copy(update={"label": label})
-
-    made = _changed(labelled, tmp_path / "set", two, gaze={})
+    made = _changed(labelled, tmp_path / "set", _two_classes, gaze={})
     assert _evaluate(made.folder, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["diagnosis"]["auc"]) == {"normal", "pneumonia", "macro", "micro"}
@@ -221,7 +248,7 @@ def test_a_model_that_does_not_say_its_heatmap_must_be_told(
     labelled, tmp_path, monkeypatch, capsys
 ):
     """As a bundle of clinical films does not."""
-    model = replace(evaluation.open_model(checkpoint.demo_path(), 1), heatmap=None)
+    model = replace(open_model(checkpoint.demo_path(), 1), heatmap=None)
     monkeypatch.setattr(evaluation, "open_model", lambda path, threads: model)
     assert _evaluate(labelled.folder, tmp_path / "out") == ExitCode.USAGE
     assert "give --heatmap" in capsys.readouterr().err
@@ -232,9 +259,10 @@ def test_a_gaze_set_without_training_films_says_that_the_prior_is_missing(labell
     kept = {row.film: labelled.gaze[row.film] for row in labelled.rows if row.split == "test"}
     made = _changed(labelled, tmp_path / "set", lambda row: row, gaze=kept)
     assert _evaluate(made.folder, tmp_path / "out") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["saliency"]["centre_prior"] == {}
-    assert any("no training film with gaze" in text for text in report["left_out"])
+    stored = read_evaluation(tmp_path / "out" / "report.json")
+    assert stored.saliency.centre_prior == SaliencyMeans()
+    assert any("no training film with gaze" in text for text in stored.left_out)
+    assert "not measured" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_phantom_command_draws_the_same_set_twice(tmp_path):
@@ -257,17 +285,15 @@ def test_films_that_the_model_may_have_been_trained_on_are_pointed_out(tmp_path,
 
 
 def test_films_of_the_same_split_are_not(labelled, tmp_path, monkeypatch):
-    origin = evaluation.Origin(
-        trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256
-    )
-    model = replace(evaluation.open_model(checkpoint.demo_path(), 1), origins=(origin,))
+    origin = Origin(trained_on=labelled.info.origin, split_sha256=labelled.info.split_sha256)
+    model = replace(open_model(checkpoint.demo_path(), 1), origins=(origin,))
     monkeypatch.setattr(evaluation, "open_model", lambda path, threads: model)
     assert _evaluate(labelled.folder, tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["leakage"] is None
 
 
 def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypatch, capsys):
-    model = evaluation.open_model(checkpoint.demo_path(), 1)
+    model = open_model(checkpoint.demo_path(), 1)
 
     def broken(images):
         logits, log_density = model.predict(images)
@@ -281,12 +307,7 @@ def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypa
 
 
 def test_samples_beside_fixations_do_not_change_nss(labelled):
-    from cxrgaze.evidence import heatmaps
-    from cxrgaze.evidence.arrays import load_arrays
-    from cxrgaze.evidence.labelled_set import Gaze
-    from cxrgaze.train.figures import saliency_rows
-
-    model = evaluation.open_model(checkpoint.demo_path(), 1)
+    model = open_model(checkpoint.demo_path(), 1)
     preset = heatmaps.PRESETS["phantom"]
     arrays = load_arrays(labelled.split("val"), model.spec, preset)
     _, log_density = model.predict(arrays.images)
@@ -301,7 +322,7 @@ def test_samples_beside_fixations_do_not_change_nss(labelled):
         )
 
     mixed = replace(arrays, gaze=tuple(with_samples(g) for g in arrays.gaze))
-    plain, other = (saliency_rows(a, log_density[:, 0], None, preset) for a in (arrays, mixed))
+    plain, other = (saliency_by_film(a, log_density[:, 0], None, preset) for a in (arrays, mixed))
     assert all(plain[i]["nss"] == other[i]["nss"] for i in plain)
 
 
@@ -309,9 +330,9 @@ def test_samples_beside_fixations_do_not_change_nss(labelled):
 def test_a_share_of_one_has_its_exact_interval(patients):
     from scipy.stats import beta
 
-    found = evaluation.exact_share(1, patients)
+    found = exact_share(1, patients)
     assert found.low == pytest.approx(beta.ppf(0.025, patients, 1)) and found.high == 1
-    none = evaluation.exact_share(0, patients)
+    none = exact_share(0, patients)
     assert none.high == pytest.approx(beta.ppf(0.975, 1, patients)) and none.low == 0
 
 
@@ -320,4 +341,106 @@ def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
     made = phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
     assert _evaluate(made.folder, tmp_path / "out") == 0
     phantom.write_phantom_set(tmp_path / "set", sizes, first_seed=800_000)
-    assert len((made.folder / evaluation.LOOKS).read_text().splitlines()) == 1
+    assert len((made.folder / LOOKS).read_text().splitlines()) == 1
+
+
+RECORDED = {
+    "all": ("test", _with_view_and_age, True, {"leakage"}),
+    "no gaze": ("test", _with_view_and_age, False, {"leakage", "saliency"}),
+    "no labels": ("test", _unlabelled, True, {"leakage", "diagnosis"}),
+    "two classes, one view": (
+        "test",
+        _two_classes,
+        False,
+        {
+            "leakage",
+            "saliency",
+            "diagnosis.operating_points.heart_failure.sensitivity",
+            "diagnosis.view_and_age",
+            "diagnosis.within_view.PA.view_and_age",
+        },
+    ),
+    "training films": ("train", _unlabelled, True, {"leakage", "diagnosis", "look"}),
+}
+"""Split, change to the set, whether it keeps its gaze, and the fields that hold nothing."""
+
+
+def _nulls(content, path=()):
+    if isinstance(content, dict):
+        return {name for key, value in content.items() for name in _nulls(value, (*path, key))}
+    return {".".join(path)} if content is None else set()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_field_of_the_record_comes_back(labelled, tmp_path, name):
+    split, change, has_gaze, nulls = RECORDED[name]
+    made = _changed(labelled, tmp_path / "set", change, gaze=None if has_gaze else {})
+    evaluation = evaluate_model(
+        EvaluationOptions(
+            checkpoint.demo_path(), made.folder, split, tmp_path / "out", resamples=200, threads=1
+        )
+    )
+    path = tmp_path / "out" / "report.json"
+    stored = read_evaluation(path)
+    assert stored.rendered() == path.read_bytes()
+    assert stored.digest and stored.schema_version == 2
+    for field in Evaluation.model_fields.keys() - {"digest"}:
+        assert getattr(stored, field) == getattr(evaluation, field), field
+    content = json.loads(path.read_bytes())
+    assert content == stored.model_dump(mode="json")
+    assert list(content) == list(Evaluation.model_fields)
+    assert _nulls(content) == nulls
+
+
+def _edited(content):
+    content["diagnosis"]["accuracy"]["value"] += 1e-6
+    return content
+
+
+def _without(content, *path):
+    *parents, last = path
+    part = content
+    for key in parents:
+        part = part[key]
+    del part[last]
+    return content
+
+
+ALTERED = {
+    "an edited number": (_edited, "was altered: it does not match its own digest; evaluate again"),
+    "another digest": (lambda c: {**c, "digest": "0" * 64}, "was altered"),
+    "no digest": (lambda c: _without(c, "digest"), "was altered"),
+    "version 1": (
+        lambda c: {**c, "schema_version": 1},
+        "evaluation schema version 1, this cxrgaze reads 2; evaluate again",
+    ),
+    "a later version": (lambda c: {**c, "schema_version": 3}, "evaluation schema version 3"),
+    "an unknown key": (lambda c: {**c, "more": 1}, "more: Extra inputs are not permitted"),
+    "a missing key": (lambda c: _without(c, "set", "films"), "set.films: Field required"),
+    "foreign": (lambda c: {"films": 3}, "evaluation schema version None"),
+    "foreign, of the same version": (lambda c: {"schema_version": 2}, "synthetic: Field required"),
+    "a list": (lambda c: [c], "holds a JSON list, expected an object"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_a_record_that_was_not_written_so_is_refused(evaluated, tmp_path, name):
+    change, message = ALTERED[name]
+    content = change(json.loads((evaluated[0] / "report.json").read_bytes()))
+    _is_refused(tmp_path / "report.json", render_json(content), message)
+
+
+def test_a_truncated_record_is_refused(evaluated, tmp_path):
+    data = (evaluated[0] / "report.json").read_bytes()
+    for length in (0, 1, len(data) // 2, len(data) - 3):
+        _is_refused(tmp_path / "report.json", data[:length], "is not valid JSON")
+    _is_refused(tmp_path / "report.json", data[:-1], "was altered")  # the final newline
+    _is_refused(tmp_path / "report.json", b"\x89PNG\r\n", "is not valid JSON")
+
+
+def _is_refused(path, data, message):
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError) as refusal:
+        read_evaluation(path)
+    assert message in str(refusal.value) and str(path) in str(refusal.value)
+    assert refusal.value.exit_code == ExitCode.INTEGRITY == 7

@@ -25,7 +25,7 @@ from cxrgaze.bundles.verdicts import Gate, GateLevel, Histogram, Limits
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import metrics, phantom
-from cxrgaze.evidence.arrays import Arrays, canvas_density, load_arrays
+from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density, load_arrays
 from cxrgaze.evidence.compare import Paired, compare
 from cxrgaze.evidence.heatmaps import PRESETS, HeatmapPreset
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
@@ -85,7 +85,8 @@ class GateSet:
 def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTOM_SEED) -> GateSet:
     """Phantoms at the difficulty where the demo network's AUC is near 0.90; one patient each.
 
-    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle.
+    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle. Those of a
+    class that the network does not have are unlabelled.
     """
     seeds = range(first_seed, first_seed + films)
     drawn = [
@@ -99,6 +100,7 @@ def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTO
         for one, geometry in zip(drawn, geometries, strict=True)
     ]
     names = tuple(f"phantom-{seed}" for seed in seeds)
+    index = {name: number for number, name in enumerate(spec.class_names)}
     return GateSet(
         f"{films} phantoms at difficulty {phantom.HARD}, from seed {first_seed} (synthetic)",
         "phantom",
@@ -107,7 +109,7 @@ def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTO
         Arrays(
             names,
             images,
-            np.array([spec.class_names.index(one.label) for one in drawn], dtype=np.int64),
+            np.array([index.get(one.label, UNLABELLED) for one in drawn], dtype=np.int64),
             np.stack(densities)[:, None],
             geometries,
             tuple(one.gaze for one in drawn),

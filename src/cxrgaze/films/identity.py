@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -74,7 +75,8 @@ class DicomIdentity:
 
     def reveal(self) -> Dataset:
         """The attributes. They identify a patient: keep them where the film may be."""
-        return read_dataset(io.BytesIO(self.encoded), is_implicit_VR=False, is_little_endian=True)
+        with _quiet():
+            return read_dataset(io.BytesIO(self.encoded), False, True)
 
     def __repr__(self) -> str:
         return "DicomIdentity(sealed)"
@@ -90,12 +92,19 @@ def _encoded(header: Dataset, keywords: Iterable[str]) -> bytes:
     buffer = DicomBytesIO()
     buffer.is_implicit_VR, buffer.is_little_endian = False, True
     copied = Dataset()
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")  # pydicom's warnings quote header values
+    with _quiet():
         for keyword in keywords:
             copied[keyword] = header[keyword]
         write_dataset(buffer, copied)
     return bytes(buffer.getvalue())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pydicom's warnings, which quote header values."""
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _is_sound(header: Dataset, keyword: str) -> bool:

@@ -1,0 +1,183 @@
+"""ONNX Runtime as a backend: what it runs and what it refuses, on a graph of three nodes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from cxrgaze.bundles.bundle import GRAPH, fill_bundle
+from cxrgaze.bundles.manifest import Manifest, Provenance
+from cxrgaze.bundles.verdicts import Gate, OutputParity, Parity, Tolerance
+from cxrgaze.errors import IncompatibleError, IntegrityError
+from cxrgaze.runtime import ort
+from cxrgaze.runtime.backend import BackendOptions
+from cxrgaze.runtime.backends import choose
+from cxrgaze.spec import SPEC_KEY, DiseaseClass, ModelSpec
+
+SPEC = ModelSpec(
+    variant="tiny",
+    model_version="1",
+    classes=tuple(DiseaseClass(name=name, display=name, snomed="0") for name in ("dark", "bright")),
+    height=32,
+    width=64,
+    pixel_source="image-8bit",
+    domain="none",
+)
+STORED = SPEC.model_dump_json()
+LIMITS = Tolerance(logits=1, log_density=1)
+SAME = OutputParity(max=0, p99=0, cosine=1)
+MANIFEST = Manifest(
+    name="tiny",
+    spec=SPEC,
+    precision="fp32",
+    target="cpu",
+    opset=18,
+    ir_version=10,
+    float32_nodes=3,
+    self_test={"float32": LIMITS},
+    parity=Parity(
+        verdict="pass",
+        films=0,
+        domain="",
+        limits=LIMITS,
+        logits=SAME,
+        log_density=SAME,
+        agreement_cc_min=1,
+        agreement_cc_mean=1,
+        worst_film=0,
+        label_flips=0,
+        peak_activation=1,
+        witness="",
+    ),
+    gate=Gate(verdict="not_gated", reason="a stand-in"),
+    provenance=Provenance(
+        checkpoint="",
+        checkpoint_sha256="0" * 64,
+        trained_on="nothing",
+        created_utc="",
+        versions={},
+    ),
+)
+PIXELS = np.random.default_rng(0).random((3, 1, 32, 64), dtype=np.float32)
+
+
+def _graph(
+    *,
+    name="image",
+    canvas=(1, 32, 64),
+    stored=STORED,
+    pooling="GlobalAveragePool",
+    kind=TensorProto.FLOAT,
+    ir_version=10,
+):
+    """Logits are the mean of the canvas, the log-density is the canvas itself."""
+    tensors = ((name, canvas), ("logits", canvas[:1]), ("log_density", canvas))
+    ends = [helper.make_tensor_value_info(n, kind, ["N", *shape]) for n, shape in tensors]
+    nodes = [
+        helper.make_node(pooling, [name], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["logits"]),
+        helper.make_node("Identity", [name], ["log_density"]),
+    ]
+    opset = helper.make_opsetid("", 18)
+    graph = helper.make_graph(nodes, "tiny", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=ir_version)
+    if stored is not None:
+        onnx.helper.set_model_props(model, {SPEC_KEY: stored})
+    return model.SerializeToString()
+
+
+def _bundle(folder, graph=None):
+    return fill_bundle(folder, MANIFEST, {GRAPH: _graph() if graph is None else graph})
+
+
+def test_both_heads_of_any_number_of_films_come_in_their_order(tmp_path):
+    backend = ort.OnnxRuntime()
+    backend.activate(_bundle(tmp_path))
+    for n in (1, 3):
+        outputs = backend.infer(PIXELS[:n])
+        assert np.allclose(outputs.logits, PIXELS[:n].mean(axis=(2, 3)), atol=1e-6)
+        assert np.array_equal(outputs.log_density, PIXELS[:n])
+
+
+def test_there_is_nothing_to_infer_with_before_activate_and_after_deactivate(tmp_path):
+    backend = ort.OnnxRuntime()
+    with pytest.raises(RuntimeError, match="infer before activate"):
+        backend.infer(PIXELS)
+    backend.activate(_bundle(tmp_path))
+    backend.deactivate()
+    backend.deactivate()
+    with pytest.raises(RuntimeError, match="infer before activate"):
+        backend.infer(PIXELS)
+
+
+@pytest.mark.parametrize(
+    "stored", [None, SPEC.model_copy(update={"model_version": "2"}).model_dump_json()]
+)
+def test_a_graph_of_another_model_spec_is_refused(tmp_path, stored):
+    with pytest.raises(IntegrityError, match="its ModelSpec is not the manifest's"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, _graph(stored=stored)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"name": "picture"},
+        {"canvas": (3, 32, 64)},
+        {"canvas": (1, 64, 32)},
+        {"canvas": (1, 32, "W")},
+        {"canvas": (1, 32, 64, 1)},
+    ],
+)
+def test_a_graph_that_takes_another_image_than_its_spec_says_is_refused(tmp_path, other):
+    with pytest.raises(IntegrityError, match=r"takes .* expected image \(N, 1, 32, 64\)"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, _graph(**other)))
+
+
+@pytest.mark.parametrize("graph", [b"no graph", _graph(pooling="NoSuchOperator")])
+def test_what_is_no_graph_is_an_integrity_error(tmp_path, graph):
+    with pytest.raises(IntegrityError, match="is not a valid graph"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, graph))
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [{"ir_version": 99}, {"kind": TensorProto.BFLOAT16, "pooling": "Erf"}],
+    ids=["a format of the future", "an operator without an implementation"],
+)
+def test_a_graph_beyond_this_onnx_runtime_is_incompatible(tmp_path, beyond):
+    with pytest.raises(IncompatibleError, match=f"ONNX Runtime {ort.onnxruntime.__version__}"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, _graph(**beyond)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_threads_that_load_asks_for_are_those_that_run(tmp_path, threads):
+    """The caller's own is one of them."""
+    bundle = _bundle(tmp_path)
+    backend = choose(bundle, "onnxruntime", BackendOptions(threads=threads)).backend
+    before = len(list(Path("/proc/self/task").iterdir()))
+    backend.activate(bundle)
+    assert len(list(Path("/proc/self/task").iterdir())) - before == threads - 1
+
+
+def test_a_session_has_the_options_that_it_was_asked_for():
+    key = "session.intra_op.allow_spinning"
+    plain = ort.open_session(_graph(), 3).get_session_options()
+    assert plain.intra_op_num_threads == 3
+    with pytest.raises(RuntimeError, match="does not have"):
+        plain.get_session_config_entry(key)
+    asked = ort.open_session(_graph(), spinning=False, optimized=False).get_session_options()
+    assert asked.intra_op_num_threads == 0 and asked.get_session_config_entry(key) == "0"
+    assert asked.graph_optimization_level != plain.graph_optimization_level
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_float16_graphs_are_computed_in_float32(precision):
+    manifest = MANIFEST.model_copy(update={"precision": precision})
+    expected = "int8" if precision == "int8" else "float32"
+    assert ort.OnnxRuntime().arithmetic(manifest) == expected

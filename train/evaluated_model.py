@@ -1,0 +1,106 @@
+"""A checkpoint or a bundle behind one function, for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrgaze.bundles.bundle import MANIFEST, Bundle
+from cxrgaze.bundles.manifest import Decision
+from cxrgaze.errors import UsageError
+from cxrgaze.runtime.ort import OnnxRuntime
+from cxrgaze.spec import Head, Infer, ModelSpec, Outputs
+from cxrgaze.train import checkpoint
+from cxrgaze.train.evaluation_record import ModelIdentity
+from cxrgaze.train.figures import predict
+from cxrgaze.train.origin import Origin
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A network that can be run, and what is known of it."""
+
+    path: Path
+    spec: ModelSpec
+    decision: Decision
+    identity: ModelIdentity
+    heatmap: str | None
+    """Preset that its gaze densities were made with; None where it does not say."""
+    origins: tuple[Origin, ...]
+    """What it was trained on; of a bundle, the last set alone is known."""
+    untrained: tuple[Head, ...]
+    """Outputs that nothing taught."""
+    predict: Infer
+
+
+def open_model(path: Path, threads: int | None = None) -> EvaluatedModel:
+    """The model of a checkpoint or a bundle.
+
+    Args:
+        threads: of the arithmetic; None for all.
+
+    Raises:
+        UsageError: neither. IntegrityError: malformed or altered.
+    """
+    if (path / MANIFEST).is_file():
+        return _bundle_model(path, threads)
+    if path.suffix == ".safetensors":
+        return _checkpoint_model(path, threads)
+    raise UsageError(f"{path} is neither a checkpoint (.safetensors) nor a bundle (a folder)")
+
+
+def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
+    bundle = Bundle.open(path)
+    bundle.verify()
+    backend = OnnxRuntime(threads)  # of the graph, whatever its target: nothing is served
+    backend.activate(bundle)
+
+    def predict_one_by_one(images: NDArray[np.float32]) -> Outputs:
+        films = [backend.infer(image[None]) for image in images]
+        return Outputs(*(np.concatenate(head) for head in zip(*films, strict=True)))
+
+    manifest, source = bundle.manifest, bundle.manifest.provenance
+    return EvaluatedModel(
+        path=path,
+        spec=manifest.spec,
+        decision=manifest.decision,
+        identity=ModelIdentity(
+            kind="bundle",
+            name=manifest.name,
+            sha256=bundle.sha256,
+            precision=manifest.precision,
+            backend=backend.name,
+            trained_on=source.trained_on,
+        ),
+        heatmap="phantom" if manifest.spec.domain == "phantom" else None,
+        origins=(Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256),),
+        untrained=manifest.untrained,
+        predict=predict_one_by_one,
+    )
+
+
+def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:
+    if threads:
+        torch.set_num_threads(threads)
+    network, card = checkpoint.load(path)
+    return EvaluatedModel(
+        path=path,
+        spec=card.spec,
+        decision=card.decision,
+        identity=ModelIdentity(
+            kind="checkpoint",
+            name=card.name,
+            sha256=card.weights_sha256,
+            precision="fp32",
+            backend="torch",
+            trained_on=card.trained_on,
+        ),
+        heatmap=card.config.get("heatmap"),
+        origins=card.lineage,
+        untrained=card.untrained,
+        predict=lambda images: predict(network, images),
+    )

@@ -1,0 +1,173 @@
+"""The content of an evaluation's `report.json`: versioned, canonical, with a digest of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from cxrgaze.evidence.intervals import Interval
+from cxrgaze.evidence.labelled_set import Split
+from cxrgaze.files import read_regular
+from cxrgaze.records import Digested, Frozen, parse_record
+from cxrgaze.spec import NOTICE
+
+FILE = "report.json"
+_LIMIT = 16 << 20
+
+
+class ModelIdentity(Frozen):
+    """The network that was evaluated, and what computed it."""
+
+    kind: Literal["checkpoint", "bundle"]
+    name: str
+    sha256: str
+    """Of a checkpoint's weights, or of the bundle."""
+    precision: str
+    backend: str
+    trained_on: str
+    """Origin of the training films, in a sentence."""
+
+
+class SetIdentity(Frozen):
+    """The films that it was evaluated on."""
+
+    name: str
+    origin: str
+    split: Split
+    split_sha256: str
+    films: int
+    """Of the split, as `patients`."""
+    patients: int
+
+
+class AucIntervals(Frozen):
+    """One AUC with both of its intervals."""
+
+    delong: Interval
+    """On the logit scale; films are taken as independent."""
+    bootstrap: Interval
+    """Over patients."""
+
+
+class CalibrationError(Frozen):
+    """Expected calibration error of 15 bins, before and after temperature scaling."""
+
+    before: Interval
+    after: Interval
+
+
+class OperatingPoint(Frozen):
+    """A class's flag at its threshold; None where no film, or every film, is of the class."""
+
+    threshold: float
+    """Of the probability."""
+    sensitivity: Interval | None
+    specificity: Interval | None
+
+
+class WithinView(Frozen):
+    """Macro AUC among the films of one view."""
+
+    films: int
+    macro: AucIntervals
+    view_and_age: AucIntervals | None = None
+    """Of the baseline, that is of age alone; None where there is no baseline."""
+
+
+class Diagnosis(Frozen):
+    """Figures of the diagnosis head over the films with a label."""
+
+    films: dict[str, int]
+    """By class."""
+    auc: dict[str, AucIntervals] | None
+    """One versus rest by class, "macro" and "micro", of the classes that some and not all films
+    have; None where there is no such class."""
+    accuracy: Interval
+    temperature: float
+    """Fitted on validation films."""
+    ece: CalibrationError
+    operating_points: dict[str, OperatingPoint]
+    """By class."""
+    view_and_age: dict[str, AucIntervals] | None
+    """As `auc`, of view and age alone."""
+    within_view: dict[str, WithinView]
+    """By DICOM ViewPosition."""
+
+
+class SaliencyMeans(Frozen):
+    """Means over films of a map's agreement with the readers' own; None where not measured."""
+
+    cc: Interval | None = None
+    sim: Interval | None = None
+    kld: Interval | None = None
+    """In nats; lower is better."""
+    nss: Interval | None = None
+    auc_judd: Interval | None = None
+
+
+class BetweenReaders(Frozen):
+    """Agreement of two readers of one film; None where no film has two."""
+
+    cc: Interval | None = None
+
+
+class Saliency(Frozen):
+    """Figures of the saliency head over the films with gaze."""
+
+    films: int
+    heatmap: str
+    """Preset that made densities of the gaze."""
+    prediction: SaliencyMeans
+    centre_prior: SaliencyMeans
+    """Of the training films' mean density; not measured where they have no gaze."""
+    between_readers: BetweenReaders
+    pad_mass: Interval
+    """Mass that the network put outside the film."""
+
+
+class Look(Frozen):
+    """One look at a set's test split."""
+
+    number: int | None
+    """Its place in the set's log; None where it was not logged."""
+    logged: bool
+
+
+class Evaluation(Digested):
+    """Content of `report.json`."""
+
+    VERSION = 2
+    WHAT = "evaluation"
+    REMEDY = "evaluate again, or use the version that wrote it"
+
+    schema_version: int = VERSION
+    notice: str = NOTICE
+    synthetic: bool
+    """Whether the films are drawings."""
+    caution: str | None
+    """What must be said beside every output of the network."""
+    leakage: str | None
+    """Why its weights may have seen these films."""
+    model: ModelIdentity
+    set: SetIdentity
+    intervals: str
+    """How they were made, in a sentence."""
+    diagnosis: Diagnosis | None
+    """None where no film has a label."""
+    saliency: Saliency | None
+    """None where no film has gaze."""
+    left_out: tuple[str, ...]
+    """Figures that are not there, each with its reason."""
+    environment: dict[str, str]
+    look: Look | None
+    """None of a split that anyone may look at: training and validation films."""
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """A stored evaluation.
+
+    Raises:
+        IntegrityError: truncated, edited, of another schema version, or something else.
+        OSError: it cannot be read.
+    """
+    return parse_record(Evaluation, read_regular(path, _LIMIT), str(path))
