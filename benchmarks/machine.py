@@ -8,10 +8,10 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cxrgaze.environment import versions
 from cxrgaze.records import Frozen
 from cxrgaze.runtime import host
 
@@ -72,12 +72,6 @@ def machine(root: Path = Path("/")) -> Machine:
     """The record of this machine."""
     info = _text(root / "proc/cpuinfo") or ""
     total = re.search(r"MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo") or "")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return Machine(
         cpu=host.cpu_name(),
         cpu_count=host.cpu_count(),
@@ -86,7 +80,7 @@ def machine(root: Path = Path("/")) -> Machine:
         governor=_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         system=platform.platform(),
         python=platform.python_version(),
-        versions=versions,
+        versions=versions(*_PACKAGES),
         l4t=host.l4t_release(root),
         power_mode=host.power_mode(root),
         gpus=gpus(_FACTS),

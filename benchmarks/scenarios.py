@@ -10,7 +10,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.benchmarks.record import LoadGen, Offline
+from cxrgaze.environment import versions
 from cxrgaze.errors import FilmError
 from cxrgaze.films.ahead import decode_ahead
 from cxrgaze.films.decode import load_film
@@ -123,7 +123,7 @@ def loadgen(backend: Backend, canvases: NDArray[np.float32]) -> LoadGen | str:
     single = summary(lg.TestScenario.SingleStream)
     together = summary(lg.TestScenario.Offline)
     return LoadGen(
-        version=version("mlcommons-loadgen"),
+        version=versions("mlcommons-loadgen")["mlcommons-loadgen"],
         queries=issued[0],
         single_stream_p90_ms=_figure(single, r"90.0+ percentile latency \(ns\)\s*: (\d+)") / 1e6,
         offline_films_per_s=_figure(together, r"Samples per second: ([\d.e+]+)"),

@@ -47,7 +47,7 @@ SMALLEST_WORKSPACE = 256 << 20
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What `cxrgaze-build` was asked for."""
 
     batch: tuple[int, int, int] = (1, 1, 1)
@@ -90,7 +90,9 @@ def this_site() -> Site:
     return Site(gpu, why, host.available_memory_bytes(), host.l4t_release())
 
 
-def plan_inputs(bundle: Bundle, library: Library, options: Options, site: Site) -> plans.PlanInputs:
+def plan_inputs(
+    bundle: Bundle, library: Library, options: BuildOptions, site: Site
+) -> plans.PlanInputs:
     """The inputs of a build, which name its plan.
 
     Raises:
@@ -192,7 +194,7 @@ def gated(
 def build(
     bundle: Bundle,
     library: Library,
-    options: Options,
+    options: BuildOptions,
     cache: plans.Cache,
     *,
     rebuild: bool = False,
@@ -253,7 +255,7 @@ def _built_on(site: Site, *, ahead_of_time: bool) -> dict[str, str]:
 
 
 def _proven(
-    record: plans.PlanRecord, plan: bytes, library: Library, options: Options, bundle: Bundle
+    record: plans.PlanRecord, plan: bytes, library: Library, options: BuildOptions, bundle: Bundle
 ) -> plans.PlanRecord:
     """The record with the verdict on the precision that was built."""
     engine = inspected(record, plan, library, allow_host_code=options.allow_host_code)
@@ -287,7 +289,7 @@ def inspected(
 def _serialized(
     graph: bytes,
     library: Library,
-    options: Options,
+    options: BuildOptions,
     workspace: int | None,
     timing: Path,
     bundle: Bundle,
@@ -325,7 +327,7 @@ def _configure(
     config: Any,
     builder: Any,
     library: Library,
-    options: Options,
+    options: BuildOptions,
     workspace: int | None,
     bundle: Bundle,
 ) -> None:

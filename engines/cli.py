@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.bundles.bundle import Bundle
-    from cxrgaze.engines.build import Options, build, gated
+    from cxrgaze.engines.build import BuildOptions, build, gated
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.runtime import plans, trt_library
 
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     cache = plans.Cache(args.cache)
     library = trt_library.find("tensorrt_rtx" if args.cpu_only else args.library)
-    options = Options(
+    options = BuildOptions(
         batch=args.batch,
         capabilities=args.sm,
         optimization_level=args.optimization_level,

@@ -70,16 +70,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def device_facts() -> dict[str, Any]:
     """CPU, memory, GPUs, system and libraries here, and whether they go together."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    from cxrgaze.environment import versions
     from cxrgaze.runtime import device, host, support, trt_library
 
-    libraries = trt_library.versions()
-    for package in ("onnxruntime", "cuda-bindings", "pycuda"):
-        try:
-            libraries[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    libraries = trt_library.versions() | versions("onnxruntime", "cuda-bindings", "pycuda")
     gpus, l4t = device.gpus(), host.l4t_release()
     available = host.available_memory_bytes()
     verdicts = []

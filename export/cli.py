@@ -201,7 +201,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _build(bundle: Bundle, *, wanted: bool) -> None:
     """The plan for the GPU here, where a TensorRT is beside one, else the command for a device."""
-    from cxrgaze.engines.build import Options, build
+    from cxrgaze.engines.build import BuildOptions, build
     from cxrgaze.engines.cli import print_built
     from cxrgaze.errors import BuildError, IncompatibleError
     from cxrgaze.runtime import plans, trt_library
@@ -212,7 +212,7 @@ def _build(bundle: Bundle, *, wanted: bool) -> None:
         return
     cache = plans.Cache()
     try:
-        print_built(build(bundle, trt_library.find(beside[0]), Options(), cache), cache)
+        print_built(build(bundle, trt_library.find(beside[0]), BuildOptions(), cache), cache)
     except (BuildError, IncompatibleError) as error:
         raise type(error)(
             f"the bundle is complete, its plan for this GPU is not (--no-build leaves it out): "

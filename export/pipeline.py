@@ -145,7 +145,7 @@ def _judged(
     say("  blocks go back to higher precision:")
     head = search.weakest_head(best)
     key = search.log_key(
-        f"cxrgaze {versions()['cxrgaze']}, each block alone, {head}, {RANKING_FILMS} films",
+        f"cxrgaze {versions('cxrgaze')['cxrgaze']}, each block alone, {head}, {RANKING_FILMS} films",
         sha256(graph.finished(forms.model, judge.source.spec)),
         gated.films.identity,
         options.precision,
@@ -207,7 +207,7 @@ def _manifest(source: Source, options: ExportOptions, made: _Made) -> Manifest:
             training_split_sha256=facts.training_split_sha256,
             random_seed=facts.random_seed,
             created_utc=now_utc(),
-            versions=versions("torch", "onnx", "onnxruntime", "numpy"),
+            versions=versions("cxrgaze", "python", "torch", "onnx", "onnxruntime", "numpy"),
         ),
     )
 

@@ -67,9 +67,9 @@ def load(
         OutOfMemoryError, DeviceError: the GPU has no room, or fails.
 
     Example:
-        >>> with load("demo-fp16.cxrgaze") as reader:    # doctest: +SKIP
+        >>> with load("demo-fp16.cxrgaze") as reader:
         ...     reading = reader.read("film.png")
-        >>> reading.label, reading.heatmap().shape       # doctest: +SKIP
+        >>> reading.label, reading.heatmap().shape
         ('pneumonia', (1024, 1024))
     """
     opened = Bundle.open(bundle)

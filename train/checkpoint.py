@@ -94,7 +94,7 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
-            **versions("torch"),
+            **versions("cxrgaze", "python", "torch"),
             "machine": platform.machine(),
             "threads": str(torch.get_num_threads()),
         },

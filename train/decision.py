@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from cxrgaze.bundles.manifest import Decision
 from cxrgaze.command import say
@@ -41,7 +41,7 @@ def fit_decision(
         temperature = 1.0
     else:
         temperature = fit_temperature(logits, labels)
-    probabilities = softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    probabilities = Decision(temperature=temperature).probabilities(logits)
     points = {}
     for index, name in enumerate(classes):
         positive = labels == index

@@ -124,7 +124,7 @@ def _evaluation(
         diagnosis=diagnosis,
         saliency=saliency,
         left_out=tuple(left_out),
-        environment={**versions(), "machine": platform.machine()},
+        environment={**versions("cxrgaze", "python"), "machine": platform.machine()},
         look=_log_look(labelled, model) if options.split == "test" else None,
     )
 

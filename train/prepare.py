@@ -70,7 +70,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """What `cxrgaze-train prepare` was asked for."""
 
     output: Path
@@ -111,7 +111,7 @@ def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
     return Source(entries, read_gaze(gaze, {entry.file for entry in entries}) if gaze else {})
 
 
-def prepare(source: Source, options: Options) -> LabelledSet:
+def prepare(source: Source, options: PrepareOptions) -> LabelledSet:
     """Make the set; the splits are patient-grouped and stratified by label and view.
 
     Raises:
@@ -180,7 +180,7 @@ def summary(labelled: LabelledSet) -> str:
     return "\n".join(lines)
 
 
-def _rows(source: Source, options: Options) -> tuple[list[FilmRow], list[tuple[str, str]]]:
+def _rows(source: Source, options: PrepareOptions) -> tuple[list[FilmRow], list[tuple[str, str]]]:
     rows, left_out = [], []
     for entry in counted(source.entries, len(source.entries), "film"):
         try:
@@ -200,7 +200,7 @@ def _rows(source: Source, options: Options) -> tuple[list[FilmRow], list[tuple[s
     return rows, left_out
 
 
-def _row(entry: Entry, film: Film, options: Options) -> FilmRow:
+def _row(entry: Entry, film: Film, options: PrepareOptions) -> FilmRow:
     label = entry.values.get("label", "")
     label = options.label_map.get(label, label)
     classes = [c.name for c in CLASSES]

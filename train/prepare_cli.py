@@ -81,7 +81,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.evidence.labelled_set import SPLITS
     from cxrgaze.train.egd import read_egd
-    from cxrgaze.train.prepare import Options, prepare, read_table, summary
+    from cxrgaze.train.prepare import PrepareOptions, prepare, read_table, summary
     from cxrgaze.train.reflacx import read_reflacx
 
     if not args.films.is_dir():
@@ -113,7 +113,7 @@ def _prepare(args: argparse.Namespace) -> int:
             read_table(args.films, args.labels, args.gaze),
             str(args.films.resolve()),
         )
-    options = Options(
+    options = PrepareOptions(
         output=args.output,
         origin=args.origin if args.labels and args.origin else f"{origin} {args.origin}".strip(),
         label_map=label_map,

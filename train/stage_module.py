@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from cxrgaze.bundles.manifest import Decision
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import metrics
 from cxrgaze.evidence.arrays import UNLABELLED, Arrays
@@ -327,7 +328,7 @@ def _macro_auc(logits: Tensor, labels: Tensor) -> float:
     if not torch.isfinite(logits).all():
         return float("nan")
     labelled = (labels != UNLABELLED).cpu().numpy()
-    probabilities = logits.softmax(1).cpu().numpy()[labelled]
+    probabilities = Decision().probabilities(logits.cpu().numpy())[labelled]
     truth = labels.cpu().numpy()[labelled]
     present = metrics.present_classes(truth, probabilities.shape[1])
     return metrics.macro_auc(probabilities, truth, present) if present else float("nan")

@@ -4,8 +4,9 @@ Research software, not a medical device. Importing this package reads no file an
 
 Example:
     >>> import cxrgaze
-    >>> with cxrgaze.load("demo-fp16.cxrgaze") as reader:    # doctest: +SKIP
-    ...     print(reader.read("film.dcm").label)
+    >>> with cxrgaze.load("demo-fp16.cxrgaze") as reader:
+    ...     print(reader.read("film.png").label)
+    pneumonia
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def now_utc() -> str:
@@ -12,14 +13,10 @@ def now_utc() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of cxrgaze, of Python and of installed packages.
-
-    Raises:
-        PackageNotFoundError: one that is not installed.
-    """
-    return {
-        "cxrgaze": version("cxrgaze"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+def versions(*names: str) -> dict[str, str]:
+    """Versions of `python` and of packages, those that are installed."""
+    here = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            here[name] = platform.python_version() if name == "python" else version(name)
+    return here

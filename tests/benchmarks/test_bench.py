@@ -109,7 +109,7 @@ def test_a_report_that_is_not_as_it_was_measured_is_refused(ran, tmp_path, capsy
     code = cli.main(["render", str(tmp_path / "report.json"), "--output", str(tmp_path / "out")])
     assert code == ExitCode.INTEGRITY and not (tmp_path / "out").exists()
     message = capsys.readouterr().err
-    reasons = {"edited": "was edited", "spaced": "was edited", "of another version": "version 3"}
+    reasons = {"edited": "was altered", "spaced": "was altered", "of another version": "version 3"}
     assert reasons.get(what, "not valid JSON") in message
     with pytest.raises(IntegrityError):
         read_report(tmp_path / "report.json")

@@ -63,7 +63,7 @@ def test_fp16_makes_a_smaller_plan(bundles, cache):
     sizes = {}
     for precision in ("fp32", "fp16"):
         bundle = Bundle.open(bundles / f"demo-{precision}.cxrgaze")
-        made = engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+        made = engine.build(bundle, library, engine.BuildOptions(capabilities=("86",)), cache)
         sizes[precision] = made.record.plan_bytes
     assert sizes["fp16"] < sizes["fp32"]
 
@@ -192,7 +192,7 @@ def test_a_graph_that_the_library_refuses_is_a_build_error_with_its_words(bundle
     fake = _Fake(bundle, _graph(bundle, change))
     library = trt_library.find("tensorrt_rtx")
     with pytest.raises(BuildError, match=message) as caught:
-        engine.build(fake, library, engine.Options(capabilities=("86",)), cache)
+        engine.build(fake, library, engine.BuildOptions(capabilities=("86",)), cache)
     assert caught.value.exit_code == ExitCode.BUILD
     assert not list(cache.folder.iterdir())
 
@@ -215,7 +215,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch):
     bundle = Bundle.open(bundles / "demo-fp32.cxrgaze")
     library = trt_library.find("tensorrt_rtx")
     with pytest.raises(KeyboardInterrupt):
-        engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+        engine.build(bundle, library, engine.BuildOptions(capabilities=("86",)), cache)
     assert not list(cache.folder.iterdir())
 
 
@@ -230,7 +230,7 @@ def test_progress_advances(bundles, cache, monkeypatch):
     monkeypatch.setattr(engine, "_monitor", kept)
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     library = trt_library.find("tensorrt_rtx")
-    engine.build(bundle, library, engine.Options(capabilities=("86",)), cache)
+    engine.build(bundle, library, engine.BuildOptions(capabilities=("86",)), cache)
     assert made[0].steps > 100
 
 
@@ -241,21 +241,21 @@ def test_options_that_a_library_lacks_are_refused(bundles):
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     rtx = trt_library.find("tensorrt_rtx")
     for options in (
-        engine.Options(capabilities=("86",), workspace_bytes=1 << 30),
-        engine.Options(capabilities=("86",), version_compatible=True, allow_host_code=True),
-        engine.Options(capabilities=("86",), hardware_compatible=True),
+        engine.BuildOptions(capabilities=("86",), workspace_bytes=1 << 30),
+        engine.BuildOptions(capabilities=("86",), version_compatible=True, allow_host_code=True),
+        engine.BuildOptions(capabilities=("86",), hardware_compatible=True),
     ):
         with pytest.raises(UsageError, match="has no --"):
             engine.plan_inputs(bundle, rtx, options, AHEAD)
     real = trt_library.Library("tensorrt", "10.3.0", rtx.module)
     with pytest.raises(UsageError, match="has no --cpu-only"):
-        engine.plan_inputs(bundle, real, engine.Options(capabilities=("86",)), AHEAD)
+        engine.plan_inputs(bundle, real, engine.BuildOptions(capabilities=("86",)), AHEAD)
 
 
 def test_host_code_needs_leave_to_be_built(bundles):
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     real = trt_library.Library("tensorrt", "10.3.0", None)
-    options = engine.Options(version_compatible=True)
+    options = engine.BuildOptions(version_compatible=True)
     with pytest.raises(UsageError, match="--allow-host-code"):
         engine.plan_inputs(bundle, real, options, ORIN)
     allowed = replace(options, allow_host_code=True)
@@ -271,7 +271,7 @@ def test_a_plan_for_every_discrete_gpu_is_not_for_a_jetson(bundles):
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     real = trt_library.Library("tensorrt", "10.3.0", None)
     with pytest.raises(IncompatibleError, match="here is a Jetson"):
-        engine.plan_inputs(bundle, real, engine.Options(hardware_compatible=True), ORIN)
+        engine.plan_inputs(bundle, real, engine.BuildOptions(hardware_compatible=True), ORIN)
 
 
 def test_workspace_on_shared_memory_is_at_most_half_of_what_is_left():
@@ -330,7 +330,7 @@ def recorded_device(bundles, monkeypatch):
     """
     rtx = trt_library.find("tensorrt_rtx")
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
-    options = engine.Options(capabilities=("86",))
+    options = engine.BuildOptions(capabilities=("86",))
     plan = engine._serialized(bundle.read(GRAPH), rtx, options, None, Path("unused"), bundle)
     card = Gpu("NVIDIA A100-SXM4-40GB", "86", 40 << 30, False, "13.0")
     monkeypatch.setattr(engine, "this_site", lambda: engine.Site(card, "", 16 << 30, None))

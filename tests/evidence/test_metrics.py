@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import math
 
 import numpy as np
@@ -169,3 +171,17 @@ def test_ece_by_hand():
     sure = np.array([[0.9, 0.1]] * 10)
     assert metrics.ece(sure, np.array([0] * 9 + [1])) == pytest.approx(0)
     assert metrics.ece(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)
+
+
+def test_every_public_metric_has_an_example_with_its_number():
+    """tests/test_public_api.py runs them."""
+    found = {test.name.split(".")[-1]: test for test in doctest.DocTestFinder().find(metrics)}
+    public = [
+        name
+        for name, value in inspect.getmembers(metrics, inspect.isfunction)
+        if value.__module__ == metrics.__name__ and not name.startswith("_")
+    ]
+    assert len(public) > 10
+    for name in public:
+        shown = [example.want for example in found[name].examples if f"{name}(" in example.source]
+        assert any(character.isdigit() for want in shown for character in want), name

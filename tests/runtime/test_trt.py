@@ -19,6 +19,7 @@ import pytest
 import cxrgaze
 from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.engines.build import gated
+from cxrgaze.environment import now_utc
 from cxrgaze.errors import (
     DeviceError,
     GateError,
@@ -226,7 +227,7 @@ def _stored(cache, bundle, batch=(1, 1, 1), gpu="Stand-in", plan=None, **inputs)
         built_precision="opaque",
         built_precision_why="a stand-in",
         build_seconds=0.0,
-        created_utc=plans.now_utc(),
+        created_utc=now_utc(),
         built_on={"gpu": gpu},
     )
     cache.store(record, plan)
@@ -417,11 +418,12 @@ def test_a_plan_that_computes_something_else_fails_the_self_test(cache, bundle, 
     assert not HostDevice.open_now
 
 
-def test_tensorfloat_32_has_a_tolerance_of_its_own(bundle, cache):
+def test_tensorfloat_32_has_a_tolerance_of_its_own(bundles, bundle, cache):
     plain, tf32 = (_backend(cache, _stored(cache, bundle, tf32=on)) for on in (False, True))
-    tolerances = bundle.manifest.self_test
-    assert (plain.tolerance, tf32.tolerance) == ("tensorrt", "tensorrt-tf32")
-    assert tolerances["tensorrt-tf32"].logits > tolerances["tensorrt"].logits
+    fp32, fp16 = (Bundle.open(bundles / f"demo-{p}.cxrgaze").manifest for p in ("fp32", "fp16"))
+    assert (plain.arithmetic(fp32), tf32.arithmetic(fp32)) == ("float32", "tf32")
+    assert fp32.self_test["tf32"].logits > fp32.self_test["float32"].logits
+    assert tf32.arithmetic(fp16) == "float16"
 
 
 def test_host_code_needs_leave(cache, bundle, beside_a_gpu):

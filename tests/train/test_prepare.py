@@ -130,7 +130,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_table_is_refused_with_its_row_and_leaves_nothing(folder, name):
-    from cxrgaze.train.prepare import Options, prepare, read_table
+    from cxrgaze.train.prepare import PrepareOptions, prepare, read_table
 
     change, message = BROKEN[name]
     rows = [row | {"split": ""} for row in _rows(folder / "labels.csv")]
@@ -138,7 +138,7 @@ def test_a_broken_table_is_refused_with_its_row_and_leaves_nothing(folder, name)
     _write(folder / "labels.csv", rows)
     with pytest.raises(DataError, match=message):
         source = read_table(folder / "films", folder / "labels.csv")
-        prepare(source, Options(folder / "set", "test"))
+        prepare(source, PrepareOptions(folder / "set", "test"))
     assert not (folder / "set").exists()
 
 

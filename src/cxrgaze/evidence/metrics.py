@@ -60,12 +60,22 @@ def auc_per_class(probabilities: Array, labels: NDArray[np.integer]) -> Array:
         labels: `(n,)`, class indices; every class must occur and not be the only one.
 
     Source: docs/method.md#metrics (`class_i_ROC_AUC`).
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
+        >>> auc_per_class(probabilities, np.array([0, 0, 1, 1]))
+        array([0.75, 0.75])
     """
     return np.array([auc(probabilities[:, c], labels == c) for c in range(probabilities.shape[1])])
 
 
 def present_classes(labels: NDArray[np.integer], classes: int) -> list[int]:
-    """Classes that some and not all of `labels` have: those that an AUC exists for."""
+    """Classes that some and not all of `labels` have: those that an AUC exists for.
+
+    Example:
+        >>> present_classes(np.array([0, 2, 2]), 3)
+        [0, 2]
+    """
     return [c for c in range(classes) if 0 < (labels == c).sum() < len(labels)]
 
 
@@ -76,6 +86,11 @@ def macro_auc(
 
     Args:
         classes: columns to take, None for all.
+
+    Example:
+        >>> probabilities = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25]])
+        >>> macro_auc(probabilities, np.array([0, 1, 2]))
+        0.75
     """
     chosen = range(probabilities.shape[1]) if classes is None else classes
     return float(np.mean([auc(probabilities[:, c], labels == c) for c in chosen]))
@@ -89,6 +104,11 @@ def micro_auc(
     Args:
         classes: columns to take, None for all. A class that no film has would lift the figure by
             its easy negatives alone.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
+        >>> micro_auc(probabilities, np.array([0, 0, 1, 1]))
+        0.78125
     """
     chosen = np.arange(probabilities.shape[1]) if classes is None else np.asarray(classes)
     indicators = chosen[None, :] == np.asarray(labels)[:, None]
@@ -96,7 +116,13 @@ def micro_auc(
 
 
 def accuracy(probabilities: Array, labels: NDArray[np.integer]) -> float:
-    """Share of films whose largest probability is the true class's."""
+    """Share of films whose largest probability is the true class's.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
+        >>> accuracy(probabilities, np.array([0, 0, 1, 1]))
+        0.75
+    """
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
@@ -107,6 +133,11 @@ def reliability(
 
     Confidence is the largest probability; bins are of equal width, closed on the right.
     Source: Guo et al., arXiv 1706.04599, equations 1 and 2.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
+        >>> reliability(probabilities, np.array([0, 1, 0, 0]), bins=4)
+        (array([0.5 , 0.75, 1.  ]), array([1. , 0.5, 1. ]), array([1, 2, 1]))
     """
     confidence = np.asarray(probabilities, dtype=np.float64).max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -122,6 +153,11 @@ def ece(probabilities: Array, labels: NDArray[np.integer], bins: int = 15) -> fl
 
     Formula: sum over bins of films / n |accuracy - confidence|.
     Source: Guo et al., arXiv 1706.04599, equation 3.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
+        >>> ece(probabilities, np.array([0, 1, 0, 0]), bins=4)
+        0.25
     """
     confidence, hits, counts = reliability(probabilities, labels, bins)
     return float((counts * np.abs(hits - confidence)).sum() / counts.sum())
@@ -131,6 +167,10 @@ def cc(prediction: Array, truth: Array) -> float:
     """Pearson correlation over pixels, in [-1, 1]; 0 if just one map is constant, NaN if both are.
 
     Formula: cov(p, q) / (std(p) std(q)). Source: arXiv 1604.03605 section 4, CC.
+
+    Example:
+        >>> round(cc(np.array([[0, 1], [1, 2]]), np.array([[0, 1], [2, 1]])), 6)
+        0.5
     """
     p, q = _same_shape(prediction, truth)
     p, q = p - p.mean(), q - q.mean()
@@ -146,6 +186,10 @@ def sim(prediction: Array, truth: Array) -> float:
     """Similarity, also histogram intersection: sum min(p, q) of the normalised maps, in [0, 1].
 
     Source: arXiv 1604.03605 section 4, SIM; "HS" in the authors' code (docs/method.md#metrics).
+
+    Example:
+        >>> sim(np.array([[1, 3]]), np.array([[3, 1]]))
+        0.5
     """
     p, q = _same_shape(prediction, truth)
     return float(np.minimum(_normalised(p), _normalised(q)).sum())
@@ -156,6 +200,10 @@ def kld(prediction: Array, truth: Array) -> float:
 
     Formula: sum q ln(eps + q / (p + eps)), q = truth, p = prediction, eps = `MIT_EPSILON`.
     Source: arXiv 1604.03605 section 4, KL. Not symmetric.
+
+    Example:
+        >>> round(kld(np.array([[1, 3]]), np.array([[3, 1]])), 6)  # ln(3) / 2
+        0.549306
     """
     p, q = _same_shape(prediction, truth)
     p, q = _normalised(p), _normalised(q)
@@ -167,6 +215,10 @@ def nss(prediction: Array, fixations: NDArray[np.integer]) -> float:
 
     Repeated fixations count each time; a constant prediction gives 0.
     Source: Peters et al., Vision Research 45 (2005) 2397; arXiv 1604.03605 section 4, NSS.
+
+    Example:
+        >>> nss(np.array([[1, 3]]), np.array([[1, 0]]))
+        1.0
     """
     p, x, y = _at_fixations(prediction, fixations)
     std = float(p.std())
@@ -177,6 +229,10 @@ def auc_judd(prediction: Array, fixations: NDArray[np.integer]) -> float:
     """AUC with the values at fixations (repeats kept) against those of all pixels, ties one half.
 
     Source: Judd et al., ICCV 2009; the "uniform" AUC of arXiv 1604.03605 section 4.
+
+    Example:
+        >>> auc_judd(np.array([[1, 2], [3, 4]]), np.array([[1, 1]]))
+        0.875
     """
     p, x, y = _at_fixations(prediction, fixations)
     scores = np.concatenate([p[y, x], p.ravel()])
