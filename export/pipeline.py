@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def _judged(
     say("  blocks go back to higher precision:")
     head = search.weakest_head(best)
     key = search.log_key(
-        f"cxrgaze {versions('cxrgaze')['cxrgaze']}, each block alone, {head}, {RANKING_FILMS} films",
+        f"cxrgaze {version('cxrgaze')}, each block alone, {head}, {RANKING_FILMS} films",
         sha256(graph.finished(forms.model, judge.source.spec)),
         gated.films.identity,
         options.precision,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -80,7 +80,7 @@ def load(
     return Reader(opened, backend, warnings, require=require)
 
 
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reads films with one bundle on one backend; a context manager; one thread at a time."""
 
     def __init__(
@@ -117,15 +117,7 @@ class Reader:
             raise
         self.standing_warnings = (*self._standing_warnings(), *warnings, *backend.notes)
 
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

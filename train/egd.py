@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.errors import DataError
-from cxrgaze.evidence.labelled_set import Gaze, csv_rows
+from cxrgaze.evidence.csv_table import csv_rows
+from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.films.film import Film
 from cxrgaze.train.prepare import Check, Entry, Source, find_mimic_film
 

@@ -15,7 +15,7 @@ from cxrgaze.command import counted
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import heatmaps, metrics
 from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density
-from cxrgaze.evidence.labelled_set import Gaze
+from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.spec import Outputs
 from cxrgaze.train.model import Network

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from cxrgaze.bundles.manifest import Decision
 from cxrgaze.command import say
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import heatmaps
 from cxrgaze.evidence.arrays import UNLABELLED, Arrays, load_arrays
-from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.evidence.labelled_set import LabelledSet, Split
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, initial
 from cxrgaze.train.config import Stage, TrainConfig
@@ -45,7 +46,7 @@ def fit(
     """Train on the set's split `train`, choose on `val`; `test` is not opened.
 
     Args:
-        run: the run's folder (`cxrgaze.train.run`); new, or with `resume` that of the same run.
+        run: its folder (`cxrgaze.train.run_folder`); new, or with `resume` that of the same run.
         command: to make this checkpoint again, for the card.
 
     Returns:
@@ -69,14 +70,9 @@ def fit(
     origins = before.origins + (teacher[1].descent if teacher else ())
     check_leakage(labelled.info, origins, allow=start.allow_leakage)
     preset = heatmaps.PRESETS[config.heatmap]
-    films, splits = {}, {name: labelled.split(name) for name in ("train", "val")}
-    for name, part in splits.items():
-        if not part.rows:
-            raise DataError(f"{labelled.folder}: no films in split {name}; prepare makes one")
-        films[name] = load_arrays(part, spec, preset, machine.cache)
-        if teacher:
-            films[name] = taught(films[name], part, teacher[0], teacher[1].spec)
-    train, val = films["train"], films["val"]
+    train, val = (
+        _arrays(labelled, name, spec, preset, machine.cache, teacher) for name in ("train", "val")
+    )
     reasons = {name: _nothing_to_learn(stage, train, val) for name, stage in config.stages.items()}
     if all(reasons.values()):
         raise DataError(f"{labelled.folder}: no stage has anything to learn from: {reasons}")
@@ -109,8 +105,6 @@ def fit(
         return None
     if config.store == "float16":
         checkpoint.round_to_half(network)
-    logits, _ = predict(network, val.images)
-    labelled_val = val.labels != UNLABELLED
     untrained = tuple(head for head in ("logits", "log_density") if head not in taught_heads)
     for head in untrained:
         say(f"note: nothing taught the output {head}; every reading of this network will say so")
@@ -120,18 +114,10 @@ def fit(
         name=config.name,
         spec=spec,
         trained_on=labelled.info.origin,
-        lineage=(
-            *origins,
-            Origin.of_set(labelled.info),
-        ),
+        lineage=(*origins, Origin.of_set(labelled.info)),
         centre_prior=config.centre_prior,
         untrained=untrained,
-        decision=fit_decision(
-            logits[labelled_val],
-            val.labels[labelled_val],
-            spec.class_names,
-            config.operating_sensitivity,
-        ),
+        decision=_decision(network, val, spec, config),
         command=command,
         config=config.model_dump(mode="json"),
         results={
@@ -139,6 +125,31 @@ def fit(
             "validation": point_figures(network, val, prior, preset, spec.class_names),
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
+    )
+
+
+def _arrays(
+    labelled: LabelledSet,
+    split: Split,
+    spec: ModelSpec,
+    preset: heatmaps.HeatmapPreset,
+    cache: Path | None,
+    teacher: tuple[Network, checkpoint.Card] | None,
+) -> Arrays:
+    """The films of one split, with the teacher's answers where there is one."""
+    part = labelled.split(split)
+    if not part.rows:
+        raise DataError(f"{labelled.folder}: no films in split {split}; prepare makes one")
+    arrays = load_arrays(part, spec, preset, cache)
+    return taught(arrays, part, teacher[0], teacher[1].spec) if teacher else arrays
+
+
+def _decision(network: Network, val: Arrays, spec: ModelSpec, config: TrainConfig) -> Decision:
+    """Temperature and operating points from the labelled validation films."""
+    logits, _ = predict(network, val.images)
+    has_label = val.labels != UNLABELLED
+    return fit_decision(
+        logits[has_label], val.labels[has_label], spec.class_names, config.operating_sensitivity
     )
 
 

@@ -17,16 +17,15 @@ from pydantic import ValidationError
 
 from cxrgaze.command import counted, say
 from cxrgaze.errors import DataError, FilmError
+from cxrgaze.evidence.csv_table import csv_rows
+from cxrgaze.evidence.gaze import Gaze, read_gaze
 from cxrgaze.evidence.labelled_set import (
     FilmRow,
-    Gaze,
     LabelledSet,
     SetInfo,
     Split,
     assign_splits,
     collection_of,
-    csv_rows,
-    read_gaze,
     write_set,
 )
 from cxrgaze.files import checked_relative
@@ -92,7 +91,7 @@ def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
     """The source of a folder of films and a CSV of labels, and gaze of any eye tracker.
 
     Args:
-        gaze: a CSV in the form of `fixations.csv` (`labelled_set.GAZE_COLUMNS`), its column
+        gaze: a CSV in the form of `fixations.csv` (`gaze.GAZE_COLUMNS`), its column
             film as the labels' column file.
 
     Raises:

@@ -14,7 +14,8 @@ from sklearn.metrics import roc_auc_score
 from cxrgaze.errors import ExitCode, IntegrityError
 from cxrgaze.evidence import heatmaps, metrics, phantom
 from cxrgaze.evidence.arrays import load_arrays
-from cxrgaze.evidence.labelled_set import LOOKS, Gaze, LabelledSet, write_set
+from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, write_set
 from cxrgaze.files import render_json
 from cxrgaze.train import checkpoint, cli, evaluation
 from cxrgaze.train.baseline import view_and_age

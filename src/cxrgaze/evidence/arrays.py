@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError, IntegrityError
 from cxrgaze.evidence import heatmaps
-from cxrgaze.evidence.labelled_set import FilmRow, Gaze, LabelledSet
+from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet
 from cxrgaze.files import new_folder, parse_json, render_json, sha256
 from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import film_from_bytes

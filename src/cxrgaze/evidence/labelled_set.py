@@ -10,21 +10,19 @@ Films without a label or without gaze are legal. Converters write this format; n
 
 from __future__ import annotations
 
-import csv
 import re
-from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.errors import DataError, IntegrityError
-from cxrgaze.evidence.heatmaps import HeatmapPreset
+from cxrgaze.evidence.csv_table import csv_rows, write_csv
+from cxrgaze.evidence.gaze import GAZE_COLUMNS, GAZE_OPTIONAL, Gaze, gaze_records, read_gaze
 from cxrgaze.files import (
     checked_relative,
     new_folder,
@@ -35,11 +33,18 @@ from cxrgaze.records import Frozen, Record, complaint, parse_record
 from cxrgaze.spec import Domain, PixelSource
 
 MARKER = "set.json"
+
+
 LOOKS = "looks.jsonl"
 """Log of the looks at the test split, kept when a set is made again."""
+
+
 FILM_LIMIT = 1 << 30  # bytes of one film file
 
+
 Split = Literal["train", "val", "test"]
+
+
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -119,63 +124,6 @@ class FilmRow(Frozen):
 
 
 FILM_COLUMNS = tuple(FilmRow.model_fields)
-GAZE_COLUMNS = ("film", "reader", "kind", "x_px", "y_px", "duration_ms")
-GAZE_OPTIONAL = (
-    "sigma_x_px",
-    "sigma_y_px",
-    "shown_xmin_px",
-    "shown_ymin_px",
-    "shown_xmax_px",
-    "shown_ymax_px",
-)
-_KINDS = ("sample", "fixation")
-
-
-@dataclass(frozen=True)
-class Gaze:
-    """Gaze on one film, rows in their recorded order.
-
-    `values` is float64 `(n, 9)`: x_px, y_px, duration_ms and the six optional columns, NaN where
-    empty. Points may lie outside the film.
-    """
-
-    readers: tuple[str, ...]
-    kinds: tuple[str, ...]
-    values: NDArray[np.float64]
-
-    def select(self, *, kind: str | None = None, reader: str | None = None) -> Gaze:
-        """The rows of one kind and one reader; None takes all."""
-        keep = [
-            i
-            for i, (k, r) in enumerate(zip(self.kinds, self.readers, strict=True))
-            if kind in (None, k) and reader in (None, r)
-        ]
-        return Gaze(
-            tuple(self.readers[i] for i in keep),
-            tuple(self.kinds[i] for i in keep),
-            self.values[keep],
-        )
-
-    @property
-    def points(self) -> NDArray[np.float64]:
-        """`(n, 2)`, `(x, y)` in pixels of the source film."""
-        return self.values[:, :2]
-
-    def weighted(
-        self, preset: HeatmapPreset, width: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Points `(n, 2)`, weights `(n,)` and sigmas `(n, 2)` in pixels of a film `width` wide.
-
-        Raises:
-            DataError: the preset wants a sigma of each row and one is missing.
-        """
-        rows = self.select(kind=preset.kind)
-        weights = rows.values[:, 2] if preset.weight == "duration" else np.ones(len(rows.values))
-        sigma = preset.sigma_px or (preset.sigma_share and preset.sigma_share * width)
-        sigmas = np.full((len(weights), 2), sigma) if sigma else rows.values[:, 3:5]
-        if np.isnan(sigmas).any():
-            raise DataError("this preset needs sigma_x_px and sigma_y_px in every fixation row")
-        return rows.points, weights, sigmas
 
 
 @dataclass(frozen=True)
@@ -257,9 +205,9 @@ def write_set(
         for name, data in films:
             (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(data)
-        _write_csv(new / "films.csv", FILM_COLUMNS, (row.model_dump() for row in rows))
+        write_csv(new / "films.csv", FILM_COLUMNS, (row.model_dump() for row in rows))
         columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
-        _write_csv(new / "fixations.csv", columns, _gaze_records(gaze))
+        write_csv(new / "fixations.csv", columns, gaze_records(gaze))
         (new / MARKER).write_bytes(info.rendered())
         if (folder / LOOKS).is_file():
             (new / LOOKS).write_bytes((folder / LOOKS).read_bytes())
@@ -338,84 +286,3 @@ def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
     if not rows:
         raise DataError(f"{path}: no films")
     return tuple(rows.values())
-
-
-def read_gaze(path: Path, films: Set[str]) -> dict[str, Gaze]:
-    """Gaze by film from a table in the form of `fixations.csv`.
-
-    Raises:
-        DataError: naming the row: a film that is not in `films`, another kind than sample or
-            fixation, a coordinate or duration that is not finite.
-    """
-    readers: dict[str, list[str]] = defaultdict(list)
-    kinds: dict[str, list[str]] = defaultdict(list)
-    values: dict[str, array[float]] = defaultdict(lambda: array("d"))
-    for number, cells in csv_rows(path, GAZE_COLUMNS, GAZE_OPTIONAL):
-        film = cells["film"]
-        try:
-            needed = [float(cells[name]) for name in GAZE_COLUMNS[3:]]
-            optional = [float(cells.get(name) or "nan") for name in GAZE_OPTIONAL]
-        except ValueError as error:
-            raise DataError(f"{path}, row {number}: {error}") from error
-        if film not in films:
-            raise DataError(f"{path}, row {number}: {film} is not in films.csv")
-        if cells["kind"] not in _KINDS:
-            raise DataError(f"{path}, row {number}: kind {cells['kind']!r} is not one of {_KINDS}")
-        if not np.isfinite(needed).all() or needed[2] < 0:
-            raise DataError(f"{path}, row {number}: coordinates and duration must be finite")
-        readers[film].append(cells["reader"])
-        kinds[film].append(cells["kind"])
-        values[film].extend(needed + optional)
-    return {
-        film: Gaze(tuple(readers[film]), tuple(kinds[film]), np.array(values[film]).reshape(-1, 9))
-        for film in readers
-    }
-
-
-def csv_rows(
-    path: Path, needed: Sequence[str], optional: Sequence[str] | None
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV file in UTF-8, each with its line number, one at a time.
-
-    Args:
-        needed: columns that must be there.
-        optional: further columns that may be there; None allows any.
-
-    Raises:
-        DataError: missing, no CSV, another header, or a row of another length.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or ())
-            missing = [name for name in needed if name not in header]
-            allowed = header if optional is None else (*needed, *optional)
-            foreign = [name for name in header if name not in allowed]
-            if missing or foreign or len(set(header)) != len(header):
-                raise DataError(
-                    f"{path}: columns missing {missing}, not expected {foreign}; "
-                    f"expected {[*needed]}, optional {list(optional or ())}"
-                )
-            for cells in reader:
-                if None in cells or None in cells.values():
-                    raise DataError(f"{path}, row {reader.line_num}: {len(header)} cells expected")
-                yield reader.line_num, cells
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
-
-
-def _gaze_records(gaze: Mapping[str, Gaze]) -> Iterator[dict[str, Any]]:
-    columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
-    for film, rows in gaze.items():
-        for reader, kind, values in zip(rows.readers, rows.kinds, rows.values, strict=True):
-            cells = [None if np.isnan(v) else round(float(v), 3) for v in values]
-            yield dict(zip(columns, (film, reader, kind, *cells), strict=True))
-
-
-def _write_csv(path: Path, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)

@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.evidence.labelled_set import FilmRow, Gaze, LabelledSet, SetInfo, Split, write_set
+from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet, SetInfo, Split, write_set
 from cxrgaze.files import sha256
 
 _STREAM = 20240316970

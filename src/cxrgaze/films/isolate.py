@@ -17,8 +17,8 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -57,7 +57,7 @@ class _Header(Frozen):
     notes: tuple[str, ...] = ()
 
 
-class IsolatedLoader:
+class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
     """`load` as `load_film`, in a child process; a context manager; one thread at a time.
 
     The child lives on from film to film and is replaced after a crash or a kill. Starting one takes
@@ -71,15 +71,7 @@ class IsolatedLoader:
         self._memory_limit = memory_limit
         self._child: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> IsolatedLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
