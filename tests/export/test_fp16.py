@@ -21,7 +21,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def full(demo):
-    return graph.simplified(graph.onnx_from_network(demo[0], demo[1].spec))
+    return graph.simplified(graph.onnx_from_module(demo[0], demo[1].spec))
 
 
 def _types(model):

@@ -114,13 +114,13 @@ def test_one_session_gives_no_more_than_its_group(model, images, monkeypatch):
     """ONNX Runtime keeps every output of a graph until a run ends: 14 GB for `paper` at once."""
     monkeypatch.setattr(ranges, "BUDGET", 100_000)
     given = []
-    real = ranges.host_session
+    real = ranges.open_session
 
-    def watched(graph):
+    def watched(graph, **options):
         given.append(len(onnx.load_from_string(graph).graph.output))
-        return real(graph)
+        return real(graph, **options)
 
-    monkeypatch.setattr(ranges, "host_session", watched)
+    monkeypatch.setattr(ranges, "open_session", watched)
     sizes = ranges._sizes(model)
     names = [name for name in sizes if name.startswith("/decoder.4")]
     collect(model, names, images[:1])
