@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cxrgaze.errors import FilmError, NotApplicableError
+from cxrgaze.errors import CxrgazeError, FilmError, NotApplicableError, unforeseen
 from cxrgaze.films.ahead import Decode, decode_ahead
 from cxrgaze.films.film import Film
 from cxrgaze.runtime.reader import Reader
@@ -67,6 +67,10 @@ def _outcome(reader: Reader, path: Path, film: Film | FilmError, force: bool) ->
         return Outcome(path, "not_applicable", "; ".join(error.reasons), film)
     except FilmError as error:
         return Outcome(path, "failed", str(error), film)
+    except (CxrgazeError, MemoryError):
+        raise  # a device, a backend, a closed reader: it concerns every film
+    except Exception as error:
+        return Outcome(path, "failed", str(unforeseen(str(path), error)), film)
 
 
 def printable(text: Path | str) -> str:

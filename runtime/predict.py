@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from cxrgaze.command import counted, say
-from cxrgaze.errors import UsageError
+from cxrgaze.errors import UsageError, unforeseen
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.films.ahead import Decode
 from cxrgaze.films.find import SUFFIXES
@@ -96,6 +96,8 @@ def _with_files(outcome: Outcome, stem: Path, heatmap: Heatmap | None) -> Outcom
             raise  # a full disk concerns every film
         reason = f"its results cannot be written: {error.strerror}"
         return Outcome(outcome.path, "failed", reason)
+    except Exception as error:
+        return Outcome(outcome.path, "failed", str(unforeseen(str(outcome.path), error)))
     return outcome
 
 

@@ -15,6 +15,7 @@ from cxrgaze.bundles.bundle import GOLDEN, GRAPH, Bundle
 from cxrgaze.bundles.signature import require_signature
 from cxrgaze.bundles.verdicts import compared_pixels
 from cxrgaze.errors import (
+    FilmError,
     GateError,
     IncompatibleError,
     IntegrityError,
@@ -164,10 +165,11 @@ class Reader(AbstractContextManager["Reader"]):
             if film.reasons and not force:
                 raise NotApplicableError(film.reasons)
             start = time.perf_counter()
-            image[index, 0], geometry = to_canvas(film.pixels, spec)
+            try:
+                image[index, 0], geometry = to_canvas(film.pixels, spec)
+            except FilmError as error:
+                raise FilmError(f"{film.name}: {error}") from error
             preprocess_ms = (time.perf_counter() - start) * 1e3
-            if not (image[index].min() >= 0 and image[index].max() <= 1):  # NaN fails too
-                raise UsageError(f"{film.name}: pixels of a Film must be finite and in [0, 1]")
             times = {"decode": film.decode_ms, "preprocess": preprocess_ms}
             prepared.append((film, geometry, times))
         start = time.perf_counter()

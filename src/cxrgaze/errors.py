@@ -110,3 +110,12 @@ class NotApplicableError(FilmError):
     def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__("not applicable: " + "; ".join(reasons))
         self.reasons = reasons
+
+
+def unforeseen(film: str, error: Exception) -> FilmError:
+    """An error about one film that nobody foresaw: it must not cost the others.
+
+    Only the error's type is told: its message may quote header values.
+    """
+    kind = type(error).__name__
+    return FilmError(f"{film}: not read ({kind}); this is a fault of cxrgaze, please report it")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxrgaze.errors import FilmError
 from cxrgaze.films.canvas import Geometry, to_canvas
+from cxrgaze.films.film import film_from_array
 from cxrgaze.train.model import spec_of
 
 SPEC = spec_of("tiny", model_version="t", pixel_source="image-8bit", domain="phantom")
@@ -54,3 +57,36 @@ def test_a_bright_dot_lands_where_the_geometry_says():
     row, column = np.unravel_index(canvas.argmax(), canvas.shape)
     x, y = geometry.to_canvas(np.array([[402.0, 202.0]]))[0]
     assert abs(column - x) <= 0.6 and abs(row - y) <= 0.6
+
+
+CANVASES = [(64, 64), (128, 128), (320, 256), (640, 512)]
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_no_film_size_leaves_zero_to_one(depth):
+    """OpenCV's area mean of ones is up to 1.0000011 at most real sizes (opencv#24238)."""
+    rng = np.random.default_rng(0)
+    white, overflows = np.iinfo(depth).max, 0
+    for _ in range(150):
+        height, width = rng.integers(64, 3100, 2).tolist()
+        pixels = np.full((height, width), white, depth)
+        pixels[: height // 3] = rng.integers(0, white // 2, dtype=depth)
+        pixels[-height // 4 :, : width // 2] = 0
+        film = film_from_array(pixels)
+        for canvas_height, canvas_width in CANVASES:
+            spec = SPEC.model_copy(update={"height": canvas_height, "width": canvas_width})
+            canvas, geometry = to_canvas(film.pixels, spec)
+            assert canvas.min() >= 0 and canvas.max() <= 1
+            size = (geometry.width, geometry.height)
+            plain = cv2.resize(film.pixels, size, interpolation=cv2.INTER_AREA)
+            overflows += bool(plain.max() > 1)
+            assert np.abs(geometry.crop(canvas) - plain).max() < 1e-5
+    assert overflows > 150
+
+
+@pytest.mark.parametrize("value", [1.01, -0.01, np.nan, np.inf])
+def test_pixels_beyond_rounding_are_refused(value):
+    pixels = np.full((100, 90), 0.5, np.float32)
+    pixels[:40, :40] = value
+    with pytest.raises(FilmError, match=r"must be finite and in \[0, 1\], found"):
+        to_canvas(pixels, SPEC)

@@ -6,13 +6,16 @@ import gc
 import json
 import weakref
 
+import cv2
+import numpy as np
 import pytest
 
 import cxrgaze
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import DeviceError, FilmError
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.isolate import IsolatedLoader
 from cxrgaze.runtime.outcomes import outcomes
+from cxrgaze.runtime.reader import Reader
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,6 @@ def three(films, tmp_path):
 
 
 def _small():
-    import cv2
-    import numpy as np
-
     return cv2.imencode(".png", np.arange(100, dtype=np.uint8).reshape(10, 10))[1].tobytes()
 
 
@@ -78,3 +78,55 @@ def test_a_stream_that_is_closed_decodes_no_further(reader, three):
     assert next(stream).status == "failed"
     stream.close()
     assert len(decoded) < 10
+
+
+class Odd(Exception):
+    """Nobody foresaw it."""
+
+
+def _stumbles(at):
+    """A decoder that raises an unforeseen error at one film."""
+
+    def decode(path):
+        film = load_film(path)
+        if path == at:
+            raise Odd("a header value")
+        return film
+
+    return decode
+
+
+def test_an_unforeseen_error_about_one_film_does_not_cost_the_others(reader, three, monkeypatch):
+    stream = list(outcomes(reader, three, _stumbles(three[1])))
+    assert [o.status for o in stream] == ["read", "failed", "failed", "read"]
+    assert "not read (Odd)" in stream[1].reason and "header value" not in stream[1].reason
+
+    small = load_film(three[1])
+
+    def stumbling(film, *, force=False):
+        if film.sha256 == small.sha256:
+            raise Odd("a header value")
+        return Reader.read(reader, film, force=force)
+
+    monkeypatch.setattr(reader, "read", stumbling)
+    stream = list(outcomes(reader, three, load_film, force=True))
+    assert [o.status for o in stream] == ["read", "failed", "failed", "read"]
+    assert "not read (Odd)" in stream[1].reason and stream[1].film is not None
+
+
+def test_an_error_of_the_device_ends_them_all(reader, three, monkeypatch):
+    def failing(film, *, force=False):
+        raise DeviceError("the card fell off the bus")
+
+    monkeypatch.setattr(reader, "read", failing)
+    with pytest.raises(DeviceError):
+        list(outcomes(reader, three, load_film))
+
+
+@pytest.mark.parametrize("size", [(2828, 2320), (2991, 2992)])
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_saturated_films_of_real_sizes_are_read(reader, size, depth):
+    pixels = np.full(size, np.iinfo(depth).max, depth)
+    pixels[:700] = 0
+    reading = reader.read(pixels)
+    assert reading.probabilities and 0 <= reading.pad_mass <= 1

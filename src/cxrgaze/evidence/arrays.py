@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.command import counted
-from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.errors import DataError, FilmError, IntegrityError
 from cxrgaze.evidence import heatmaps
 from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet
@@ -61,9 +61,8 @@ def load_arrays(
             keep them where the set may be.
 
     Raises:
-        DataError: classes other than the network's, a film that is not the recorded one, gaze that
-            gives no density, each with the film's name.
-        FilmError: a film that cannot be read or is not applicable.
+        DataError: classes other than the network's; films that cannot be read, are not applicable,
+            are not the recorded ones, or whose gaze gives no density: all of them, by name.
     """
     if labelled.info.classes != spec.class_names:
         raise DataError(
@@ -73,7 +72,7 @@ def load_arrays(
     if not labelled.rows:
         raise DataError(f"{labelled.folder}: no films in this split")
     if cache is None:
-        placed = [_place(labelled, row, spec, preset) for row in _counted(labelled.rows)]
+        placed = list(_all_placed(labelled, spec, preset))
         images, densities = (np.stack([getattr(p, k) for p in placed])[:, None] for k in _MAPS)
         geometries = [p.geometry for p in placed]
     else:
@@ -101,6 +100,25 @@ class _Placed:
 
 _MAPS = ("images", "densities")
 _GEOMETRIES = "geometries.json"
+_NAMED = 100  # films that an error names
+
+
+def _all_placed(
+    labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset
+) -> Iterator[_Placed]:
+    """Every film, or at the end an error that names all that cannot be used."""
+    problems = []
+    for row in counted(labelled.rows, len(labelled.rows), "film"):
+        try:
+            yield _place(labelled, row, spec, preset)
+        except (FilmError, DataError) as error:
+            problems.append(str(error))
+    if problems:
+        named = "; ".join(problems[:_NAMED]) + ("; ..." if len(problems) > _NAMED else "")
+        raise DataError(
+            f"{labelled.folder}: {len(problems)} of {len(labelled.rows)} films cannot be used, and "
+            f"no figure is given of the rest: {named}"
+        )
 
 
 def _place(
@@ -135,8 +153,7 @@ def _cached(
             for file in files.values():
                 np.lib.format.write_array_header_1_0(file, header)
             geometries = []
-            for row in _counted(labelled.rows):
-                placed = _place(labelled, row, spec, preset)
+            for placed in _all_placed(labelled, spec, preset):
                 for name, file in files.items():
                     file.write(getattr(placed, name).astype("<f4").tobytes())
                 geometries.append(astuple(placed.geometry))
@@ -159,10 +176,6 @@ def _cache_key(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapP
         preset.model_dump_json(),
     ]
     return sha256("\n".join(parts).encode())[:32]
-
-
-def _counted(rows: Sequence[FilmRow]) -> Iterable[FilmRow]:
-    return counted(rows, len(rows), "film")
 
 
 def canvas_density(

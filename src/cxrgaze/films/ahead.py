@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import FilmError, unforeseen
 from cxrgaze.films.film import Film
 
 AHEAD = 2
@@ -44,3 +44,5 @@ def _outcome(decode: Decode, path: Path) -> Film | FilmError:
         return decode(path)
     except FilmError as error:
         return error
+    except Exception as error:
+        return unforeseen(str(path), error)

@@ -12,8 +12,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.errors import FilmError
 from cxrgaze.films.film import Film
 from cxrgaze.spec import ModelSpec
+
+_ROUNDING = 1e-3
+"""How far an area mean of values in [0, 1] may leave them: OpenCV sums in float32."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,20 @@ def to_canvas(pixels: NDArray[np.float32], spec: ModelSpec) -> tuple[NDArray[np.
     """The canvas `(H, W)` in [0, 1] of a film's pixels `(h, w)` in [0, 1], and its geometry.
 
     Version `cxrgaze.spec.PREPROCESSING`; any change of a canvas raises that number.
+
+    Raises:
+        FilmError: pixels that are not finite or not in [0, 1].
     """
     geometry = Geometry.fit((pixels.shape[0], pixels.shape[1]), (spec.height, spec.width))
     canvas = np.zeros((spec.height, spec.width), dtype=np.float32)
     size = (geometry.width, geometry.height)
-    geometry.crop(canvas)[:] = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    area = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    if not (area.min() >= -_ROUNDING and area.max() <= 1 + _ROUNDING):  # NaN fails too
+        raise FilmError(
+            f"pixels of a film must be finite and in [0, 1], found {area.min():.3g} to "
+            f"{area.max():.3g}"
+        )
+    geometry.crop(canvas)[:] = np.clip(area, 0, 1)
     return canvas, geometry
 
 

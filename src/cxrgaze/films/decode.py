@@ -14,6 +14,8 @@ from cxrgaze.films.images import film_from_image
 from cxrgaze.films.windows import Window
 
 BYTE_LIMIT = 1 << 30
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+"""What a decoder may raise that is not about its film."""
 
 
 def load_film(path: Path | str, window: Window | None = None) -> Film:
@@ -64,8 +66,13 @@ def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Fil
         raise FilmError(f"{name}: larger than {BYTE_LIMIT >> 20} MiB")
     try:
         return content_checked(_decoded(data, name, window))
+    except (FilmError, *INTERRUPTS):
+        raise
     except MemoryError as error:
         raise FilmError(f"{name}: needs more memory than there is; refused") from error
+    except BaseException as error:  # decoders in Rust raise what is no Exception
+        # Its message may quote header values: only the type is told, and no cause is chained.
+        raise FilmError(f"{name}: damaged file ({type(error).__name__})") from None
 
 
 def _decoded(data: bytes, name: str, window: Window | None) -> Film:

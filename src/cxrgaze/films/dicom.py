@@ -75,18 +75,14 @@ def film_from_dicom(data: bytes, name: str, window: Window | None = None) -> Fil
         window: see `film_from_bytes`.
 
     Raises:
-        FilmError: not DICOM, no pixels, damaged, too large, or a transfer syntax that no installed
-            decoder reads; the message says which.
+        FilmError: not DICOM, no pixels, too large, or a transfer syntax that no installed decoder
+            reads; the message says which.
+        BaseException: a damaged file raises anything inside pydicom and the decoders, which
+            `film_from_bytes` makes a FilmError.
     """
-    try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote header values
-            return _film(_parse(data, name), data, name, window)
-    except (FilmError, MemoryError):
-        raise
-    except Exception as error:  # a hostile file can raise anything inside pydicom and the decoders
-        # Their messages may quote header values: only the type is told, and no cause is chained.
-        raise FilmError(f"{name}: damaged DICOM file ({type(error).__name__})") from None
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")  # pydicom's warnings quote header values
+        return _film(_parse(data, name), data, name, window)
 
 
 def not_applicable(dataset: Dataset) -> tuple[str, ...]:

@@ -1,0 +1,101 @@
+"""The borders of decoding: whatever a decoder raises about a film is a FilmError."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import RLELossless
+
+from cxrgaze.errors import FilmError
+from cxrgaze.evidence import phantom
+from cxrgaze.films import decode
+from cxrgaze.films.decode import film_from_bytes
+from cxrgaze.films.isolate import IsolatedLoader
+
+
+@pytest.fixture(scope="module")
+def rle(films):
+    """A small film in RLE, and where its frame begins."""
+    header = pydicom.dcmread(films / "dcm_rg1q_12b_mono2_j2klossless.dcm")
+    header.decompress()
+    pixels = header.pixel_array[:64, :80]
+    header.Rows, header.Columns = pixels.shape
+    header.PixelData = np.ascontiguousarray(pixels).tobytes()
+    header.compress(RLELossless, generate_instance_uid=False)
+    data = io.BytesIO()
+    header.save_as(data)
+    content = data.getvalue()
+    return content, content.index(header.PixelData[:24])
+
+
+def _flipped(data, start, seed):
+    rng, damaged = random.Random(seed), bytearray(data)
+    position = rng.randrange(start, min(start + 160, len(damaged)))
+    damaged[position] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def test_a_damaged_rle_film_is_a_film_or_a_film_error(rle):
+    """Its decoder is written in Rust and raises what is no Exception."""
+    data, start = rle
+    assert film_from_bytes(data, "whole.dcm").shape == (64, 80)
+    messages = []
+    for seed in range(200):
+        try:
+            film_from_bytes(_flipped(data, start, seed), "flipped.dcm")
+        except FilmError as error:
+            messages.append(str(error))
+    assert any("PanicException" in message for message in messages)
+
+
+def test_the_isolated_child_outlives_such_a_film(rle):
+    data, start = rle
+    with IsolatedLoader() as loader:
+        loader.load_bytes(data, "whole.dcm")
+        child = loader._child.pid
+        failed = 0
+        for seed in range(60):
+            try:
+                loader.load_bytes(_flipped(data, start, seed), "flipped.dcm")
+            except FilmError:
+                failed += 1
+        assert failed and loader._child.pid == child
+
+
+class Foreign(BaseException):
+    """Of a library."""
+
+
+@pytest.mark.parametrize(
+    "error", [Foreign("PatientName"), ValueError("PatientName"), GeneratorExit()]
+)
+def test_whatever_is_raised_becomes_a_film_error_that_quotes_nothing(monkeypatch, error):
+    def raises(*arguments):
+        raise error
+
+    monkeypatch.setattr(decode, "_decoded", raises)
+    with pytest.raises(FilmError, match=f"x.dcm: damaged file .{type(error).__name__}") as caught:
+        film_from_bytes(b"x", "x.dcm")
+    assert "PatientName" not in str(caught.value) and caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_none_of_them(monkeypatch, interrupt):
+    def raises(*arguments):
+        raise interrupt
+
+    monkeypatch.setattr(decode, "_decoded", raises)
+    with pytest.raises(interrupt):
+        film_from_bytes(b"x", "x.dcm")
+
+
+def test_a_phantom_is_read_as_before():
+    import cv2
+
+    pixels = phantom.draw(1).pixels
+    film = film_from_bytes(cv2.imencode(".png", pixels)[1].tobytes(), "p.png")
+    assert np.array_equal(film.pixels, pixels.astype(np.float32) / np.float32(255))
