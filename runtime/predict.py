@@ -67,12 +67,12 @@ def predict(
     records: list[Record] = []
     try:
         for name, outcome in counted(zip(names, stream, strict=True), len(films), "film"):
-            if options.output:
-                outcome = _with_files(outcome, options.output / name, options.heatmap)
             record = outcome.to_json()
+            if options.output:
+                record = _written(outcome, record, options.output / name, options.heatmap)
             records.append(record)
             print(json.dumps(record) if options.as_json else _summary(record), flush=True)
-            if outcome.status == "failed":
+            if record["status"] == "failed":
                 say(f"failed: {record['reason']}")
     finally:
         stream.close()
@@ -81,8 +81,8 @@ def predict(
     return records
 
 
-def _with_files(outcome: Outcome, stem: Path, heatmap: Heatmap | None) -> Outcome:
-    """The outcome once its files are written, or why they could not be."""
+def _written(outcome: Outcome, record: Record, stem: Path, heatmap: Heatmap | None) -> Record:
+    """The record once the film's files are written, or that of why they could not be."""
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         if outcome.reading and outcome.film:
@@ -90,15 +90,16 @@ def _with_files(outcome: Outcome, stem: Path, heatmap: Heatmap | None) -> Outcom
             write_atomic(_with(stem, ".overlay.png"), overlaid)
             if heatmap:
                 _write_heatmap(stem, outcome.reading, heatmap)
-        write_atomic(_with(stem, ".json"), render_json(outcome.to_json()))
+        write_atomic(_with(stem, ".json"), render_json(record))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise  # a full disk concerns every film
         reason = f"its results cannot be written: {error.strerror}"
-        return Outcome(outcome.path, "failed", reason)
+        return Outcome(outcome.path, "failed", reason).to_json()
     except Exception as error:
-        return Outcome(outcome.path, "failed", str(unforeseen(str(outcome.path), error)))
-    return outcome
+        reason = str(unforeseen(str(outcome.path), error))
+        return Outcome(outcome.path, "failed", reason).to_json()
+    return record
 
 
 def _write_heatmap(stem: Path, reading: Reading, kind: Heatmap) -> None:

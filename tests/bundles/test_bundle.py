@@ -210,6 +210,24 @@ def test_golden_arrays_of_another_kind_are_refused_and_never_unpickled(bundle, f
     assert _predict(bundle, films) == ExitCode.INTEGRITY
 
 
+@pytest.mark.parametrize(
+    "other",
+    [(np.float64, (1, 3)), (np.float32, (1, 4)), (np.float32, (3,)), (np.float32, (2, 3))],
+)
+def test_arrays_of_another_type_or_shape_are_refused(bundle, other):
+    opened = Bundle.open(bundle)
+    right = {"logits": (np.dtype(np.float32), (1, 3))}
+    assert opened.read_arrays("reference/golden.npz", right)["logits"].shape == (1, 3)
+    dtype, shape = other
+    with pytest.raises(IntegrityError, match=r"logits is float32 \(1, 3\), expected"):
+        opened.read_arrays("reference/golden.npz", {"logits": (np.dtype(dtype), shape)})
+
+
+def test_a_file_that_is_not_listed_is_not_read(bundle):
+    with pytest.raises(IntegrityError, match="is not listed in manifest.json"):
+        Bundle.open(bundle).read(MANIFEST)
+
+
 def test_an_operating_point_of_no_class_is_refused(bundle, films):
     manifest = Bundle.open(bundle).manifest
     decision = Decision(operating_points={"nosuch": 0.5})

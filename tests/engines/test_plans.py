@@ -200,6 +200,12 @@ def test_a_record_of_a_gigabyte_is_refused_before_it_is_read(cache, stored):
         cache.find(stored.inputs)
 
 
+def test_a_record_that_is_gone_is_refused(cache, stored):
+    _json(cache, stored).unlink()
+    with pytest.raises(IntegrityError, match="cannot be read: No such file"):
+        read_record(_json(cache, stored))
+
+
 def test_a_record_behind_a_link_is_refused(cache, stored, tmp_path):
     path = _json(cache, stored)
     path.rename(tmp_path / path.name)

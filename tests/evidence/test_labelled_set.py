@@ -81,6 +81,27 @@ def test_a_broken_fixations_table_names_the_row(labelled, name):
         labelled_set.LabelledSet.open(labelled.folder)
 
 
+BROKEN_FILE = {
+    "no rows": (lambda data: data.splitlines(keepends=True)[0], "no films"),
+    "a cell too few": (lambda data: data.rstrip().rsplit(b",", 1)[0], "row 7: .* cells expected"),
+    "a cell too many": (lambda data: data.rstrip() + b",x", "row 7: .* cells expected"),
+    "another encoding": (lambda data: data.replace(b"PA", b"P\xc4"), "not a CSV file in UTF-8"),
+    "no file": (lambda data: None, "films.csv is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILE)
+def test_what_is_no_films_table_is_refused(labelled, name):
+    change, message = BROKEN_FILE[name]
+    path = labelled.folder / "films.csv"
+    data = change(path.read_bytes())
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        labelled_set.LabelledSet.open(labelled.folder)
+
+
 def test_other_columns_are_refused(labelled):
     path = labelled.folder / "films.csv"
     path.write_text(path.read_text().replace("patient", "person", 1))
@@ -144,6 +165,12 @@ def test_splits_are_by_patient_stratified_and_seeded():
         assert pneumonia == pytest.approx(0.3, abs=0.08)
     assert labelled_set.assign_splits(_many(), shares, seed=1) == rows
     assert labelled_set.assign_splits(_many(), shares, seed=2) != rows
+
+
+def test_shares_of_a_split_are_positive():
+    for shares in ({}, {"train": 1.0, "test": 0.0}, {"train": 1.2, "test": -0.2}):
+        with pytest.raises(DataError, match="must be positive"):
+            labelled_set.assign_splits(_many(5), shares, seed=1)
 
 
 def test_a_preset_that_needs_a_sigma_says_so(labelled):

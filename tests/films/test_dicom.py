@@ -255,7 +255,7 @@ def test_a_lut_of_impossible_depth_is_refused(bits):
 def test_a_malformed_lut_is_refused(data):
     item = _lut_item(0, [1, 2, 3], 12)
     item.add_new("LUTDescriptor", "US", data)
-    with pytest.raises(FilmError, match="damaged DICOM file"):
+    with pytest.raises(FilmError, match="damaged file"):
         _film(_file(VOILUTSequence=Sequence([item])))
 
 
@@ -564,6 +564,20 @@ def test_a_file_without_preamble_is_read_by_its_suffix():
     data = _file(syntax=ImplicitVRLittleEndian, **WINDOW)
     meta = pydicom.dcmread(io.BytesIO(data)).file_meta.FileMetaInformationGroupLength
     _close(_film(data[132 + 12 + meta :]), _film(data).pixels)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_file(STORED.astype(np.uint32), bits=32), "32 bits allocated, expected 8 or 16"),
+        (_file(drop=["Rows"]), "not a DICOM image: it has no pixel data"),
+        (_file().replace(b".1.2.1\0", b".1.2.9\0"), "transfer syntax .*1.2.9.* is not read"),
+    ],
+    ids=["words of 32 bits", "no picture", "an unknown transfer syntax"],
+)
+def test_what_is_no_film_is_said(data, message):
+    with pytest.raises(FilmError, match=message):
+        _film(data)
 
 
 def test_a_text_file_called_dcm_is_refused():

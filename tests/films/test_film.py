@@ -13,9 +13,9 @@ from PIL import Image
 
 from cxrgaze.errors import FilmError, UsageError
 from cxrgaze.evidence import phantom
-from cxrgaze.films import images
+from cxrgaze.films import decode, images
 from cxrgaze.films.decode import film_from_bytes, load_film
-from cxrgaze.films.film import film_from_array
+from cxrgaze.films.film import Film, content_checked, film_from_array
 from cxrgaze.films.find import find_films
 
 PIXELS = phantom.draw(1, shape=(120, 90)).pixels
@@ -181,6 +181,44 @@ def test_tiff_byte_orders_white_is_zero_and_floats(tmp_path, values, photometric
     assert np.abs(film.pixels - film_from_array(SIXTEEN).pixels).max() < 1e-4
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tiff_of_what_is_no_number_is_refused(value):
+    values = SIXTEEN.astype("<f4")
+    values[3, 4] = value
+    with pytest.raises(FilmError, match="pixel values are not finite"):
+        film_from_bytes(_tiff(values, 1), "t.tif")
+
+
+def test_a_decoder_cannot_give_what_is_no_number():
+    pixels = np.full((40, 40), 0.5, np.float32)
+    pixels[3, 4] = np.nan
+    with pytest.raises(FilmError, match="f.png: its pixels are not finite"):
+        content_checked(Film(pixels, "f.png", "0" * 64, "image-8bit"))
+
+
+def test_a_file_beyond_all_limits_is_refused(monkeypatch, tmp_path):
+    data = _saved(tmp_path, "a.png").read_bytes()
+    monkeypatch.setattr(decode, "BYTE_LIMIT", len(data))
+    assert film_from_bytes(data, "a.png").shape == (120, 90)
+    with pytest.raises(FilmError, match="a.png: larger than 0 MiB"):
+        film_from_bytes(data + b"x", "a.png")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "film_from_image", full)
+    with pytest.raises(FilmError, match="a.png: needs more memory than there is"):
+        film_from_bytes(data, "a.png")
+
+
+def test_what_is_no_path_is_said():
+    with pytest.raises(FilmError, match="no path of a file"):
+        load_film("a\0b.png")
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UsageError, match="cannot be searched|does not exist"):
+            list(find_films([name]))
+
+
 def test_8_bit_white_is_zero(tmp_path):
     (tmp_path / "t.tif").write_bytes(_tiff(255 - PIXELS, 0))
     assert np.array_equal(load_film(tmp_path / "t.tif").pixels, PIXELS.astype(np.float32) / 255)
@@ -219,24 +257,35 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
         load_film(tmp_path / "p.png")
 
 
+def _png16(planes, more=b""):
+    """A PNG of 16 bits, written from its specification; `more` is a chunk without a body."""
+    raw = np.dstack(planes).astype(">u2").reshape(len(planes[0]), -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in raw)
+    kind = {3: 2, 4: 6, 2: 4}[len(planes)]
+    header = struct.pack(">IIBBBBB", *planes[0].shape[::-1], 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (more, b""), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        if name:
+            checksum = struct.pack(">I", zlib.crc32(name + body))
+            data += struct.pack(">I", len(body)) + name + body + checksum
+    return data
+
+
+def test_a_png_that_only_one_of_two_decoders_reads_is_refused():
+    planes = [SIXTEEN] * 3
+    assert not film_from_bytes(_png16(planes), "f.png").reasons
+    with pytest.raises(FilmError, match="a PNG of 16 bits that OpenCV does not read"):
+        film_from_bytes(_png16(planes, b"NEWS"), "f.png")  # critical by its capital letter
+
+
 @pytest.mark.parametrize("channels", [3, 4, 2])
 def test_16_bit_png_in_colour_or_with_alpha_keeps_its_bits(tmp_path, channels):
     """12-bit values in 16-bit PNG: grey, and the same as RGB, RGBA and grey with alpha."""
     values = PIXELS.astype(np.uint16) * 13 + 700
     alpha = np.full_like(values, 65535)
     planes = {3: [values] * 3, 4: [values] * 3 + [alpha], 2: [values, alpha]}[channels]
-    kind = {3: 2, 4: 6, 2: 4}[channels]
-    raw = np.dstack(planes).astype(">u2").reshape(120, -1)
-    lines = b"".join(b"\0" + row.tobytes() for row in raw)
-
-    def chunk(name, body):
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
-    header = struct.pack(">IIBBBBB", 90, 120, 16, kind, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines))
-    film = film_from_bytes(data + chunk(b"IEND", b""), "f.png")
+    film = film_from_bytes(_png16(planes), "f.png")
     grey = film_from_array(values)
     assert film.pixel_source == "image-16bit" and not film.reasons
     assert np.abs(film.pixels - grey.pixels).max() < 1e-6

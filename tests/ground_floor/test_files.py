@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,35 @@ def test_an_unwritable_folder_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write"):
         files.make_output_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file of /proc has no size")
+def test_a_file_that_grows_while_it_is_read_is_refused():
+    with pytest.raises(IntegrityError, match="changed its size"):
+        files.read_regular(Path("/proc/version"), 100)
+
+
+def test_only_the_bytes_that_were_promised_are_read(tmp_path):
+    path, digest = tmp_path / "f", files.sha256(b"12345")
+    said = {"source": "the list", "remedy": "copy it again"}
+    path.write_bytes(b"12345")
+    assert files.read_verified(path, 5, digest, **said) == b"12345"
+    for data in (b"12346", b"1234"):
+        path.write_bytes(data)
+        with pytest.raises(IntegrityError, match="altered: .*, the list says 5 bytes.*copy it"):
+            files.read_verified(path, 5, digest, **said)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=r"cannot be read \(No such file.*copy it again"):
+        files.read_verified(path, 5, digest, **said)
+
+
+def test_a_toml_file_that_cannot_be_read_is_a_usage_error(tmp_path):
+    path = tmp_path / "a.toml"
+    for data, message in ((b"a = [1", "is not TOML"), (b"a = '\xff'", "is not TOML")):
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=message):
+            files.read_toml(path)
+    with pytest.raises(UsageError, match="No such file"):
+        files.read_toml(tmp_path / "no.toml")
+    path.write_bytes(b"a = [1]")
+    assert files.read_toml(path) == {"a": [1]}

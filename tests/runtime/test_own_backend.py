@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
 
 import cxrgaze
-from cxrgaze.bundles.bundle import GRAPH
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.errors import IncompatibleError, UsageError
-from cxrgaze.runtime.backend import Backend
-from cxrgaze.runtime.backends import BACKENDS
+from cxrgaze.runtime.backend import Backend, BackendOptions
+from cxrgaze.runtime.backends import BACKENDS, choose
 from cxrgaze.spec import Outputs
 
 
@@ -92,6 +94,14 @@ def test_what_it_does_not_serve_is_refused_before_it_sees_it(bundles):
     with pytest.raises(IncompatibleError, match="stranger does not serve fp32 graphs"):
         cxrgaze.load(bundles / "demo-fp32.cxrgaze", picky)
     assert not hasattr(picky, "_session")
+
+
+def test_what_no_backend_here_serves_says_what_each_lacks(bundles):
+    bundle = Bundle.open(bundles / "demo-fp32.cxrgaze")
+    update = {"precision": "int8", "target": "tensorrt"}
+    int8 = replace(bundle, manifest=bundle.manifest.model_copy(update=update))
+    with pytest.raises(IncompatibleError, match="no backend here.*onnxruntime does not serve int8"):
+        choose(int8, "auto", BackendOptions())
 
 
 def test_names_of_the_table_are_what_messages_and_help_texts_say(bundles, capsys):

@@ -7,7 +7,14 @@ import pytest
 
 import cxrgaze
 from cxrgaze.bundles.bundle import GOLDEN, fill_bundle
-from cxrgaze.errors import FilmError, IncompatibleError, NotApplicableError, UsageError
+from cxrgaze.errors import (
+    FilmError,
+    GateError,
+    IncompatibleError,
+    IntegrityError,
+    NotApplicableError,
+    UsageError,
+)
 from cxrgaze.evidence import metrics, phantom
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.films.film import Film
@@ -103,12 +110,17 @@ def test_not_applicable_and_unreadable_are_errors_of_their_own(reader, tmp_path)
         (np.zeros((0, 5), np.uint8), "expected a film"),
         (None, "expected a path, an array or a Film"),
         (["a.png"], "expected a path, an array or a Film"),
-        (Film(np.full((80, 80), np.nan, np.float32), "x", "0", "array"), "finite and in"),
-        (Film(np.full((80, 80), 200, np.float32), "x", "0", "array"), "finite and in"),
     ],
 )
 def test_what_is_no_film_is_a_usage_error(reader, film, message):
     with pytest.raises(UsageError, match=message):
+        reader.read(film)
+
+
+@pytest.mark.parametrize("value", [np.nan, 200])
+def test_a_film_of_the_callers_with_other_pixels_is_a_film_error(reader, value):
+    film = Film(np.full((80, 80), value, np.float32), "mine", "0", "array")
+    with pytest.raises(FilmError, match="mine: pixels of a film must be finite and in"):
         reader.read(film)
 
 
@@ -265,3 +277,27 @@ def test_a_film_takes_its_share_of_the_time_of_its_own_batch(reader, golden, tmp
             assert reading.timings_ms["infer"] == pytest.approx(48 / films)
             assert reading.timings_ms["h2d"] == pytest.approx(16 / films)
             assert reading.timings_ms["compute"] == pytest.approx(32 / films)
+
+
+def test_what_a_reader_must_not_be_made_of(reader, golden, tmp_path):
+    """Each beside the same reader without the fault."""
+    manifest = reader.bundle.manifest
+    gate, spec = manifest.gate, manifest.spec
+    foreign = spec.model_copy(update={"preprocessing": spec.preprocessing + 1})
+    for number, (changes, error, message) in enumerate(
+        (
+            ({"spec": foreign}, IncompatibleError, "needs preprocessing 2, this cxrgaze has 1"),
+            ({"gate": gate.model_copy(update={"verdict": "fail"})}, IntegrityError, "is fail"),
+            ({"gate": gate.model_copy(update={"verdict": "not_gated"})}, GateError, "pass is req"),
+            ({"self_test": {"int8": manifest.self_test["float32"]}}, IncompatibleError, "no self-"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        bundle = _bundle_of(folder, manifest.model_copy(update=changes), golden)
+        with pytest.raises(error, match=message):
+            Reader(bundle, StandIn(golden), require="pass")
+    passed = manifest.model_copy(update={"gate": gate.model_copy(update={"verdict": "pass"})})
+    (tmp_path / "right").mkdir()
+    right = _bundle_of(tmp_path / "right", passed, golden)
+    Reader(right, StandIn(golden), require="pass").close()

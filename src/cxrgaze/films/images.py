@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -18,6 +19,8 @@ from cxrgaze.films.windows import grey_levels
 _FORMATS = ("PNG", "JPEG", "TIFF")
 
 
+_ORIENTATION, _BITS_PER_SAMPLE = 274, 258  # tags of TIFF 6.0, the first of EXIF too
+_NOT_TURNED = "the file asks to be turned (EXIF orientation {}); it was not"
 _COLOUR_SPREAD = 0.02  # mean difference between channels above which an RGB image is in colour
 
 
@@ -35,10 +38,13 @@ def film_from_image(data: bytes, name: str) -> Film:
                 if width * height > PIXEL_LIMIT:
                     raise FilmError(f"{name}: {width} x {height} pixels, limit {PIXEL_LIMIT}")
                 frames = getattr(image, "n_frames", 1)
+                orientation = _orientation(image)
                 image.load()
-                deep = image.format == "PNG" and data[24] == 16 and image.mode != "I;16"
-                pixels, reasons = _grey(_deep_colour(data) if deep else image)
-                notes = _orientation_note(image)
+                kind = str(image.format)
+                is_cut = _is_cut_to_8_bits(image, data)
+                pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image)
+                if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
+                    pixels = _as_stored(pixels, orientation)
     except UnidentifiedImageError as error:
         raise FilmError(
             f"{name}: not a PNG, JPEG, TIFF or DICOM file, or a kind of one that is not read; "
@@ -50,18 +56,28 @@ def film_from_image(data: bytes, name: str) -> Film:
         raise FilmError(f"{name}: damaged or cut short: {error or type(error).__name__}") from error
     if frames > 1:
         reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
-    values, source = grey_levels(pixels)
+    values, source = grey_levels(np.ascontiguousarray(pixels))
+    notes = (_NOT_TURNED.format(orientation),) if orientation != 1 else ()
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
 
 
-def _deep_colour(data: bytes) -> NDArray[np.uint16]:
-    """RGB `(H, W, 3)` of a PNG of 16 bits in colour or with alpha, which Pillow cuts to 8.
+def _is_cut_to_8_bits(image: Image.Image, data: bytes) -> bool:
+    """Whether a file of more than 8 bits is in colour or has alpha, which Pillow cuts to 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return False
+    if image.format == "PNG":
+        return data[24] == 16  # bit depth of the header chunk
+    return bool(max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))) > 8)
+
+
+def _deep_colour(data: bytes, kind: str) -> NDArray[np.uint16]:
+    """RGB `(H, W, 3)` of a file of 16 bits in colour or with alpha.
 
     Pillow has read the file whole before: OpenCV alone would not refuse a damaged one.
     """
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.ndim != 3 or decoded.dtype != np.uint16:
-        raise ValueError("a PNG of 16 bits that OpenCV does not read")
+        raise ValueError(f"a {kind} of 16 bits that OpenCV does not read")
     return np.asarray(decoded[..., 2::-1], dtype=np.uint16)
 
 
@@ -99,11 +115,27 @@ def _white_is_zero(image: Image.Image) -> bool:
     return bool(tags.get(262) == 0)  # PhotometricInterpretation of TIFF 6.0
 
 
-def _orientation_note(image: Image.Image) -> tuple[str, ...]:
-    orientation = image.getexif().get(0x0112, 1)
-    if orientation in range(2, 9):
-        return (f"the file asks to be turned (EXIF orientation {orientation}); it was not",)
-    return ()
+def _orientation(image: Image.Image) -> int:
+    """How the file asks to be turned, 1 to 8; 1 is as it is stored (EXIF 2.3, TIFF 6.0)."""
+    asked = image.getexif().get(_ORIENTATION, 1)
+    return asked if asked in range(2, 9) else 1
+
+
+def _as_stored(turned: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
+    """Pixels that were turned as the file asks, in the grid that the file has."""
+    return np.asarray(_BACK[orientation](turned)) if orientation in _BACK else turned
+
+
+_BACK: dict[int, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].T,
+    8: lambda a: np.rot90(a, -1),
+}
+"""What undoes each way of turning."""
 
 
 def _magic(data: bytes) -> str:
