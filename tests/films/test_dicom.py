@@ -245,18 +245,20 @@ def test_packed_8_bit_lut_entries(entries):
 
 
 @pytest.mark.parametrize("bits", [0, 1, 17, 60000])
-def test_a_lut_of_impossible_depth_is_refused(bits):
+def test_a_lut_of_impossible_depth_has_that_of_its_data(bits):
     item = _lut_item(0, list(range(4096)), bits)
-    with pytest.raises(FilmError, match="damaged"):
-        _film(_file(VOILUTSequence=Sequence([item])))
+    film = _film(_file(VOILUTSequence=Sequence([item])))
+    _close(film, _slow(STORED, lambda v: v / 4095))
+    assert film.pixel_source == "dicom-voi-lut" and "has data of 12" in film.notes[0]
 
 
 @pytest.mark.parametrize("data", [[], [1, 2]])
-def test_a_malformed_lut_is_refused(data):
+def test_a_lut_that_cannot_be_used_leaves_it_to_the_next(data):
     item = _lut_item(0, [1, 2, 3], 12)
     item.add_new("LUTDescriptor", "US", data)
-    with pytest.raises(FilmError, match="damaged file"):
-        _film(_file(VOILUTSequence=Sequence([item])))
+    film = _film(_file(VOILUTSequence=Sequence([item]), WindowCenter=1700, WindowWidth=2200))
+    _close(film, _slow(STORED, lambda v: _linear(v, 1700, 2200)))
+    assert film.pixel_source == "dicom-window" and "VOI LUT is incomplete" in film.notes[0]
 
 
 # --- inversion -----------------------------------------------------------------------------------
@@ -470,7 +472,7 @@ def test_multi_frame_is_not_applicable():
 
 
 def test_colour_is_not_applicable():
-    rgb = np.dstack([DRAWN] * 3)
+    rgb = np.dstack([DRAWN, DRAWN // 2, DRAWN // 4])
     tags = dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
     film = _film(_file(rgb, bits=8, **tags))
     assert "colour image" in film.reasons[0] and film.shape == (60, 48)

@@ -224,9 +224,10 @@ def test_decode_ahead_stops_when_it_is_closed():
     assert len(started) <= 4
 
 
-def test_other_errors_of_a_decoder_are_not_hidden():
+def test_other_errors_of_a_decoder_are_said_and_do_not_cost_the_others():
     def decode(path: Path):
         raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="a bug"):
-        list(decode_ahead([Path("x")], decode))
+    errors = list(decode_ahead([Path("x"), Path("y")], decode))
+    assert [type(error) for error in errors] == [FilmError] * 2
+    assert "x: not read (RuntimeError)" in str(errors[0]) and "report it" in str(errors[0])

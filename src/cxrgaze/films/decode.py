@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cxrgaze.errors import FilmError
 from cxrgaze.films.film import Film, content_checked
+from cxrgaze.films.find import looks_like_dicom, looks_like_image
 from cxrgaze.films.images import film_from_image
 from cxrgaze.films.windows import Window
 
@@ -76,7 +77,8 @@ def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Fil
 
 
 def _decoded(data: bytes, name: str, window: Window | None) -> Film:
-    if data[128:132] == b"DICM" or Path(name).suffix.lower() in (".dcm", ".dicom"):
+    is_named = Path(name).suffix.lower() in (".dcm", ".dicom")
+    if looks_like_dicom(data) or (is_named and not looks_like_image(data)):
         from cxrgaze.films.dicom import film_from_dicom
 
         return film_from_dicom(data, name, window)

@@ -22,6 +22,7 @@ PIXEL_LIMIT = 100_000_000
 MIN_SIDE = 32
 
 
+_ASPECT = 3  # sides of a chest film differ by less
 _CONTRAST = 2 / 255  # a film whose central 99 % spans less than this shows nothing
 
 
@@ -70,8 +71,8 @@ def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
         return content_checked(Film(values, name, digest, "array"))
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UsageError(f"expected uint8, uint16 or float, found {pixels.dtype}")
-    values, source = grey_levels(pixels)
-    return content_checked(Film(values, name, digest, source))
+    values, source, notes = grey_levels(pixels)
+    return content_checked(Film(values, name, digest, source, notes=notes))
 
 
 def content_checked(film: Film) -> Film:
@@ -85,6 +86,8 @@ def content_checked(film: Film) -> Film:
     reasons = list(film.reasons)
     if min(film.shape) < MIN_SIDE:
         reasons.append(f"{film.shape[1]} x {film.shape[0]} pixels, expected {MIN_SIDE} a side")
+    if max(film.shape) > _ASPECT * min(film.shape):
+        reasons.append(f"{film.shape[1]} x {film.shape[0]} pixels: no chest has this shape")
     rows, columns = (max(side // 256, 1) for side in film.shape)  # a sample is enough
     low, high = np.quantile(film.pixels[::rows, ::columns], (0.005, 0.995))
     if high - low < _CONTRAST:

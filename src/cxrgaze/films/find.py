@@ -61,6 +61,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names)
 
 
+def looks_like_dicom(data: bytes) -> bool:
+    """Whether a file begins as DICOM, with its preamble or at once with groups 2 or 8 (PS3.10)."""
+    if data[128:132] == b"DICM":
+        return True
+    if data[:2] in (b"\x02\0", b"\x08\0"):
+        return data[4:6].isalpha() or int.from_bytes(data[4:8], "little") < 1 << 12
+    return data[:2] in (b"\0\x02", b"\0\x08") and data[4:6].isalpha()
+
+
+def looks_like_image(data: bytes) -> bool:
+    """Whether a file begins as PNG, JPEG or TIFF."""
+    return data.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
+
+
 def _looks_like_film(path: Path) -> bool:
     if path.name.startswith(".") or not path.is_file():
         return False
@@ -68,6 +82,6 @@ def _looks_like_film(path: Path) -> bool:
         return True
     try:
         with path.open("rb") as file:  # archives name DICOM files by their UID, or not at all
-            return file.read(132)[128:] == b"DICM"
+            return looks_like_dicom(file.read(132))
     except OSError:
         return False

@@ -56,8 +56,9 @@ def film_from_image(data: bytes, name: str) -> Film:
         raise FilmError(f"{name}: damaged or cut short: {error or type(error).__name__}") from error
     if frames > 1:
         reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
-    values, source = grey_levels(np.ascontiguousarray(pixels))
-    notes = (_NOT_TURNED.format(orientation),) if orientation != 1 else ()
+    values, source, notes = grey_levels(np.ascontiguousarray(pixels))
+    if orientation != 1:
+        notes = (*notes, _NOT_TURNED.format(orientation))
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
 
 
@@ -86,7 +87,7 @@ def _grey(
 ) -> tuple[NDArray[np.generic], tuple[str, ...]]:
     """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
     if isinstance(image, np.ndarray):
-        return np.rint(image.mean(axis=2)).astype(np.uint16), _colour_reason(image, 65535)
+        return np.rint(image.mean(axis=2)).astype(np.uint16), _colour_of(image, 65535)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if _white_is_zero(image):
@@ -100,12 +101,21 @@ def _grey(
     if image.mode in ("L", "1", "LA"):
         return np.asarray(image.convert("L")), ()
     colour = image.convert("RGB")
-    return np.asarray(colour.convert("L")), _colour_reason(np.asarray(colour), 255)
+    return np.asarray(colour.convert("L")), _colour_of(np.asarray(colour), 255)
 
 
-def _colour_reason(channels: NDArray[np.generic], white: int) -> tuple[str, ...]:
-    """Why an RGB image `(H, W, 3)` is no radiograph; empty if its channels agree."""
+def _colour_of(channels: NDArray[np.generic], white: int) -> tuple[str, ...]:
+    """`colour_reason` of an RGB image `(H, W, 3)`."""
     spread = (channels.max(axis=2).astype(np.float32) - channels.min(axis=2)).mean() / white
+    return colour_reason(float(spread))
+
+
+def colour_reason(spread: float) -> tuple[str, ...]:
+    """Why an image is no radiograph; empty if its channels agree.
+
+    Args:
+        spread: mean difference between the largest and the smallest channel, over white.
+    """
     return ("colour image (RGB), expected a grey radiograph",) if spread > _COLOUR_SPREAD else ()
 
 
