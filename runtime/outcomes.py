@@ -59,6 +59,8 @@ def outcomes(
 
 
 def _outcome(reader: Reader, path: Path, film: Film | FilmError, force: bool) -> Outcome:
+    if isinstance(film, NotApplicableError):
+        return Outcome(path, "not_applicable", "; ".join(film.reasons))
     if isinstance(film, FilmError):
         return Outcome(path, "failed", str(film))
     try:

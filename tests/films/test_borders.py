@@ -11,7 +11,7 @@ import pytest
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import RLELossless
 
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import FilmError, NotApplicableError
 from cxrgaze.evidence import phantom
 from cxrgaze.films import decode
 from cxrgaze.films.decode import film_from_bytes
@@ -114,3 +114,36 @@ def test_a_phantom_is_read_as_before():
     pixels = phantom.draw(1).pixels
     film = film_from_bytes(cv2.imencode(".png", pixels)[1].tobytes(), "p.png")
     assert np.array_equal(film.pixels, pixels.astype(np.float32) / np.float32(255))
+
+
+def _report():
+    """A structured report: DICOM without an image."""
+    report = pydicom.Dataset()
+    report.SOPClassUID, report.SOPInstanceUID = pydicom.uid.BasicTextSRStorage, "2.25.7"
+    report.Modality = "SR"
+    report.file_meta = pydicom.dataset.FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data = io.BytesIO()
+    pydicom.dcmwrite(data, report, enforce_file_format=True)
+    return data.getvalue()
+
+
+def test_a_dicom_object_without_an_image_is_not_applicable():
+    with pytest.raises(NotApplicableError, match="without an image"):
+        film_from_bytes(_report(), "sr.dcm")
+    with IsolatedLoader() as loader, pytest.raises(NotApplicableError, match="without an image"):
+        loader.load_bytes(_report(), "sr.dcm")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_cut_file_says_that_it_is_cut(films, share, compressed):
+    data = (films / "dcm_rg1q_12b_mono2_j2klossless.dcm").read_bytes()
+    if not compressed:
+        header = pydicom.dcmread(io.BytesIO(data))
+        header.decompress()
+        buffer = io.BytesIO()
+        header.save_as(buffer)
+        data = buffer.getvalue()
+    with pytest.raises(FilmError, match="cut short"):
+        film_from_bytes(data[: int(share * len(data))], "cut.dcm")

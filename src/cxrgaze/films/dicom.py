@@ -35,7 +35,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import FilmError, NotApplicableError
 from cxrgaze.files import sha256
 from cxrgaze.films.applicability import judge_header
 from cxrgaze.films.codestream import look
@@ -46,6 +46,7 @@ from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.films.images import colour_reason
 from cxrgaze.films.windows import Window
 
+NO_IMAGE = "a DICOM object without an image (report, presentation state, directory, ...)"
 INFLATED_LIMIT = 1 << 29
 """Bytes that a deflated data set may inflate to."""
 
@@ -148,6 +149,10 @@ def _parse(data: bytes, name: str) -> Dataset:
     if "Rows" in dataset and "PixelData" not in dataset:
         raise FilmError(f"{name}: cut short, or without pixel data: its header ends before them")
     if "Rows" not in dataset:
+        if "SOPClassUID" in dataset:
+            raise NotApplicableError((NO_IMAGE,))
+        if data[128:132] == b"DICM":
+            raise FilmError(f"{name}: cut short or damaged: its data set cannot be read to its end")
         raise FilmError(f"{name}: not a DICOM image: it has no pixel data")
     return dataset
 

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import Field, ValidationError
 
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import FilmError, NotApplicableError
 from cxrgaze.films.decode import film_from_bytes, load_film
 from cxrgaze.films.film import PIXEL_LIMIT, Film
 from cxrgaze.films.identity import DicomIdentity
@@ -46,6 +46,8 @@ class _Header(Frozen):
     """What the child says of a film; pixels follow it."""
 
     error: str | None = None
+    not_applicable: tuple[str, ...] = ()
+    """Reasons of a file that holds no film at all."""
     exhausted: bool = False
     """The child met its memory limit and should be replaced."""
     height: int = Field(default=0, ge=0)
@@ -113,6 +115,8 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
             raise
         if header.exhausted:
             self.close()
+        if header.not_applicable:
+            raise NotApplicableError(header.not_applicable)
         if header.error is not None:
             raise FilmError(header.error)
         return Film(
@@ -219,6 +223,8 @@ def _serve(memory_limit: int) -> None:
                 film = load_film(name)
             else:
                 film = film_from_bytes(sys.stdin.buffer.read(size), name)
+        except NotApplicableError as error:
+            _reply(out, _Header(not_applicable=error.reasons), b"", b"")
         except FilmError as error:
             exhausted = isinstance(error.__cause__, MemoryError)
             _reply(out, _Header(error=str(error)[:2000], exhausted=exhausted), b"", b"")

@@ -28,7 +28,8 @@ def apply_window(values: NDArray[np.generic], lower: float, upper: float) -> NDA
     """Linear ramp from 0 at `lower` to 1 at `upper`, clipped; a step where they are equal."""
     out = values.astype(np.float32)
     out -= np.float32(lower)
-    out /= np.float32(max(upper - lower, np.finfo(np.float32).tiny))
+    with np.errstate(over="ignore"):  # of a step: infinity is clipped
+        out /= np.float32(max(upper - lower, np.finfo(np.float32).tiny))
     return np.clip(out, 0, 1, out=out)
 
 
