@@ -36,7 +36,8 @@ def apply_window(values: NDArray[np.generic], lower: float, upper: float) -> NDA
 def without_frame(values: NDArray[np.generic]) -> NDArray[np.generic]:
     """The part of `values` `(H, W)` inside a constant frame, all of it where there is none.
 
-    A frame takes half a percent of the pixels or more: less moves none of `PERCENTILES`.
+    A frame takes half a percent of the pixels or more (less moves none of `PERCENTILES`), and what
+    it frames is not constant too.
     """
     inside = values
     for corner in (0, -1):
@@ -46,7 +47,7 @@ def without_frame(values: NDArray[np.generic]) -> NDArray[np.generic]:
         rows, columns = (np.flatnonzero(differs.any(axis=axis)) for axis in (1, 0))
         inside = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     is_frame = inside.size < (1 - PERCENTILES[0] / 100) * values.size
-    return inside if is_frame else values
+    return inside if is_frame and inside.min() < inside.max() else values
 
 
 FRAME = "a constant frame around the film was left out of its percentiles"
