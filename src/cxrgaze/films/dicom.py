@@ -149,9 +149,10 @@ def _parse(data: bytes, name: str) -> Dataset:
     if "Rows" in dataset and "PixelData" not in dataset:
         raise FilmError(f"{name}: cut short, or without pixel data: its header ends before them")
     if "Rows" not in dataset:
-        if "SOPClassUID" in dataset:
+        sop_class = UID(text(dataset, "SOPClassUID"))
+        if sop_class and "Image Storage" not in sop_class.name:
             raise NotApplicableError((NO_IMAGE,))
-        if data[128:132] == b"DICM":
+        if not dataset and data[128:132] == b"DICM":
             raise FilmError(f"{name}: cut short or damaged: its data set cannot be read to its end")
         raise FilmError(f"{name}: not a DICOM image: it has no pixel data")
     return dataset

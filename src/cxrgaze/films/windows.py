@@ -43,7 +43,7 @@ def without_frame(values: NDArray[np.generic]) -> NDArray[np.generic]:
     for corner in (0, -1):
         differs = inside != inside[corner, corner]
         if not differs.any():
-            return inside
+            return values
         rows, columns = (np.flatnonzero(differs.any(axis=axis)) for axis in (1, 0))
         inside = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     is_frame = inside.size < (1 - PERCENTILES[0] / 100) * values.size
