@@ -22,15 +22,17 @@ from cxrgaze.errors import (
     NotApplicableError,
     UsageError,
 )
-from cxrgaze.films.canvas import to_canvas
+from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film, film_from_array
 from cxrgaze.runtime.backend import Backend, BackendOptions
 from cxrgaze.runtime.backends import choose
-from cxrgaze.runtime.reading import Reading
+from cxrgaze.runtime.reading import Reading, mass_in_pad
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, PREPROCESSING
 
 MAX_BATCH = 16
+LARGE_PAD_MASS = 0.2
+"""Share of the predicted gaze outside the film from which a reading says so."""
 
 Readable = Film | Path | str | NDArray[np.generic]
 
@@ -198,7 +200,11 @@ class Reader(AbstractContextManager["Reader"]):
                     },
                     model=self._identity(),
                     forced=film.reasons,
-                    warnings=(*self.standing_warnings, *self._film_warnings(film)),
+                    warnings=(
+                        *self.standing_warnings,
+                        *self._film_warnings(film),
+                        *_pad_warning(outputs.log_density[index, 0], geometry),
+                    ),
                 )
             )
         return readings
@@ -277,6 +283,13 @@ def read_golden(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     shapes = {IMAGE: canvas, LOGITS: (1, len(spec.classes)), LOG_DENSITY: canvas}
     expected = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
     return bundle.read_arrays(GOLDEN, expected)
+
+
+def _pad_warning(log_density: NDArray[np.float32], geometry: Geometry) -> tuple[str, ...]:
+    mass = mass_in_pad(log_density, geometry)
+    if mass <= LARGE_PAD_MASS:
+        return ()
+    return (f"{100 * mass:.0f} % of the predicted gaze lies outside the film and was left out",)
 
 
 def _as_film(given: Readable) -> Film:

@@ -51,8 +51,7 @@ class Reading:
     @property
     def pad_mass(self) -> float:
         """Mass that the network put outside the film, dropped from every map; in [0, 1]."""
-        inside = np.exp(self.geometry.crop(self.log_density).astype(np.float64)).sum()
-        return float(np.clip(1 - inside, 0, 1))
+        return mass_in_pad(self.log_density, self.geometry)
 
     @property
     def peak(self) -> tuple[float, float]:
@@ -88,3 +87,9 @@ class Reading:
             "forced": list(self.forced),
             "notice": self.notice,
         }
+
+
+def mass_in_pad(log_density: NDArray[np.float32], geometry: Geometry) -> float:
+    """Mass of a density on the canvas that lies outside the film's area, in [0, 1]."""
+    inside = np.exp(geometry.crop(log_density).astype(np.float64)).sum()
+    return float(np.clip(1 - inside, 0, 1))

@@ -130,3 +130,12 @@ def test_saturated_films_of_real_sizes_are_read(reader, size, depth):
     pixels[:700] = 0
     reading = reader.read(pixels)
     assert reading.probabilities and 0 <= reading.pad_mass <= 1
+
+
+def test_gaze_outside_the_film_is_warned_of(reader):
+    strip = np.tile(np.arange(900, dtype=np.uint8) % 251, (60, 1))
+    reading = reader.read(strip, force=True)
+    assert "no chest has this shape" in reading.forced[0] and reading.pad_mass > 0.2
+    assert any("of the predicted gaze lies outside" in warning for warning in reading.warnings)
+    square = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    assert not any("lies outside" in warning for warning in reader.read(square).warnings)
