@@ -49,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cannot take the reader down; meant for services",
     )
     parser.add_argument(
+        "--isolate-memory",
+        type=command.bounded(256, 1 << 20),
+        default=2048,
+        metavar="MIB",
+        help="the most that the child process of --isolate may take (default 2048)",
+    )
+    parser.add_argument(
         "--device",
         default="auto",
         metavar="NAME",
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder
+    from cxrgaze.films.ahead import Decode
     from cxrgaze.films.decode import load_film
     from cxrgaze.films.find import find_films
     from cxrgaze.films.isolate import IsolatedLoader
@@ -101,7 +109,10 @@ def _run(args: argparse.Namespace) -> int:
                 require=args.require,
             )
         )
-        decode = stack.enter_context(IsolatedLoader()).load if args.isolate else load_film
+        decode: Decode = load_film
+        if args.isolate:
+            loader = IsolatedLoader(memory_limit=args.isolate_memory << 20)
+            decode = stack.enter_context(loader).load
         output = make_output_folder(args.output) if args.output else None
         options = PredictOptions(output, args.heatmap, as_json=args.json, force=args.force)
         records = predict(reader, films, decode, options)

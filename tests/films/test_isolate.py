@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -231,3 +232,14 @@ def test_other_errors_of_a_decoder_are_said_and_do_not_cost_the_others():
     errors = list(decode_ahead([Path("x"), Path("y")], decode))
     assert [type(error) for error in errors] == [FilmError] * 2
     assert "x: not read (RuntimeError)" in str(errors[0]) and "report it" in str(errors[0])
+
+
+def test_a_film_of_64_megapixels_fits_and_a_limit_that_is_too_small_is_named(tmp_path):
+    pixels = np.zeros((8000, 8000), np.uint16)
+    pixels[:] = np.arange(8000, dtype=np.uint16) * 7
+    cv2.imwrite(str(tmp_path / "large.png"), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    with IsolatedLoader() as loader:
+        assert loader.load(tmp_path / "large.png").shape == (8000, 8000)
+    with IsolatedLoader(memory_limit=700 << 20) as loader:
+        with pytest.raises(FilmError, match="limit of 700 MiB .--isolate-memory"):
+            loader.load(tmp_path / "large.png")

@@ -42,7 +42,11 @@ NEUTRAL_WORDS = frozenset(
         *("CHEST", "THORAX", "TORAX", "LUNG", "LUNGS", "CXR"),
         *("PORTABLE", "MOBILE", "BEDSIDE", "BED", "ERECT", "UPRIGHT", "STANDING", "SITTING"),
         *("SUPINE", "SEMIERECT", "SEMI", "INSPIRATION", "EXPIRATION", "INSP", "EXP", "VIEW"),
-        *("VIEWS", "PROJECTION", "GRID", "SINGLE", "ONE", "DE", "TO", "AND", "UNKNOWN", "OTHER"),
+        *("VIEWS", "PROJECTION", "GRID", "SINGLE", "ONE", "DE", "TO", "AND", "ICU", "ER"),
+        *("UNKNOWN", "OTHER", "NA", "NONE"),
+        *("LIEGEND", "STEHEND", "SITZEND", "BETT"),  # German
+        *("DEBOUT", "COUCHE", "ASSIS", "LIT"),  # French
+        *("PIE", "SENTADO", "CAMA", "ORTOSTATISMO", "LEITO", "LETTO"),  # Romance
     }
 )
 """Words beside a view that name none."""
@@ -54,6 +58,7 @@ FRONTAL_CODES = frozenset(
         ("SCT", "399033003"),  # frontal
         ("SRT", "R-10206"),
         ("SRT", "R-10214"),
+        ("SRT", "R-40888"),
         ("SRT", "R-10202"),
     }
 )
@@ -66,7 +71,7 @@ CHEST_WORDS = (
     *("TORAX", "PECHO", "PULMON", "PULMAO", "PEITO"),  # Spanish, Portuguese
     *("POITRINE", "POUMON"),  # French
     *("BRUSTKORB", "LUNGE", "BRUST"),  # German
-    *("TORACE", "POLMONE", "PETTO"),  # Italian
+    *("TORACE", "POLMON", "PETTO"),  # Italian
     *("BORST", "LONGEN"),  # Dutch
     *("BROSTKORG", "BRYST", "RINTAKEHA", "KEUHKOT"),  # Swedish, Danish, Finnish
     *("TORAKS", "GOGUS", "AKCIGER"),  # Turkish
@@ -128,9 +133,11 @@ def words(label: str) -> list[str]:
 
 
 def _plain(label: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", label.upper())
+    decomposed = unicodedata.normalize("NFKD", label.upper()).translate(_STROKES)
     return "".join(c for c in decomposed if not unicodedata.combining(c))
 
+
+_STROKES = str.maketrans("ŁØĐ", "LOD")  # which no normal form takes apart
 
 _LATERAL = "lateral view, expected a frontal one (PA or AP)"
 _OTHER_VIEW = "another view than a frontal one (PA or AP)"

@@ -24,7 +24,6 @@ from pydicom.uid import (
     JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
@@ -41,7 +40,7 @@ from cxrgaze.films.applicability import judge_header
 from cxrgaze.films.codestream import look
 from cxrgaze.films.display import displayed, spacing_mm, square_reason
 from cxrgaze.films.film import PIXEL_LIMIT, Film
-from cxrgaze.films.header import attribute, number, text
+from cxrgaze.films.header import attribute, number, text, transfer_syntax
 from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.films.images import colour_reason
 from cxrgaze.films.windows import Window
@@ -181,7 +180,7 @@ def _checked_shape(dataset: Dataset, name: str) -> tuple[int, int]:
 
 def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
     """The stored values of the first frame `(rows, columns)`, unused and overlay bits dropped."""
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian))
+    syntax = transfer_syntax(dataset)
     bits, plugin = int(dataset.BitsStored), PLUGINS.get(syntax, "")
     if syntax == JPEGExtended12Bit:
         plugin = "pillow" if bits == 8 else "pylibjpeg"  # 12 bits: only the GPL decoder reads them

@@ -9,6 +9,7 @@ look-up per pixel. What a film brings is not believed without a look at what it 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +20,22 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian
 
-from cxrgaze.films.header import attribute, has_decimal_comma, items, number, text
-from cxrgaze.films.windows import FRAME, PERCENTILES, Window, without_frame
+from cxrgaze.films.header import (
+    attribute,
+    has_decimal_comma,
+    items,
+    number,
+    text,
+    transfer_syntax,
+)
+from cxrgaze.films.windows import (
+    FRAME,
+    PERCENTILES,
+    Window,
+    level_counts,
+    look_up,
+    without_frame,
+)
 from cxrgaze.spec import PixelSource
 
 CLIPPED_SHARE = 0.8
@@ -44,18 +59,20 @@ def displayed(header: Dataset, stored: NDArray[np.integer], window: Window | Non
     Args:
         window: centre and width that replace the film's own, on values where larger is whiter.
     """
-    low = int(stored.min())
-    levels = np.arange(low, int(stored.max()) + 1)
+    low, high = int(stored.min()), int(stored.max())
+    levels = np.arange(low, high + 1)
     padding = _padding(header, levels)
     outside = _outside_shutter(header, stored.shape)
     seen = without_frame(stored) if outside is None else stored[~outside]
-    counts = np.bincount(seen.ravel().astype(np.int64) - low, minlength=len(levels))
+    counts = np.zeros(len(levels), dtype=np.int64)
+    first, some = level_counts(seen)
+    counts[first - low : first - low + len(some)] = some
     counts[padding] = 0
     chain = _Chain(header, levels, counts)
     table, source, notes = _forced(chain, window) if window else _chosen(chain)
     table = np.clip(table, 0, 1).astype(np.float32)
     table[padding] = 0
-    pixels = table[stored.astype(np.int64) - low]
+    pixels = look_up(stored, low, table)
     if outside is not None:
         pixels[outside] = 0
         notes = (*notes, "what lies outside the shutter in the header was made black")
@@ -80,16 +97,23 @@ class _Chain:
         )
 
     def doubts(self) -> tuple[str, ...]:
-        """What the header leaves in doubt about polarity."""
+        """What the header leaves in doubt about its modality LUT and polarity."""
+        doubts = []
+        for item in items(self.header, "ModalityLUTSequence")[:1]:
+            try:
+                _lut_data(self.header, item)
+            except _UNUSABLE:
+                doubts.append("the file's modality LUT is incomplete; it was not used")
         shape = text(self.header, "PresentationLUTShape")
         if text(self.header, "PhotometricInterpretation") == "MONOCHROME1" and shape == "IDENTITY":
-            return ("the header says MONOCHROME1 and IDENTITY; it was inverted, as MONOCHROME1 is",)
-        return ()
+            doubts.append("the header says MONOCHROME1 and IDENTITY; it was inverted once")
+        return tuple(doubts)
 
     def modality(self, levels: NDArray[np.integer]) -> NDArray[np.floating]:
         """Modality LUT, else rescale, else the levels themselves (PS3.3 C.11.1)."""
         for item in items(self.header, "ModalityLUTSequence")[:1]:
-            return _looked_up(self.header, item, levels)
+            with contextlib.suppress(*_UNUSABLE):
+                return _looked_up(self.header, item, levels)
         source = _functional(self.header, "PixelValueTransformationSequence")
         slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
         return levels * (slope or 1.0) + (intercept or 0.0)
@@ -100,6 +124,9 @@ class _Chain:
         signed = number(self.header, "PixelRepresentation") == 1
         return np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
 
+
+_UNUSABLE = (AttributeError, IndexError, TypeError, ValueError)
+"""What a LUT raises that lacks its descriptor or its data."""
 
 _Table = tuple[NDArray[np.floating], PixelSource, tuple[str, ...]]
 
@@ -144,7 +171,7 @@ def _candidates(
             values = _looked_up(header, item, np.rint(modality))
             largest = float(_lut_data(header, item).max())
             said = int(item.LUTDescriptor[2])
-        except (AttributeError, IndexError, TypeError, ValueError):
+        except _UNUSABLE:
             notes.append("the file's VOI LUT is incomplete; it was not used")
             continue
         bits = max(int(largest).bit_length(), 1)
@@ -236,19 +263,18 @@ def _lut_data(header: Dataset, item: Dataset) -> NDArray[np.floating]:
     Bytes are packed 8-bit entries at exactly their number (padded to even length), else words.
 
     Raises:
-        AttributeError, IndexError, TypeError, ValueError: no descriptor, no data.
+        What `_UNUSABLE` lists: no descriptor, no data.
     """
     entries = int(item.LUTDescriptor[0]) or 65536
     data: Any = item.LUTData
+    if data is None or not len(data):
+        raise ValueError("a LUT without data")
     if isinstance(data, bytes):
-        big = header.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian
+        big = transfer_syntax(header) == ExplicitVRBigEndian
         is_packed = len(data) in (entries, entries + entries % 2)
         kind = np.dtype(np.uint8) if is_packed else np.dtype(">u2" if big else "<u2")
         data = np.frombuffer(data[: len(data) // 2 * 2], kind)
-    table = np.asarray(data, dtype=np.float64).reshape(-1)[:entries]
-    if not table.size:
-        raise ValueError("a LUT without data")
-    return table
+    return np.asarray(data, dtype=np.float64).reshape(-1)[:entries]
 
 
 def _padding(header: Dataset, levels: NDArray[np.integer]) -> NDArray[np.bool_]:

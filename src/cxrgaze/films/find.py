@@ -65,9 +65,10 @@ def looks_like_dicom(data: bytes) -> bool:
     """Whether a file begins as DICOM, with its preamble or at once with groups 2 or 8 (PS3.10)."""
     if data[128:132] == b"DICM":
         return True
-    if data[:2] in (b"\x02\0", b"\x08\0"):
-        return data[4:6].isalpha() or int.from_bytes(data[4:8], "little") < 1 << 12
-    return data[:2] in (b"\0\x02", b"\0\x08") and data[4:6].isalpha()
+    has_vr = data[4:6].isalpha() and data[4:6].isupper()
+    if data[:2] == b"\x08\0" and not has_vr:  # implicit VR: a length of a few characters
+        return int.from_bytes(data[4:8], "little") in range(0, 1 << 12, 2)
+    return has_vr and data[:2] in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08")
 
 
 def looks_like_image(data: bytes) -> bool:

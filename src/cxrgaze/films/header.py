@@ -8,6 +8,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 
 def attribute(header: Dataset, keyword: str) -> Any:
@@ -54,6 +55,8 @@ def _raw(header: Dataset, keyword: str) -> str:
         value = header.get_item(keyword).value
     except Exception:  # whatever pydicom raises on malformed bytes
         return ""
+    if isinstance(value, MultiValue | list) and value:
+        value = value[0]
     written = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
     return written.split("\\")[0].strip()
 
@@ -61,3 +64,12 @@ def _raw(header: Dataset, keyword: str) -> str:
 def items(header: Dataset, keyword: str) -> list[Dataset]:
     """The items of a sequence, none where it is missing or malformed."""
     return [item for item in attribute(header, keyword) or () if isinstance(item, Dataset)]
+
+
+def transfer_syntax(header: Dataset) -> UID:
+    """The transfer syntax; of a file without group 2 the one that it is written in."""
+    said = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
+    if said:
+        return UID(said)
+    _, is_little_endian = header.original_encoding
+    return ExplicitVRLittleEndian if is_little_endian is not False else ExplicitVRBigEndian

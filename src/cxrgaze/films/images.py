@@ -88,6 +88,8 @@ def _grey(
     """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
     if isinstance(image, np.ndarray):
         return np.rint(image.mean(axis=2)).astype(np.uint16), _colour_of(image, 65535)
+    if image.mode == "I;16" and not _white_is_zero(image):
+        return np.asarray(image), ()
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if _white_is_zero(image):

@@ -118,7 +118,7 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
         if header.not_applicable:
             raise NotApplicableError(header.not_applicable)
         if header.error is not None:
-            raise FilmError(header.error)
+            raise FilmError(header.error + (self._within if header.exhausted else ""))
         return Film(
             pixels=np.frombuffer(pixels, np.float32).reshape(header.height, header.width),
             name=name,
@@ -186,9 +186,12 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
         assert self._child
         code = self._child.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return FilmError(
-            f"{name}: its decoder died ({how}), within {self._memory_limit >> 20} MiB; refused"
-        )
+        return FilmError(f"{name}: its decoder died ({how}){self._within}; refused")
+
+    @property
+    def _within(self) -> str:
+        size = self._memory_limit >> 20
+        return f", within its limit of {size} MiB (--isolate-memory, IsolatedLoader(memory_limit=))"
 
     def _start(self) -> None:
         self._child = subprocess.Popen(

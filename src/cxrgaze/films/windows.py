@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,13 +16,35 @@ PERCENTILES = (0.5, 99.5)
 Window = tuple[float, float]
 
 
-def percentile_window(values: NDArray[np.integer]) -> tuple[float, float]:
+_ROWS = 256  # worked on at once: an index of a whole film takes eight bytes a pixel
+
+
+def level_counts(values: NDArray[Any]) -> tuple[int, NDArray[np.int64]]:
+    """The smallest of integer pixels, along any axes, and how many have each value from it on."""
+    low, high = int(values.min()), int(values.max())
+    counts = np.zeros(high - low + 1, dtype=np.int64)
+    for start in range(0, len(values), _ROWS):
+        part = values[start : start + _ROWS].astype(np.int64) - low
+        counts += np.bincount(part.ravel(), minlength=len(counts))
+    return low, counts
+
+
+def look_up(
+    values: NDArray[np.integer], low: int, table: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The entry of `table` for each of integer pixels `(H, W)`; its first is that of `low`."""
+    out = np.empty(values.shape, dtype=np.float32)
+    for start in range(0, len(values), _ROWS):
+        part = slice(start, start + _ROWS)
+        out[part] = table[values[part].astype(np.int64) - low]
+    return out
+
+
+def percentile_window(values: NDArray[Any]) -> tuple[float, float]:
     """Lower and upper end of the stated percentile window (`PERCENTILES`) of integer pixels."""
-    low = int(values.min())
-    counts = np.bincount((values.ravel() - low).astype(np.int64))
+    low, counts = level_counts(values)
     share = np.cumsum(counts) / values.size
-    ends = (int(np.searchsorted(share, p / 100)) + low for p in PERCENTILES)
-    lower, upper = ends
+    lower, upper = (int(np.searchsorted(share, p / 100)) + low for p in PERCENTILES)
     return float(lower), float(upper)
 
 
@@ -33,7 +57,7 @@ def apply_window(values: NDArray[np.generic], lower: float, upper: float) -> NDA
     return np.clip(out, 0, 1, out=out)
 
 
-def without_frame(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def without_frame(values: NDArray[Any]) -> NDArray[Any]:
     """The part of `values` `(H, W)` inside a constant frame, all of it where there is none.
 
     A frame takes half a percent of the pixels or more (less moves none of `PERCENTILES`), and what
@@ -60,6 +84,6 @@ def grey_levels(
     if values.dtype == np.uint8:
         return values.astype(np.float32) / np.float32(255), "image-8bit", ()
     inside = without_frame(values)
-    window = percentile_window(inside.astype(np.int64))
+    window = percentile_window(inside)
     notes = (FRAME,) if inside.size < values.size else ()
     return apply_window(values, *window), "image-16bit", notes
