@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 
 import cv2
 import numpy as np
 import pytest
 
+from cxrgaze.errors import FilmError
 from cxrgaze.films.decode import film_from_bytes
 from cxrgaze.films.windows import apply_window, percentile_window
 
@@ -101,3 +103,21 @@ def test_a_deep_tiff_in_colour_is_not_applicable(grey):
     pixels = np.stack([grey, grey // 2, grey // 8], axis=2)
     film = film_from_bytes(_tiff(pixels * 16), "x.tif")
     assert film.reasons == ("colour image (RGB), expected a grey radiograph",)
+
+
+NOT_READ = {
+    "BMP": (cv2.imencode(".bmp", np.zeros((40, 40), np.uint8))[1].tobytes(), "convert it to PNG"),
+    "WebP": (cv2.imencode(".webp", np.zeros((40, 40, 3), np.uint8))[1].tobytes(), "convert it"),
+    "JPEG 2000": (cv2.imencode(".jp2", np.zeros((40, 40), np.uint8))[1].tobytes(), "into DICOM"),
+    "gzip": (gzip.compress(b"a film"), "unpack it"),
+    "ZIP": (b"PK\x03\x04" + bytes(40), "unpack it"),
+    "PDF": (b"%PDF-1.7", "take the film itself"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+@pytest.mark.parametrize("name", ["film.png", "film", "film.bmp"])
+def test_what_is_not_read_is_refused_by_its_name_with_what_to_do(kind, name):
+    data, remedy = NOT_READ[kind]
+    with pytest.raises(FilmError, match=f"{name}: a {kind} file, which is not read; .*{remedy}"):
+        film_from_bytes(data, name)

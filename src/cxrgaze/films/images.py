@@ -46,10 +46,7 @@ def film_from_image(data: bytes, name: str) -> Film:
                 if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
                     pixels = _as_stored(pixels, orientation)
     except UnidentifiedImageError as error:
-        raise FilmError(
-            f"{name}: not a PNG, JPEG, TIFF or DICOM file, or a kind of one that is not read; "
-            f"found {_magic(data)}"
-        ) from error
+        raise FilmError(f"{name}: {_not_read(data)}") from error
     except (FilmError, MemoryError):
         raise
     except Exception as error:  # a hostile file can raise anything inside Pillow
@@ -150,5 +147,30 @@ _BACK: dict[int, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
 """What undoes each way of turning."""
 
 
-def _magic(data: bytes) -> str:
-    return f"{len(data)} bytes starting with {data[:8].hex(' ')}"
+def _not_read(data: bytes) -> str:
+    """What a file is that is not read, and what to do with it."""
+    for kind, remedy, is_one in _REFUSED:
+        if is_one(data):
+            return f"a {kind} file, which is not read; {remedy}"
+    return (
+        "not a PNG, JPEG, TIFF or DICOM file, or a kind of one that is not read; found "
+        f"{len(data)} bytes starting with {data[:8].hex(' ')}"
+    )
+
+
+_CONVERT = "convert it to PNG of the same depth"
+_REFUSED: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (
+    ("BMP", _CONVERT, lambda data: data.startswith(b"BM") and data[6:10] == bytes(4)),
+    ("WebP", _CONVERT, lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP"),
+    ("GIF", _CONVERT, lambda data: data.startswith(b"GIF8")),
+    (
+        "JPEG 2000",
+        "put it into DICOM, or convert it to PNG of the same depth",
+        lambda data: data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    ),
+    ("JPEG XL", _CONVERT, lambda data: data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
+    ("gzip", "unpack it", lambda data: data.startswith(b"\x1f\x8b")),
+    ("ZIP", "unpack it", lambda data: data.startswith(b"PK\x03\x04")),
+    ("PDF", "take the film itself", lambda data: data.startswith(b"%PDF")),
+)
+"""Kinds that are refused by name: each would be one more parser that a foreign file reaches."""
