@@ -139,6 +139,21 @@ def test_what_is_of_no_known_kind_is_nothing(data):
     assert look(data) is None
 
 
+def test_what_contradicts_itself_is_said():
+    stream = _by_hand(20)
+    table = stream.index(b"\xff\x5c")
+    boxes = struct.pack(">I4sI", 12, b"jP  ", 0x0D0A870A) + struct.pack(">I4s", 0, b"jp2c")
+    for data, message in (
+        (b"\xff\xd8\0\xc0" + bytes(20), "headers of its codestream are damaged"),
+        (stream[:table] + b"\0" + stream[table + 1 :], "headers of its codestream are damaged"),
+        (b"\xff\xd8\xff\xda\0\x08....", "no frame header before its data"),
+        (boxes + b"\0" + stream[1:], "JPEG 2000 file has no codestream"),
+        (b"\xff\xd8\xff\xc0\0", "headers of its codestream are cut"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            look(data)
+
+
 # --- damage -------------------------------------------------------------------------------------
 
 
@@ -205,6 +220,12 @@ def test_another_size_than_the_headers_is_refused(made, kind, wrong):
     stream = _streams(made)[kind]
     with pytest.raises(FilmError, match="its codestream is of 48 x 60 pixels of 1 samples"):
         made.film(_dicom(made, kind, stream, **wrong))
+
+
+def test_a_stream_that_contradicts_itself_is_refused_with_what_it_says(made):
+    stream = _streams(made)["jpeg"]
+    with pytest.raises(FilmError, match="damaged: its codestream has no frame header before"):
+        made.film(_dicom(made, "jpeg", b"\xff\xd8\xff\xda" + stream[2:]))
 
 
 @pytest.mark.parametrize("kind", ["j2k", "jls"])

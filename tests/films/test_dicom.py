@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
     SecondaryCaptureImageStorage,
 )
 
@@ -29,9 +31,17 @@ from cxrgaze.evidence import phantom
 from cxrgaze.films import dicom
 from cxrgaze.films.canvas import to_canvas
 from cxrgaze.films.decode import film_from_bytes, load_film
-from cxrgaze.train.model import spec_of
+from cxrgaze.spec import DiseaseClass, ModelSpec
 
-SPEC = spec_of("paper", model_version="t", pixel_source="image-8bit", domain="none")
+SPEC = ModelSpec(
+    variant="paper",
+    model_version="t",
+    classes=tuple(DiseaseClass(name=n, display=n, snomed="0") for n in ("normal", "pneumonia")),
+    height=640,
+    width=512,
+    pixel_source="image-8bit",
+    domain="none",
+)
 DRAWN = phantom.draw(3, shape=(60, 48)).pixels
 STORED = DRAWN.astype(np.uint16) * 12 + 300  # uses 12 bits: 300 to 3360
 
@@ -574,12 +584,20 @@ def test_a_file_without_preamble_is_read_by_its_suffix():
         (_file(STORED.astype(np.uint32), bits=32), "32 bits allocated, expected 8 or 16"),
         (_file(drop=["Rows"]), "not a DICOM image: it has no pixel data"),
         (_file().replace(b".1.2.1\0", b".1.2.9\0"), "transfer syntax .*1.2.9.* is not read"),
+        (_file()[: _file().index(b"\xe0\x7f\x10\0")], "cut short, or without pixel data"),
     ],
-    ids=["words of 32 bits", "no picture", "an unknown transfer syntax"],
+    ids=["words of 32 bits", "no picture", "an unknown transfer syntax", "cut before its pixels"],
 )
 def test_what_is_no_film_is_said(data, message):
     with pytest.raises(FilmError, match=message):
         _film(data)
+
+
+@pytest.mark.skipif(find_spec("libjpeg") is not None, reason="pylibjpeg-libjpeg is installed")
+def test_a_missing_decoder_is_said_with_what_to_install(made):
+    stream = made.encapsulated(b"\xff\xd8")
+    with pytest.raises(FilmError, match="needs the package pylibjpeg-libjpeg.* run: pip install"):
+        _film(made.file(STORED, syntax=JPEGExtended12Bit, payload=stream))
 
 
 def test_a_text_file_called_dcm_is_refused():
