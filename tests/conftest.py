@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from cxrgaze.export import cli as export_cli
 
@@ -25,8 +27,14 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demo-fp32.cxrgaze and demo-fp16.cxrgaze; copy before you change anything."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for precision in ("fp32", "fp16"):
-        assert export_cli.main(["--precision", precision, "--output", str(folder)]) == 0
+    """A folder with demo-fp32.cxrgaze and demo-fp16.cxrgaze; copy before you change anything.
+
+    The processes of pytest-xdist share it: whichever comes first makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    with FileLock(f"{folder}.lock"):
+        for precision in ("fp32", "fp16"):
+            if not (folder / f"demo-{precision}.cxrgaze").exists():
+                assert export_cli.main(["--precision", precision, "--output", str(folder)]) == 0
     return folder

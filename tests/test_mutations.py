@@ -46,7 +46,6 @@ PAIRS = {
     "src/cxrgaze/films/codestream.py": "tests/films/test_codestream.py",
     "src/cxrgaze/films/decode.py": f"{FILM} tests/films/test_borders.py -k 'not isolated'",
     "src/cxrgaze/films/dicom.py": f"{DICOM} -k '(refused or said or cut or without) and not once'",
-    "src/cxrgaze/films/display.py": "tests/films/test_dicom.py -k lut",
     "src/cxrgaze/films/film.py": FILM,
     "src/cxrgaze/films/find.py": FILM,
     "src/cxrgaze/films/images.py": FILM,
@@ -164,7 +163,7 @@ class Copy:
         finally:
             self._write(path, original)
         if run.returncode not in (0, 1):
-            return run.stdout[-2000:] + run.stderr[-2000:]
+            return f"exit code {run.returncode}: {run.stdout[-1000:]} {run.stderr[-1000:]}"
         return "failed" if run.returncode else "passed"
 
     @staticmethod
@@ -175,9 +174,10 @@ class Copy:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="some checks are of Linux alone")
 def test_every_check_has_a_test_in_which_it_fails(bundles, tmp_path):
     (tmp_path / "mutation_child.py").write_text(PLUGIN.format(bundles=str(bundles)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0))
     copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
     for index in range(cores):
         copies.put(Copy(tmp_path / str(index), tmp_path))
@@ -193,7 +193,8 @@ def test_every_check_has_a_test_in_which_it_fails(bundles, tmp_path):
     planted = [(module, m) for module, source in sources.items() for m in mutants(source)]
     with ThreadPoolExecutor(cores) as pool:
         untouched = dict(zip(sources, pool.map(outcome, sources.items()), strict=True))
-        assert set(untouched.values()) == {"passed"}, untouched
+        broken = {module: found for module, found in untouched.items() if found != "passed"}
+        assert not broken
         found = list(pool.map(outcome, ((module, m.source) for module, m in planted)))
     survivors, reasons = [], dict(UNREACHED)
     for (module, mutant), came_of_it in zip(planted, found, strict=True):

@@ -21,6 +21,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+"""What foreign code may raise that is not about what it was given."""
+
 
 class ExitCode(IntEnum):
     """Exit codes of every command (docs/graphs.md#exit-codes)."""

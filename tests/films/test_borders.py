@@ -71,14 +71,14 @@ def test_the_isolated_child_outlives_such_a_film(rle):
     data, start = rle
     with IsolatedLoader() as loader:
         loader.load_bytes(data, "whole.dcm")
-        child = loader._child.pid
+        child = loader._nursery.worker
         failed = 0
         for seed in range(60):
             try:
                 loader.load_bytes(_flipped(data, start, seed), "flipped.dcm")
             except FilmError:
                 failed += 1
-        assert failed and loader._child.pid == child
+        assert failed and loader._nursery.worker == child
 
 
 class Foreign(BaseException):

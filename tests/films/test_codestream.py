@@ -40,7 +40,7 @@ def _drawn(shape, bits, seed=1):
 def test_jpeg_2000_of_every_size_and_depth(made, rows, columns, bits, boxed, rgb):
     shape = (rows, columns, 3) if rgb else (rows, columns)
     stream = made.j2k(_drawn(shape, bits), bits, codec_format=int(boxed))
-    assert look(stream) == (columns, rows, 3 if rgb else 1, bits, True)
+    assert look(stream)[:5] == (columns, rows, 3 if rgb else 1, bits, True)
     assert look(stream + b"\0") == look(stream)
 
 
@@ -49,7 +49,7 @@ def test_jpeg_2000_of_every_size_and_depth(made, rows, columns, bits, boxed, rgb
 def test_jpeg_ls_of_every_size_and_depth(made, rows, columns, bits):
     pixels = _drawn((rows, columns), bits) // 4  # its encoder has no room for noise
     pixels[0, 0] = 2**bits - 1  # its encoder takes the depth from the largest value
-    assert look(made.jls(pixels)) == (columns, rows, 1, bits, True)
+    assert look(made.jls(pixels))[:5] == (columns, rows, 1, bits, True)
 
 
 @QUICK
@@ -58,7 +58,7 @@ def test_jpeg_of_every_size(rows, columns, rgb, progressive):
     pixels = _drawn((rows, columns, 3) if rgb else (rows, columns), 8)
     options = {"progressive": progressive, "comment": b"\xff\xd9 no end"}
     stream = _jpeg(pixels, **options)
-    assert look(stream) == (columns, rows, 3 if rgb else 1, 8, True)
+    assert look(stream)[:5] == (columns, rows, 3 if rgb else 1, 8, True)
 
 
 # --- streams by hand, from T.81 and T.800 -------------------------------------------------------
@@ -72,15 +72,15 @@ def test_every_frame_header_of_jpeg_is_known(marker, fill):
     comment = b"\xff\xfe" + struct.pack(">H", 6) + b"\xff\xc0\0\0"
     head = struct.pack(">HBHHB", 11, 12, 391, 368, 1) + bytes([1, 0x11, 0])
     stream = b"\xff\xd8" + comment + fill + b"\xff" + bytes([marker]) + head
-    assert look(stream + b"\xff\xda\0\x08....\xff\xd9") == (368, 391, 1, 12, True)
-    assert look(stream + b"\xff\xda\0\x08....") == (368, 391, 1, 12, False)
+    assert look(stream + b"\xff\xda\0\x08....\xff\xd9")[:5] == (368, 391, 1, 12, True)
+    assert look(stream + b"\xff\xda\0\x08....")[:5] == (368, 391, 1, 12, False)
 
 
 def test_a_table_is_no_frame_header():
     """DHT, JPG and DAC stand among the numbers of the frame headers (T.81 table B.1)."""
     head = struct.pack(">HBHHB", 11, 8, 5, 7, 1) + bytes([1, 0x11, 0])
     others = b"".join(b"\xff" + bytes([m]) + struct.pack(">H", 4) + b"\1\2" for m in b"\xc4\xcc")
-    assert look(b"\xff\xd8" + others + b"\xff\xc0" + head + b"\xff\xd9") == (7, 5, 1, 8, True)
+    assert look(b"\xff\xd8" + others + b"\xff\xc0" + head + b"\xff\xd9")[:5] == (7, 5, 1, 8, True)
 
 
 def _by_hand(*parts, size=(368, 391), origin=(0, 0), depth=12, signed=False, end=b"\xff\xd9"):
@@ -99,7 +99,7 @@ def _by_hand(*parts, size=(368, 391), origin=(0, 0), depth=12, signed=False, end
 @pytest.mark.parametrize("parts", [(20,), (20, 33, 14), (0,), (50, 0), (14,) * 40])
 @pytest.mark.parametrize("pad", [b"", b"\0"])
 def test_tile_parts_are_counted(parts, pad):
-    assert look(_by_hand(*parts) + pad) == (368, 391, 1, 12, True)
+    assert look(_by_hand(*parts) + pad)[:5] == (368, 391, 1, 12, True)
 
 
 @pytest.mark.parametrize("parts", [(20,), (20, 33, 14), (0,), (50, 0)])
@@ -115,7 +115,7 @@ def test_a_missing_end_and_a_missing_tile_part_are_seen(parts):
 @pytest.mark.parametrize("origin", [(0, 0), (5, 9)])
 def test_sign_and_origin_of_the_grid_do_not_count(signed, origin):
     stream = _by_hand(20, signed=signed, origin=origin, depth=16)
-    assert look(stream) == (368, 391, 1, 16, True)
+    assert look(stream)[:5] == (368, 391, 1, 16, True)
 
 
 @pytest.mark.parametrize("extended", [False, True])
@@ -222,10 +222,12 @@ def test_another_size_than_the_headers_is_refused(made, kind, wrong):
         made.film(_dicom(made, kind, stream, **wrong))
 
 
-def test_a_stream_that_contradicts_itself_is_refused_with_what_it_says(made):
+def test_a_stream_that_is_damaged_or_cut_is_refused_with_what_is_wrong(made):
     stream = _streams(made)["jpeg"]
     with pytest.raises(FilmError, match="damaged: its codestream has no frame header before"):
         made.film(_dicom(made, "jpeg", b"\xff\xd8\xff\xda" + stream[2:]))
+    with pytest.raises(FilmError, match="cut short: its codestream does not reach its end"):
+        made.film(_dicom(made, "jpeg", stream[:-2]))
 
 
 @pytest.mark.parametrize("kind", ["j2k", "jls"])

@@ -206,7 +206,7 @@ def test_a_file_beyond_all_limits_is_refused(monkeypatch, tmp_path):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(decode, "film_from_image", full)
+    monkeypatch.setattr(decode.images, "film_from_image", full)
     with pytest.raises(FilmError, match="a.png: needs more memory than there is"):
         film_from_bytes(data, "a.png")
 

@@ -477,6 +477,7 @@ def test_two_processes_with_batch_b_take_the_step_of_one_with_2b(gradients, whic
         np.testing.assert_allclose(two[name], gradient, atol=2e-5 * largest, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_two_processes(small, tmp_path, finished):
     """Every film is validated once, whatever the number of processes; the stages hand over."""
     arguments = ["fit", str(small.folder), "--config", "demo", "--accelerator", "cpu"]

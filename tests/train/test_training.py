@@ -89,6 +89,7 @@ def test_a_short_run_learns_both_heads(tmp_path):
     assert found["cc"] >= found["cc_centre_prior"] + 0.12
 
 
+@pytest.mark.slow
 def test_shuffled_targets_teach_nothing(tmp_path):
     found = _short_run(tmp_path, "--shuffle-targets")
     assert 0.35 <= found["auc_macro"] <= 0.65

@@ -8,15 +8,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cxrgaze.errors import FilmError
+from cxrgaze.errors import INTERRUPTS, FilmError
+from cxrgaze.films import images
 from cxrgaze.films.film import Film, content_checked
 from cxrgaze.films.find import looks_like_dicom, looks_like_image
-from cxrgaze.films.images import film_from_image
 from cxrgaze.films.windows import Window
 
 BYTE_LIMIT = 1 << 30
-INTERRUPTS = (KeyboardInterrupt, SystemExit)
-"""What a decoder may raise that is not about its film."""
 
 
 def load_film(path: Path | str, window: Window | None = None) -> Film:
@@ -28,21 +26,28 @@ def load_film(path: Path | str, window: Window | None = None) -> Film:
     Raises:
         FilmError: missing, unreadable, damaged or of no known format.
     """
-    path = Path(path)
     start = time.perf_counter()
+    film = film_from_bytes(read_file(path), str(path), window)
+    return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
+
+
+def read_file(path: Path | str) -> bytes:
+    """The bytes of a film's file, at most one more than `BYTE_LIMIT`.
+
+    Raises:
+        FilmError: no file, or one that cannot be read.
+    """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise FilmError(f"{path}: not a regular file")
             # Asking for the limit would take that much memory first.
-            data = file.read(min(status.st_size, BYTE_LIMIT) + 1)
+            return file.read(min(status.st_size, BYTE_LIMIT) + 1)
     except OSError as error:
         raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
     except ValueError as error:  # a NUL byte in the path
         raise FilmError(f"{path}: no path of a file: {error}") from error
-    film = film_from_bytes(data, str(path), window)
-    return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -76,10 +81,23 @@ def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Fil
         raise FilmError(f"{name}: damaged file ({type(error).__name__})") from None
 
 
+def promised_samples(data: bytes) -> int:
+    """How many samples the header of a film's file says that it has; 0 where it says nothing.
+
+    Raises:
+        Exception: whatever a damaged header raises inside pydicom and Pillow.
+    """
+    if looks_like_image(data):
+        return images.promised_samples(data)
+    from cxrgaze.films import dicom
+
+    return dicom.promised_samples(data)
+
+
 def _decoded(data: bytes, name: str, window: Window | None) -> Film:
     is_named = Path(name).suffix.lower() in (".dcm", ".dicom")
     if looks_like_dicom(data) or (is_named and not looks_like_image(data)):
-        from cxrgaze.films.dicom import film_from_dicom
+        from cxrgaze.films import dicom
 
-        return film_from_dicom(data, name, window)
-    return film_from_image(data, name)
+        return dicom.film_from_dicom(data, name, window)
+    return images.film_from_image(data, name)

@@ -16,28 +16,21 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset
-from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import (
-    JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
     RLELossless,
 )
 
-from cxrgaze.errors import FilmError, NotApplicableError
+from cxrgaze.errors import INTERRUPTS, FilmError, NotApplicableError
 from cxrgaze.files import sha256
 from cxrgaze.films.applicability import judge_header
-from cxrgaze.films.codestream import look
+from cxrgaze.films.codestream import Codestream, look
+from cxrgaze.films.decoders import DECODERS, ENCAPSULATED_UNCOMPRESSED, JPEG_XL, Layout
 from cxrgaze.films.display import displayed, spacing_mm, square_reason
 from cxrgaze.films.film import PIXEL_LIMIT, Film
 from cxrgaze.films.header import attribute, number, text, transfer_syntax
@@ -48,18 +41,6 @@ from cxrgaze.films.windows import Window
 NO_IMAGE = "a DICOM object without an image (report, presentation state, directory, ...)"
 INFLATED_LIMIT = 1 << 29
 """Bytes that a deflated data set may inflate to."""
-
-PLUGINS = {
-    JPEG2000: "pylibjpeg",
-    JPEG2000Lossless: "pylibjpeg",
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-    RLELossless: "pylibjpeg",
-    JPEGBaseline8Bit: "pillow",
-    JPEGLossless: "gdcm",
-    JPEGLosslessSV1: "gdcm",
-}
-"""Decoder by compressed transfer syntax: the fastest that may ship (docs/dicom.md#decoders)."""
 
 
 def film_from_dicom(data: bytes, name: str, window: Window | None = None) -> Film:
@@ -77,6 +58,19 @@ def film_from_dicom(data: bytes, name: str, window: Window | None = None) -> Fil
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")  # pydicom's warnings quote header values
         return _film(_parse(data, name), data, name, window)
+
+
+def promised_samples(data: bytes) -> int:
+    """How many samples a frame has by the header of a DICOM file; 0 where it does not say."""
+    keywords = ["Rows", "Columns", "SamplesPerPixel"]
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        _check_inflated_size(data, "the file")
+        header = pydicom.dcmread(
+            io.BytesIO(data), stop_before_pixels=True, force=True, specific_tags=keywords
+        )
+    rows, columns, samples = (number(header, keyword) or 0 for keyword in keywords)
+    return int(rows * columns * (samples or 1))
 
 
 def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Film:
@@ -139,11 +133,7 @@ def _complete(dataset: Dataset) -> tuple[str, ...]:
 
 
 def _parse(data: bytes, name: str) -> Dataset:
-    file = io.BytesIO(data)
-    file.seek(132 if data[128:132] == b"DICM" else 0)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
-    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        _check_inflated_size(data[file.tell() :], name)
+    _check_inflated_size(data, name)
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     if "Rows" in dataset and "PixelData" not in dataset:
         raise FilmError(f"{name}: cut short, or without pixel data: its header ends before them")
@@ -157,10 +147,15 @@ def _parse(data: bytes, name: str) -> Dataset:
     return dataset
 
 
-def _check_inflated_size(deflated: bytes, name: str) -> None:
+def _check_inflated_size(data: bytes, name: str) -> None:
     """Inflate without keeping anything: a deflate bomb is refused before it takes memory."""
+    file = io.BytesIO(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    total, rest = 0, deflated
+    total, rest = 0, data[file.tell() :]
     while rest and not inflater.eof:
         total += len(inflater.decompress(rest, 1 << 20))
         rest = inflater.unconsumed_tail
@@ -181,53 +176,80 @@ def _checked_shape(dataset: Dataset, name: str) -> tuple[int, int]:
 def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
     """The stored values of the first frame `(rows, columns)`, unused and overlay bits dropped."""
     syntax = transfer_syntax(dataset)
-    bits, plugin = int(dataset.BitsStored), PLUGINS.get(syntax, "")
-    if syntax == JPEGExtended12Bit:
-        plugin = "pillow" if bits == 8 else "pylibjpeg"  # 12 bits: only the GPL decoder reads them
+    bits, allocated = int(dataset.BitsStored), int(dataset.BitsAllocated)
+    is_signed = number(dataset, "PixelRepresentation") == 1
+    if syntax in DECODERS:
+        samples = int(number(dataset, "SamplesPerPixel") or 1)
+        layout = Layout(int(dataset.Rows), int(dataset.Columns), samples, allocated, is_signed)
+        values = _decoded(dataset, layout, name)
+    else:
+        values = _native(dataset, syntax, name)
+    kind = np.dtype(f"{'i' if is_signed else 'u'}{allocated // 8}")
+    values = values.astype(f"u{kind.itemsize}", copy=False).view(kind)
+    drop = 0
+    if syntax in _AS_ALLOCATED or syntax not in DECODERS:
+        high = number(dataset, "HighBit")
+        drop = min(max(int(bits - 1 if high is None else high) + 1 - bits, 0), allocated - bits)
+    spare = allocated - bits
+    if drop or spare:  # arithmetic shifts keep a sign
+        values = (values >> drop << spare) >> spare
+    return values
+
+
+_AS_ALLOCATED = (RLELossless, ENCAPSULATED_UNCOMPRESSED)
+"""Compressed syntaxes that carry the allocated bits as they are."""
+
+
+def _native(dataset: Dataset, syntax: UID, name: str) -> NDArray[np.integer]:
+    """The first frame of uncompressed pixel data."""
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise FilmError(f"{name}: transfer syntax {syntax.name} ({syntax}) is not read") from None
-    if not decoder.is_native and plugin not in decoder.available_plugins:
-        if syntax == JPEGExtended12Bit or not decoder.is_available:
-            raise FilmError(_missing_decoder(name, syntax))
-        plugin = ""  # any that is there
-    is_one = (number(dataset, "NumberOfFrames") or 1) <= 1
-    if not decoder.is_native and is_one:
-        frame = b"".join(fragments(dataset.PixelData))
-        _require_codestream(dataset, frame, name)
-        dataset.PixelData = encapsulate([frame])  # whatever its offset table said
-    elif decoder.is_native and len(dataset.PixelData) < (needed := _native_bytes(dataset)):
+        decoder = None
+    if decoder is None or not decoder.is_native:
+        raise FilmError(f"{name}: transfer syntax {syntax.name} ({syntax}) is not read")
+    if len(dataset.PixelData) < (needed := _native_bytes(dataset)):
         raise FilmError(
             f"{name}: cut short: {len(dataset.PixelData)} of {needed} bytes of pixel data"
         )
-    values, decoded = _decoded(decoder, dataset, plugin)
-    if values.ndim == 3:  # some decoders change the colour space
-        dataset.PhotometricInterpretation = str(decoded["photometric_interpretation"])
-    spare = 8 * values.dtype.itemsize - bits
-    drop = 0
-    if decoder.is_native or syntax == RLELossless:  # these carry the allocated bits as they are
-        high = number(dataset, "HighBit")
-        drop = min(max(int(bits - 1 if high is None else high) + 1 - bits, 0), spare)
-    return np.asarray((values >> drop << spare) >> spare)  # arithmetic shifts keep a sign
-
-
-def _decoded(
-    decoder: Decoder, dataset: Dataset, preferred: str
-) -> tuple[NDArray[np.integer], dict[str, Any]]:
-    """The first frame by the preferred plugin, by the next ones where it fails."""
-    others = [plugin for plugin in decoder.available_plugins if plugin != preferred]
-    plugins = [preferred, *others] if preferred else others or [""]
     options: Any = {"correct_unused_bits": False}  # done by the caller, for any HighBit
-    for number_left, plugin in zip(reversed(range(len(plugins))), plugins, strict=True):
+    values, _ = decoder.as_array(dataset, index=0, raw=True, **options)
+    return np.asarray(values)
+
+
+def _decoded(dataset: Dataset, layout: Layout, name: str) -> NDArray[np.integer]:
+    """The first frame of compressed pixel data, by the first decoder that reads it."""
+    syntax = transfer_syntax(dataset)
+    frames = int(number(dataset, "NumberOfFrames") or 1)
+    if frames > 1:
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=frames)
+    else:
+        frame = b"".join(fragments(dataset.PixelData))  # whatever its offset table says
+    stream = _require_codestream(dataset, frame, name)
+    decoders = DECODERS[syntax]
+    for decoder in decoders:
         try:
-            return decoder.as_array(dataset, index=0, raw=True, decoding_plugin=plugin, **options)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+            values = decoder.decode(frame, layout)
+        except (*INTERRUPTS, MemoryError):
             raise
-        except BaseException:  # decoders in Rust raise what is no Exception
-            if not number_left:
-                raise
-    raise AssertionError("there is always one plugin")
+        except BaseException as error:
+            if decoder is decoders[-1]:
+                kind = type(error).__name__  # its message may quote the file
+                what = f"damaged: {decoder.name} does not read its codestream ({kind})"
+                raise FilmError(f"{name}: {what}") from None
+        else:
+            break
+    _set_colour_space(dataset, syntax, stream)
+    return values
+
+
+def _set_colour_space(dataset: Dataset, syntax: UID, stream: Codestream | None) -> None:
+    """Note what the decoded components are, where they are others than the header says."""
+    said = text(dataset, "PhotometricInterpretation")
+    if stream and stream.is_ycbcr is not None:
+        dataset.PhotometricInterpretation = "YBR_FULL" if stream.is_ycbcr else "RGB"
+    elif said in ("YBR_ICT", "YBR_RCT") or syntax.startswith(JPEG_XL):  # undone by the decoder
+        dataset.PhotometricInterpretation = "RGB"
 
 
 def fragments(pixel_data: bytes) -> Iterator[bytes]:
@@ -242,8 +264,10 @@ def fragments(pixel_data: bytes) -> Iterator[bytes]:
         at, first = at + 8 + length, False
 
 
-def _require_codestream(dataset: Dataset, frame: bytes, name: str) -> None:
-    """Refuse a codestream that is cut or is not the film of the header, before it is decoded.
+def _require_codestream(dataset: Dataset, frame: bytes, name: str) -> Codestream | None:
+    """What a codestream says of itself, once it is whole and the film of the header.
+
+    It is refused before it is decoded.
 
     Raises:
         FilmError: saying what was found and what the header says.
@@ -253,20 +277,22 @@ def _require_codestream(dataset: Dataset, frame: bytes, name: str) -> None:
     except ValueError as error:
         raise FilmError(f"{name}: damaged: {error}") from None
     if stream is None:
-        return
+        return None
     said = int(dataset.Columns), int(dataset.Rows), int(number(dataset, "SamplesPerPixel") or 1)
-    if stream[:3] != said:
+    if (stream.width, stream.height, stream.components or said[2]) != said:
         raise FilmError(
             f"{name}: its codestream is of {stream.width} x {stream.height} pixels of "
-            f"{stream.components} samples, its header says {said[0]} x {said[1]} of {said[2]}"
+            f"{stream.components or 'some'} samples, its header says {said[0]} x {said[1]} of "
+            f"{said[2]}"
         )
-    if stream.precision > int(dataset.BitsAllocated):
+    if (stream.precision or 0) > int(dataset.BitsAllocated):
         raise FilmError(
             f"{name}: its codestream has {stream.precision} bits a sample, its header allocates "
             f"{dataset.BitsAllocated}"
         )
     if not stream.is_complete:
         raise FilmError(f"{name}: cut short: its codestream does not reach its end")
+    return stream
 
 
 def _native_bytes(dataset: Dataset) -> int:
@@ -275,14 +301,3 @@ def _native_bytes(dataset: Dataset) -> int:
     is_halved = text(dataset, "PhotometricInterpretation") == "YBR_FULL_422"
     samples = 2 if is_halved else int(number(dataset, "SamplesPerPixel") or 1)
     return pixels * samples * int(dataset.BitsAllocated) // 8
-
-
-def _missing_decoder(name: str, syntax: UID) -> str:
-    if syntax == JPEGExtended12Bit:
-        return (
-            f"{name}: {syntax.name} ({syntax}) of 12 bits needs the package pylibjpeg-libjpeg, "
-            "which is under the GPL and not part of cxrgaze; run: pip install pylibjpeg-libjpeg"
-        )
-    return (
-        f"{name}: no decoder for {syntax.name} ({syntax}); reinstall cxrgaze with its dependencies"
-    )

@@ -59,6 +59,14 @@ def film_from_image(data: bytes, name: str) -> Film:
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
 
 
+def promised_samples(data: bytes) -> int:
+    """How many samples the header of an image says that it has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return int(image.width * image.height * len(image.getbands()))
+
+
 def _is_cut_to_8_bits(image: Image.Image, data: bytes) -> bool:
     """Whether a file of more than 8 bits is in colour or has alpha, which Pillow cuts to 8."""
     if image.mode.startswith("I") or image.mode == "F":

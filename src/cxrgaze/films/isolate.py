@@ -1,8 +1,10 @@
 """Decoding apart from the reader, in a child process with limits.
 
 A hostile file can crash or hang a decoder, or make it take all memory. `IsolatedLoader` decodes in
-a child with an address-space limit and kills it after a time limit. The child speaks a small
-protocol of its own, lengths first; nothing that it sends is unpickled or trusted unchecked.
+a worker with an address-space limit and kills it after a time limit. The worker is a fork of a
+nursery: a process that has everything imported and reads no film, so that a new worker is there
+within milliseconds. Reader and worker speak a small protocol of their own, lengths first; nothing
+that a worker sends is unpickled or trusted unchecked.
 """
 
 from __future__ import annotations
@@ -11,21 +13,23 @@ import contextlib
 import json
 import os
 import resource
-import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from cxrgaze.errors import FilmError, NotApplicableError
-from cxrgaze.films.decode import film_from_bytes, load_film
+from cxrgaze import children
+from cxrgaze.errors import FilmError, NotApplicableError, UsageError
+from cxrgaze.films.decode import film_from_bytes, promised_samples, read_file
 from cxrgaze.films.film import PIXEL_LIMIT, Film
 from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.records import Frozen
@@ -33,23 +37,31 @@ from cxrgaze.spec import PixelSource
 
 TIME_LIMIT_S = 20.0
 MEMORY_LIMIT = 2 << 30
-"""Bytes of address space of the child. Enforced on Linux; other systems may ignore it."""
+"""Bytes of address space that a worker may take at the most. Enforced on Linux; other systems may
+ignore it."""
+
+_BASE = 256 << 20
+_BYTES_A_SAMPLE = 32
+"""A worker may take `_BASE`, twice the file and this much a sample that the header promises."""
 
 _LENGTHS = struct.Struct("<III")  # bytes of the JSON header, of the pixels, of the identity
-_CHUNK = 1 << 16  # what a pipe takes at once
-
-
+_NUMBER = struct.Struct("<i")  # what the nursery answers: a process or how one ended
+_START, _END = b"s", b"e"  # what the nursery is asked for
+_START_S = 60.0  # for its imports on a slow device
+_END_S = 5.0
 _HEADER_LIMIT = 1 << 16
 
 
 class _Header(Frozen):
-    """What the child says of a film; pixels follow it."""
+    """What the worker says of a film; pixels follow it."""
 
+    number: int
+    """Of the request that it answers."""
     error: str | None = None
     not_applicable: tuple[str, ...] = ()
     """Reasons of a file that holds no film at all."""
-    exhausted: bool = False
-    """The child met its memory limit and should be replaced."""
+    exhausted: int = 0
+    """The memory limit that the worker met, in bytes; it should be replaced."""
     height: int = Field(default=0, ge=0)
     width: int = Field(default=0, ge=0)
     sha256: str = ""
@@ -60,10 +72,10 @@ class _Header(Frozen):
 
 
 class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
-    """`load` as `load_film`, in a child process; a context manager; one thread at a time.
+    """`load` as `load_film`, in a child process; a context manager.
 
-    The child lives on from film to film and is replaced after a crash or a kill. Starting one takes
-    some tenths of a second, outside the time limit.
+    Threads may share it: it reads one film at a time. The worker lives on from film to film and is
+    replaced after a crash or a kill.
     """
 
     def __init__(
@@ -71,27 +83,29 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
     ) -> None:
         self._time_limit_s = time_limit_s
         self._memory_limit = memory_limit
-        self._child: subprocess.Popen[bytes] | None = None
+        self._nursery: _Nursery | None = None
+        self._worker: socket.socket | None = None
+        self._number = 0
+        self._is_closed = False
+        self._lock = threading.Lock()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the child."""
-        if self._child:
-            self._child.kill()
-            for pipe in (self._child.stdin, self._child.stdout):
-                if pipe:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
-            self._child.wait()
-            self._child = None
+        """End the child processes; a film that another thread is reading fails at once."""
+        self._is_closed = True
+        if nursery := self._nursery:
+            nursery.close()  # ends the worker, and so what a thread waits for
+        with self._lock:
+            self._drop()
 
     def load(self, path: Path) -> Film:
         """The film in a file.
 
         Raises:
             FilmError: as `load_film`, or the decoder crashed or went beyond time or memory.
+            UsageError: the loader is closed.
         """
         return self._film(str(path))
 
@@ -103,22 +117,26 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
 
         Raises:
             FilmError: as `film_from_bytes`, or the decoder crashed or went beyond time or memory.
+            UsageError: the loader is closed.
         """
         return self._film(name, data)
 
     def _film(self, name: str, data: bytes | None = None) -> Film:
-        start = time.perf_counter()
-        try:
-            header, pixels, identity = self._ask(name, data)
-        except BaseException:
-            self.close()  # whatever happened, this child is not to be trusted any more
-            raise
-        if header.exhausted:
-            self.close()
+        with self._lock:
+            start = time.perf_counter()
+            if self._is_closed:
+                raise UsageError(f"{name}: the loader is closed")
+            try:
+                header, pixels, identity = self._ask(name, data)
+            except BaseException:
+                self._drop()  # whatever happened, this worker is not to be trusted any more
+                raise
+            if header.exhausted:
+                self._drop()
         if header.not_applicable:
             raise NotApplicableError(header.not_applicable)
         if header.error is not None:
-            raise FilmError(header.error + (self._within if header.exhausted else ""))
+            raise FilmError(header.error + self._met(header.exhausted))
         return Film(
             pixels=np.frombuffer(pixels, np.float32).reshape(header.height, header.width),
             name=name,
@@ -132,107 +150,197 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
         )
 
     def _ask(self, name: str, data: bytes | None) -> tuple[_Header, bytearray, bytearray]:
-        if not self._child:
-            self._start()
+        worker = self._worker = self._worker or self._started()
+        self._number += 1
         deadline = time.monotonic() + self._time_limit_s
+        size = None if data is None else len(data)
         # json escapes what is no UTF-8 in a path; pydantic refuses it.
-        request = json.dumps({"name": name, "size": None if data is None else len(data)})
-        self._send(request.encode() + b"\n" + (data or b""), deadline, name)
-        lengths = _LENGTHS.unpack(self._receive(_LENGTHS.size, deadline, name))
-        header_size, pixel_size, identity_size = lengths
-        if max(header_size, identity_size) > _HEADER_LIMIT or pixel_size > 4 * PIXEL_LIMIT:
-            raise FilmError(f"{name}: its decoder sent nonsense; refused")
+        request = json.dumps({"number": self._number, "name": name, "size": size})
         try:
-            header = _Header.model_validate_json(self._receive(header_size, deadline, name))
-        except ValidationError:
+            for part in (request.encode() + b"\n", data or b""):
+                worker.settimeout(_left(deadline))
+                worker.sendall(part)
+            sizes = _LENGTHS.unpack(_received(worker, _LENGTHS.size, deadline))
+            header_size, pixel_size, identity_size = sizes
+            if max(header_size, identity_size) > _HEADER_LIMIT or pixel_size > 4 * PIXEL_LIMIT:
+                raise ValueError("lengths beyond the limits")
+            header = _Header.model_validate_json(_received(worker, header_size, deadline))
+            if pixel_size != 4 * header.height * header.width or header.number != self._number:
+                raise ValueError("not the answer to what was asked")
+            pixels = _received(worker, pixel_size, deadline)
+            return header, pixels, _received(worker, identity_size, deadline)
+        except TimeoutError:
+            late = f"{name}: decoding took longer than {self._time_limit_s:g} s"
+            raise FilmError(late) from None
+        except OSError:  # its end is closed
+            raise self._gone(name) from None
+        except (ValidationError, ValueError):
             raise FilmError(f"{name}: its decoder sent nonsense; refused") from None
-        if pixel_size != 4 * header.height * header.width:
-            raise FilmError(f"{name}: its decoder sent nonsense; refused")
-        pixels = self._receive(pixel_size, deadline, name)
-        return header, pixels, self._receive(identity_size, deadline, name)
 
-    def _send(self, data: bytes, deadline: float, name: str) -> None:
-        assert self._child and self._child.stdin
-        descriptor = self._child.stdin.fileno()
-        rest = memoryview(data)
-        while rest:
-            _, ready, _ = select.select([], [descriptor], [], max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise self._late(name)
-            try:
-                rest = rest[os.write(descriptor, rest[:_CHUNK]) :]
-            except BrokenPipeError:
-                raise self._gone(name) from None
+    def _started(self) -> socket.socket:
+        if not self._nursery:
+            self._nursery = _Nursery(self._memory_limit)
+        return self._nursery.start()
 
-    def _receive(self, size: int, deadline: float, name: str) -> bytearray:
-        assert self._child and self._child.stdout
-        descriptor = self._child.stdout.fileno()
-        data = bytearray(size)
-        view, filled = memoryview(data), 0
-        while filled < size:
-            ready, _, _ = select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise self._late(name)
-            count = os.readv(descriptor, [view[filled:]])
-            if not count:
-                raise self._gone(name)
-            filled += count
-        return data
+    def _drop(self) -> None:
+        """End the worker, if there is one."""
+        if self._worker:
+            self._worker.close()
+            self._worker = None
+            if self._nursery and self._nursery.end() is None:
+                self._nursery.close()  # it is gone too; the next film starts another
+                self._nursery = None
 
-    def _late(self, name: str) -> FilmError:
-        return FilmError(f"{name}: decoding took longer than {self._time_limit_s:g} s")
+    def _gone(self, name: str) -> FilmError | UsageError:
+        if self._is_closed:
+            return UsageError(f"{name}: the loader was closed while it read")
+        code = self._nursery.end() if self._nursery else None
+        how = "with its parent" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+        return FilmError(
+            f"{name}: its decoder died ({how}), perhaps at its limit{self._limit}; refused"
+        )
 
-    def _gone(self, name: str) -> FilmError:
-        assert self._child
-        code = self._child.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return FilmError(f"{name}: its decoder died ({how}){self._within}; refused")
+    def _met(self, limit: int) -> str:
+        """What to add to the message of a worker that met a limit of this many bytes, if any."""
+        if not limit:
+            return ""
+        if limit >= self._memory_limit:
+            return f", within its limit{self._limit}"
+        return f", beyond the {limit >> 20} MiB that a film of its header's size may take"
 
     @property
-    def _within(self) -> str:
+    def _limit(self) -> str:
         size = self._memory_limit >> 20
-        return f", within its limit of {size} MiB (--isolate-memory, IsolatedLoader(memory_limit=))"
-
-    def _start(self) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "cxrgaze.films.isolate", str(self._memory_limit)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders may quote the file there
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"},
-            bufsize=0,
-        )
-        assert self._child.stdout
-        if self._child.stdout.read(1) != b"r":  # imports are done, the limits stand
-            raise FilmError("the decoder process did not start; check the installation of cxrgaze")
+        return f" of {size} MiB (--isolate-memory, IsolatedLoader(memory_limit=))"
 
 
-def _serve(memory_limit: int) -> None:
-    """The child: a path per line in, a film or an error out, until its input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    out = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders written in C print where they like
-    import cxrgaze.films.dicom  # noqa: F401 imported before the limit stands
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
-    with contextlib.suppress(ValueError, OSError):  # not every system has these limits
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
-    out.write(b"r")
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        name, size = request["name"], request["size"]
+
+def _received(worker: socket.socket, size: int, deadline: float) -> bytearray:
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size:
+        worker.settimeout(_left(deadline))
+        count = worker.recv_into(view[filled:])
+        if not count:
+            raise ConnectionResetError
+        filled += count
+    return data
+
+
+class _Nursery:
+    """The process that workers are forked from, seen from the reader; one worker at a time."""
+
+    worker: int
+    """Process of the worker, 0 before there is one."""
+
+    def __init__(self, memory_limit: int) -> None:
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(_START_S)
+        with theirs:
+            self._process = subprocess.Popen(
+                children.python(__name__, str(theirs.fileno()), str(memory_limit)),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # decoders written in C print where they like
+                stderr=subprocess.DEVNULL,  # and may quote the file
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+            )
+        self.worker = self._answer()  # 0: imports are done
+
+    def start(self) -> socket.socket:
+        """The reader's end of a new worker."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [_START], [theirs.fileno()])
+        self.worker = self._answer()
+        return ours
+
+    def end(self) -> int | None:
+        """Kill the worker; how it ended: exit code, minus a signal, None where nobody knows."""
         try:
-            if size is None:
-                film = load_film(name)
-            else:
-                film = film_from_bytes(sys.stdin.buffer.read(size), name)
+            self._control.sendall(_END)
+            return self._answer()
+        except (OSError, FilmError):
+            return None
+
+    def close(self) -> None:
+        """End nursery and worker."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(_END_S)  # it ends the worker first
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._control.close()
+
+    def _answer(self) -> int:
+        with contextlib.suppress(OSError, struct.error):
+            return int(_NUMBER.unpack(self._control.recv(_NUMBER.size))[0])
+        self.close()
+        raise FilmError("the decoder process did not start; check the installation of cxrgaze")
+
+
+def _nurse(control: socket.socket, memory_limit: int) -> None:
+    """The nursery: fork a worker, end a worker, until the reader is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader decides when to stop
+    import cxrgaze.films.dicom  # noqa: F401 imported once, for all workers
+
+    with contextlib.suppress(ValueError, OSError):  # not every system has it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    control.sendall(_NUMBER.pack(0))
+    worker = code = 0
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if worker and request != _START:
+            os.kill(worker, signal.SIGKILL)
+            _, status = os.waitpid(worker, 0)
+            code, worker = os.waitstatus_to_exitcode(status), 0
+        if not request:
+            return
+        if request == _END:
+            control.sendall(_NUMBER.pack(code))
+            continue
+        worker = os.fork()
+        if not worker:
+            control.close()
+            with contextlib.suppress(OSError):  # the reader is gone
+                _serve(socket.socket(fileno=descriptors[0]), memory_limit)
+            os._exit(0)
+        os.close(descriptors[0])
+        control.sendall(_NUMBER.pack(worker))
+
+
+def _serve(reader: socket.socket, memory_limit: int) -> None:
+    """The worker: a request per line in, a film or an error out, until the reader is gone."""
+    requests = reader.makefile("rb")
+    for line in requests:
+        request = json.loads(line)
+        number, name, size = request["number"], request["name"], request["size"]
+        allowed = memory_limit
+        try:
+            _limit_memory(memory_limit, memory_limit)
+            data = read_file(name) if size is None else requests.read(size)
+            allowed = _allowed(data, memory_limit)
+            _limit_memory(allowed, memory_limit)
+            film = film_from_bytes(data, name)
         except NotApplicableError as error:
-            _reply(out, _Header(not_applicable=error.reasons), b"", b"")
+            _reply(reader, _Header(number=number, not_applicable=error.reasons))
         except FilmError as error:
-            exhausted = isinstance(error.__cause__, MemoryError)
-            _reply(out, _Header(error=str(error)[:2000], exhausted=exhausted), b"", b"")
+            exhausted = allowed if isinstance(error.__cause__, MemoryError) else 0
+            text = str(error)[:2000]
+            _reply(reader, _Header(number=number, error=text, exhausted=exhausted))
         else:
             header = _Header(
+                number=number,
                 height=film.shape[0],
                 width=film.shape[1],
                 sha256=film.sha256,
@@ -242,16 +350,39 @@ def _serve(memory_limit: int) -> None:
                 notes=film.notes,
             )
             identity = film.identity.encoded if film.identity else b""
-            _reply(out, header, film.pixels.tobytes(), identity)
+            _reply(reader, header, film.pixels, identity)
+            del film
 
 
-def _reply(out: BinaryIO, header: _Header, pixels: bytes, identity: bytes) -> None:
+def _allowed(data: bytes, ceiling: int) -> int:
+    """Bytes of address space that a worker may take for the film in `data`."""
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        samples = promised_samples(data)
+    except Exception:  # not Linux, or no header that says it: the film is refused in its turn
+        return ceiling
+    return min(ceiling, used + _BASE + 2 * len(data) + _BYTES_A_SAMPLE * samples)
+
+
+def _limit_memory(size: int, ceiling: int) -> None:
+    with contextlib.suppress(ValueError, OSError):  # not every system has it
+        resource.setrlimit(resource.RLIMIT_AS, (size, ceiling))
+
+
+_NONE: NDArray[np.float32] = np.empty(0, np.float32)
+
+
+def _reply(
+    reader: socket.socket,
+    header: _Header,
+    pixels: NDArray[np.float32] = _NONE,
+    identity: bytes = b"",
+) -> None:
     text = header.model_dump_json().encode()
-    for part in (_LENGTHS.pack(len(text), len(pixels), len(identity)), text, pixels, identity):
-        rest = memoryview(part)
-        while rest:
-            rest = rest[out.write(rest) or 0 :]
+    reader.sendall(_LENGTHS.pack(len(text), pixels.nbytes, len(identity)) + text)
+    reader.sendall(np.ascontiguousarray(pixels).data)
+    reader.sendall(identity)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _nurse(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
