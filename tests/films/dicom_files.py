@@ -12,7 +12,10 @@ import numpy as np
 import pydicom
 from openjpeg.utils import encode_array
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.filebase import DicomIO
+from pydicom.filewriter import write_dataset, write_file_meta_info
 from pydicom.uid import (
+    UID,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -71,8 +74,16 @@ def file(
             is_bytes = pixels.dtype.itemsize == 1 and syntax != ImplicitVRLittleEndian
             ds["PixelData"].VR = "OB" if is_bytes else "OW"
         buffer = io.BytesIO()
-        implicit = syntax == ImplicitVRLittleEndian
-        pydicom.dcmwrite(buffer, ds, implicit_vr=implicit, little_endian=not big)
+        if UID(syntax).is_transfer_syntax:
+            implicit = syntax == ImplicitVRLittleEndian
+            pydicom.dcmwrite(buffer, ds, implicit_vr=implicit, little_endian=not big)
+        else:  # one that pydicom does not know
+            buffer.write(b"\0" * 128 + b"DICM")
+            write_file_meta_info(buffer, meta)
+            with_order = DicomIO(buffer)
+            with_order.is_little_endian, with_order.is_implicit_VR = True, False
+            ds.pop("FileMetaInformationGroupLength", None)
+            write_dataset(with_order, ds)
     return buffer.getvalue()
 
 
