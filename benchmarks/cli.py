@@ -240,9 +240,8 @@ def _extras(
 def _compare(args: argparse.Namespace) -> int:
     from statistics import median
 
-    from cxrgaze.benchmarks import paired
+    from cxrgaze.benchmarks import measure, paired
     from cxrgaze.errors import ExitCode, UsageError
-    from cxrgaze.films.decode import load_film
     from cxrgaze.runtime.host import cpu_count
     from cxrgaze.runtime.reader import load
     from cxrgaze.spec import NOTICE
@@ -263,7 +262,7 @@ def _compare(args: argparse.Namespace) -> int:
         load(args.base, args.device, threads=threads) as base,
         load(args.new, args.device, threads=threads) as new,
     ):
-        films = [load_film(path) for path in paths]
+        films = [film for _, film in measure.usable_films(paths).films]
         times = paired.interleave(
             {
                 "base": lambda number: base.read(films[number % len(films)]),
@@ -334,7 +333,7 @@ def _films(args: argparse.Namespace) -> Iterator[list[Path]]:
     from cxrgaze.evidence import phantom
     from cxrgaze.films.find import find_films
 
-    given = [path for path, _ in find_films(args.films)]
+    given = [path for path, _ in find_films(args.films).films]
     with tempfile.TemporaryDirectory(prefix="cxrgaze-bench-") as folder:
         if not given:
             for seed in range(8):

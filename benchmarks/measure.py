@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from cxrgaze import children
 from cxrgaze.benchmarks import energy, paired, scenarios
 from cxrgaze.benchmarks.machine import Watch, machine
 from cxrgaze.benchmarks.plain import Plain
@@ -30,11 +30,12 @@ from cxrgaze.benchmarks.record import (
 )
 from cxrgaze.benchmarks.timing import NEEDED, SMALLEST_INTERVAL, Latency, latency, warm_up
 from cxrgaze.bundles.bundle import GRAPH
-from cxrgaze.command import Steps
+from cxrgaze.command import Steps, say
 from cxrgaze.environment import now_utc
 from cxrgaze.errors import CxrgazeError, UsageError
 from cxrgaze.evidence.intervals import Interval
 from cxrgaze.files import render_json, write_atomic
+from cxrgaze.films.ahead import Usable, usable
 from cxrgaze.films.canvas import canvases, to_canvas
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film
@@ -67,12 +68,11 @@ def measure(
         peers, sweeps: measure further parts, of the same films, once the bundle's reader is closed.
 
     Raises:
-        CxrgazeError: a film cannot be read, a cold start failed, or the bundle cannot be loaded.
+        UsageError: no film can be read.
+        CxrgazeError: a cold start failed, or the bundle cannot be loaded.
     """
-    decoded = [load_film(path) for path in films]
-    for path, film in zip(films, decoded, strict=True):
-        if film.reasons:
-            raise UsageError(f"{path} is not applicable ({'; '.join(film.reasons)}); leave it out")
+    given = usable_films(films)
+    films, decoded = [path for path, _ in given.films], [film for _, film in given.films]
     watch = Watch()
     load(bundle, config.device, threads=config.threads).close()  # its error, not a child's
     with step(f"cold starts, processes: {config.cold_starts}"):
@@ -100,7 +100,7 @@ def measure(
         memory, described = _memory(reader, cold), _described(reader)
     others, swept = peers(decoded), sweeps(decoded)
     return Report(
-        caution=reader.bundle.manifest.spec.caution,
+        caution=" ".join(filter(None, (reader.bundle.manifest.spec.caution, given.share))) or None,
         bundle=described,
         config=config,
         films=len(films),
@@ -129,6 +129,20 @@ def measure(
     )
 
 
+def usable_films(paths: Sequence[Path]) -> Usable:
+    """The films that can be measured; the others are told.
+
+    Raises:
+        UsageError: there is none.
+    """
+    given = usable(paths)
+    if given.left_out:
+        say(given.told())
+    if not given.films:
+        raise UsageError(f"none of {len(paths)} films can be read")
+    return given
+
+
 def cold_start(bundle: Path, film: Path, config: Config) -> ColdStart:
     """Start processes that read one film each; medians of their parts.
 
@@ -140,7 +154,7 @@ def cold_start(bundle: Path, film: Path, config: Config) -> ColdStart:
         arguments = [str(bundle), str(film), str(config.threads), config.device]
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "cxrgaze.benchmarks.cold", *arguments],
+            children.python("cxrgaze.benchmarks.cold", *arguments),
             capture_output=True,
             text=True,
             check=False,

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze import command
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import phantom
+from cxrgaze.films.ahead import usable
 from cxrgaze.films.canvas import canvases
-from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import film_from_array
 from cxrgaze.spec import ModelSpec
 
@@ -38,14 +39,19 @@ def parity_canvases(spec: ModelSpec, films: Sequence[Path]) -> tuple[NDArray[np.
     """Canvases for parity and what they are: those of `films`, or phantoms where there are none.
 
     Raises:
-        DataError: a film that the network must not be applied to.
+        DataError: no film that the network may be applied to.
     """
     if not films:
         count = 4 if is_large(spec) else 32
         images = phantom_canvases(spec, count, PARITY_SEED)
         return images, f"{count} phantoms (synthetic drawings)"
-    loaded = [load_film(path) for path in films]
-    for film in loaded:
-        if film.reasons:
-            raise DataError(f"{film.name} is no parity film: {'; '.join(film.reasons)}")
-    return canvases(loaded, spec)[0], f"{len(loaded)} films given by --films"
+    given = usable(films)
+    if given.left_out:
+        command.say(given.told())
+    if not given.films:
+        raise DataError(
+            f"none of the {len(films)} films given by --films can be read:\n{given.told()}"
+        )
+    what = f"{len(given.films)} films given by --films"
+    images = canvases((film for _, film in given.films), spec)[0]
+    return images, f"{what}; {given.share}" if given.left_out else what

@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("give a CHECKPOINT or --random-weights, not both")
     from cxrgaze.films.find import find_films
 
-    films = [path for path, _ in find_films(args.films)]
+    films = [path for path, _ in find_films(args.films).films]
     if args.gate and args.no_gate:
         raise UsageError("give --gate SET or --no-gate, not both")
     step = command.Steps()

@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from collections import Counter
+
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder
     from cxrgaze.films.ahead import Decode
@@ -96,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.heatmap and not args.output:
         raise UsageError("--heatmap needs --output DIR")
-    films = list(find_films(args.paths))
+    found = find_films(args.paths)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
             load(
@@ -115,16 +117,14 @@ def _run(args: argparse.Namespace) -> int:
             decode = stack.enter_context(loader).load
         output = make_output_folder(args.output) if args.output else None
         options = PredictOptions(output, args.heatmap, as_json=args.json, force=args.force)
-        records = predict(reader, films, decode, options)
-    failed = sum(record["status"] == "failed" for record in records)
-    skipped = sum(record["status"] == "not_applicable" for record in records)
-    command.say(
-        f"{len(records) - failed - skipped} read, {skipped} not applicable, {failed} failed"
-        + (f"; in {args.output}" if args.output else "")
-    )
+        records = predict(reader, found, decode, options)
+    count = Counter(record["status"] for record in records)
+    told = (f"{count[s]} {s.replace('_', ' ')}" for s in ("read", "not_applicable", "failed"))
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    command.say(", ".join(told) + skipped + (f"; in {args.output}" if args.output else ""))
     for line in dict.fromkeys((*reader.standing_warnings, reader.bundle.manifest.notice)):
         command.say(line)
-    return ExitCode.FAILURE if failed else ExitCode.OK
+    return ExitCode.FAILURE if count["failed"] else ExitCode.OK
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class Outcome:
     """What became of one film."""
 
     path: Path
-    status: Literal["read", "not_applicable", "failed"]
+    status: Literal["read", "not_applicable", "failed", "skipped"]
+    """Skipped: a file in a folder of films that is taken for none."""
     reason: str = ""
     """Why it was not read."""
     film: Film | None = None

@@ -20,7 +20,7 @@ from cxrgaze.command import counted, say
 from cxrgaze.errors import UsageError, unforeseen
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.films.ahead import Decode
-from cxrgaze.films.find import SUFFIXES
+from cxrgaze.films.find import SUFFIXES, Found
 from cxrgaze.runtime import overlay
 from cxrgaze.runtime.outcomes import Outcome, outcomes
 from cxrgaze.runtime.reader import Reader
@@ -46,39 +46,45 @@ class PredictOptions:
     """Read films that are not applicable."""
 
 
-def predict(
-    reader: Reader, films: Sequence[tuple[Path, Path]], decode: Decode, options: PredictOptions
-) -> list[Record]:
+def predict(reader: Reader, found: Found, decode: Decode, options: PredictOptions) -> list[Record]:
     """Read every film and write its files below `output` and a line to standard output.
 
     Args:
-        films: path and the relative path that its output is named by (`find_films`).
+        found: each film is named by its relative path; what was skipped is listed last.
         decode: makes a film of a path.
 
     An interrupt leaves the finished films and a table of them.
 
     Returns:
-        The JSON of each film; neither pixels nor maps are kept.
+        The JSON of each file; neither pixels nor maps are kept.
     """
-    paths, names = [path for path, _ in films], _output_names([relative for _, relative in films])
+    paths = [path for path, _ in found.films]
+    names = _output_names([relative for _, relative in found.films])
     if options.output:
         _check_inputs_are_safe(paths, names, options.output)
     stream = outcomes(reader, paths, decode, force=options.force)
     records: list[Record] = []
     try:
-        for name, outcome in counted(zip(names, stream, strict=True), len(films), "film"):
+        for name, outcome in counted(zip(names, stream, strict=True), len(names), "film"):
             record = outcome.to_json()
             if options.output:
                 record = _written(outcome, record, options.output / name, options.heatmap)
             records.append(record)
-            print(json.dumps(record) if options.as_json else _summary(record), flush=True)
+            _print(record, options)
             if record["status"] == "failed":
                 say(f"failed: {record['reason']}")
+        for path, reason in found.skipped:
+            records.append(Outcome(path, "skipped", reason).to_json())
+            _print(records[-1], options)
     finally:
         stream.close()
         if options.output and records:
             write_atomic(options.output / TABLE, _table(records, reader).encode())
     return records
+
+
+def _print(record: Record, options: PredictOptions) -> None:
+    print(json.dumps(record) if options.as_json else _summary(record), flush=True)
 
 
 def _written(outcome: Outcome, record: Record, stem: Path, heatmap: Heatmap | None) -> Record:

@@ -9,12 +9,13 @@ import re
 import time
 import types
 
+import cv2
 import numpy as np
 import pytest
 
 from cxrgaze.benchmarks import cli, measure, scenarios
 from cxrgaze.benchmarks.record import STAGES, read_report
-from cxrgaze.errors import ExitCode, IntegrityError
+from cxrgaze.errors import ExitCode, IntegrityError, UsageError
 from cxrgaze.runtime import reader as runtime_reader
 from cxrgaze.spec import Outputs
 
@@ -163,7 +164,23 @@ def test_a_film_that_shows_nothing_is_refused(bundles, tmp_path, capsys):
     Image.fromarray(np.zeros((80, 80), np.uint8)).save(tmp_path / "black.png")
     arguments = ["run", str(bundles / "demo-fp16.cxrgaze"), "--films", str(tmp_path / "black.png")]
     assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == ExitCode.USAGE
-    assert "leave it out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    told = capsys.readouterr().err
+    assert "left out" in told and "no content" in told and "none of 1 films" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_films_that_cannot_be_read_are_left_out_and_counted(films, tmp_path, capsys):
+    good = next(films.glob("*.png"))
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:900])
+    (tmp_path / "black.png").write_bytes(cv2.imencode(".png", np.zeros((80, 80), np.uint8))[1])
+    paths = [tmp_path / "cut.png", good, tmp_path / "black.png"]
+    given = measure.usable_films(paths)
+    assert [path for path, _ in given.films] == [good]
+    assert given.share == "2 of 3 films were left out"
+    told = capsys.readouterr().err
+    assert "cut.png: damaged" in told and "black.png: not applicable: no content" in told
+    with pytest.raises(UsageError, match="none of 2 films"):
+        measure.usable_films([paths[0], paths[2]])
 
 
 REFUSED = {

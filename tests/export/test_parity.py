@@ -11,9 +11,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cxrgaze.errors import ExitCode, ParityError
+from cxrgaze.errors import DataError, ExitCode, ParityError
 from cxrgaze.export import fp16, graph, network_source, parity, pipeline
-from cxrgaze.export.canvases import PARITY_SEED, phantom_canvases
+from cxrgaze.export.canvases import PARITY_SEED, parity_canvases, phantom_canvases
 from cxrgaze.export.options import ExportOptions
 from cxrgaze.export.source import Answers
 from cxrgaze.runtime.ort import witness
@@ -188,3 +188,15 @@ def test_onnx_of_a_checked_graph_is_deterministic(source):
     assert (
         onnx.load_from_string(_graph(source)).graph == onnx.load_from_string(_graph(source)).graph
     )
+
+
+def test_parity_films_that_cannot_be_read_are_left_out_and_counted(films, tmp_path, capsys):
+    good = next(films.glob("*.png"))
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:900])
+    spec = checkpoint.load(checkpoint.demo_path())[1].spec
+    images, what = parity_canvases(spec, [tmp_path / "cut.png", good])
+    assert images.shape == (1, 1, spec.height, spec.width)
+    assert what == "1 films given by --films; 1 of 2 films were left out"
+    assert "left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="none of the 1 films"):
+        parity_canvases(spec, [tmp_path / "cut.png"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from pydicom.uid import (
 )
 
 from cxrgaze.errors import FilmError
-from cxrgaze.films.decode import load_film
+from cxrgaze.films.decode import film_from_bytes, load_film
 from cxrgaze.films.find import find_films, looks_like_dicom, looks_like_image
 
 QUICK = settings(derandomize=True, max_examples=20, deadline=None)
@@ -336,8 +337,12 @@ def test_films_of_a_folder_by_content_and_by_suffix(made, tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-    found = {str(relative): path for path, relative in find_films([tmp_path])}
+    everything = find_films([tmp_path])
+    found = {str(relative): path for path, relative in everything.films}
     assert set(found) == set(films)
+    skipped = {str(path.relative_to(tmp_path)): reason for path, reason in everything.skipped}
+    assert set(skipped) == set(others)
+    assert skipped[".hidden.dcm"] == "a hidden file" and "nor PNG" in skipped["notes.txt"]
     for name, path in found.items():
         film = load_film(path)
         assert film.shape == (60, 48) and not film.reasons, name
@@ -353,3 +358,16 @@ def test_an_image_never_looks_like_dicom(made, kind):
 def test_what_a_file_looks_like_is_said_of_any_bytes(data):
     assert looks_like_dicom(data) in (True, False)
     assert looks_like_dicom(data[:128].ljust(128, b"\7") + b"DICM")
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_stored_values_are_those_of_the_file(made, inverted):
+    kind = "MONOCHROME1" if inverted else "MONOCHROME2"
+    data = made.file(PhotometricInterpretation=kind, **made.WINDOW)
+    stored = film_from_bytes(data, "f.dcm", keep_stored=True).stored
+    assert np.array_equal(stored.values, made.STORED)
+    assert (stored.bits, stored.larger_is_darker) == (12, inverted)
+    png = cv2.imencode(".png", made.STORED)[1].tobytes()
+    stored = film_from_bytes(png, "f.png", keep_stored=True).stored
+    assert np.array_equal(stored.values, made.STORED)
+    assert (stored.bits, stored.larger_is_darker) == (16, False)

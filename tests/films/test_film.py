@@ -136,18 +136,18 @@ def test_films_are_found_in_folders_files_and_globs(tmp_path, monkeypatch):
     _saved(tmp_path / "sub", "a.PNG")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "sub" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
-    found = [str(relative) for _, relative in find_films([tmp_path])]
+    found = [str(relative) for _, relative in find_films([tmp_path]).films]
     assert found == ["b.png", "sub/IM0001", "sub/a.PNG"]
-    assert [p.name for p, _ in find_films([tmp_path / "*.png"])] == ["b.png"]
+    assert [p.name for p, _ in find_films([tmp_path / "*.png"]).films] == ["b.png"]
     monkeypatch.chdir(tmp_path)
-    assert [str(p) for p, _ in find_films(["sub/*.PNG"])] == ["sub/a.PNG"]
+    assert [str(p) for p, _ in find_films(["sub/*.PNG"]).films] == ["sub/a.PNG"]
     (tmp_path / "none").mkdir()
     for bad, message in (("none", "no films"), ("no.png", "does not exist"), ("*.gif", "no file")):
         with pytest.raises(UsageError, match=message):
-            list(find_films([tmp_path / bad]))
+            find_films([tmp_path / bad])
 
 
-def _tiff(values, photometric):
+def _tiff(values, photometric, kind_of_photometric=4):
     """A plain one-strip TIFF in the byte order of `values`, written from TIFF 6.0."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     height, width = values.shape
@@ -157,7 +157,10 @@ def _tiff(values, photometric):
     out = struct.pack(order + "2sHI", b"MM" if order == ">" else b"II", 42, 8)
     out += struct.pack(order + "H", len(tags))
     for tag, value in tags:
-        out += struct.pack(order + "HHII", tag, 4, 1, value)
+        if tag == 262 and kind_of_photometric == 3:
+            out += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+        else:
+            out += struct.pack(order + "HHII", tag, 4, 1, value)
     return out + struct.pack(order + "I", 0) + values.tobytes()
 
 
@@ -170,12 +173,14 @@ SIXTEEN = PIXELS.astype(np.uint16) * 100
         (SIXTEEN.astype("<u2"), 1),
         (SIXTEEN.astype(">u2"), 1),
         ((65535 - SIXTEEN).astype("<u2"), 0),
+        ((65535 - SIXTEEN).astype(">u2"), 0),
         ((SIXTEEN / 25500).astype("<f4"), 1),
         ((SIXTEEN * 3.0 - 9000).astype("<f4"), 1),
     ],
 )
-def test_tiff_byte_orders_white_is_zero_and_floats(tmp_path, values, photometric):
-    (tmp_path / "t.tif").write_bytes(_tiff(values, photometric))
+@pytest.mark.parametrize("kind", [3, 4])
+def test_tiff_byte_orders_white_is_zero_and_floats(tmp_path, values, photometric, kind):
+    (tmp_path / "t.tif").write_bytes(_tiff(values, photometric, kind))
     film = load_film(tmp_path / "t.tif")
     assert film.pixel_source == "image-16bit" and not film.reasons
     assert np.abs(film.pixels - film_from_array(SIXTEEN).pixels).max() < 1e-4
@@ -216,7 +221,7 @@ def test_what_is_no_path_is_said():
         load_film("a\0b.png")
     for name in ("x" * 5000, "a\0b"):
         with pytest.raises(UsageError, match="cannot be searched|does not exist"):
-            list(find_films([name]))
+            find_films([name])
 
 
 def test_8_bit_white_is_zero(tmp_path):
@@ -297,4 +302,4 @@ def test_films_named_by_their_uid_and_linked_folders_are_found(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "d").symlink_to(tmp_path / "real")
     (tmp_path / "links" / "loop").symlink_to(tmp_path / "links")
-    assert [str(r) for _, r in find_films([tmp_path / "links"])] == ["d/1.2.840.113619.2.5.1"]
+    assert [str(r) for _, r in find_films([tmp_path / "links"]).films] == ["d/1.2.840.113619.2.5.1"]

@@ -45,6 +45,16 @@ def test_the_child_gives_the_same_film(films):
                 assert getattr(here, name) == getattr(there, name) == getattr(sent, name)
 
 
+def test_stored_values_come_with_it_where_they_are_asked_for(films):
+    with IsolatedLoader(keep_stored=True) as loader:
+        for path in _real(films):
+            here, there = load_film(path, keep_stored=True).stored, loader.load(path).stored
+            assert np.array_equal(here.values, there.values)
+            assert here.values.dtype == there.values.dtype
+            assert (here.bits, here.larger_is_darker) == (there.bits, there.larger_is_darker)
+            assert load_film(path).stored is None
+
+
 def test_errors_come_back_as_film_errors_and_the_child_lives_on(films, tmp_path):
     (tmp_path / "cut.png").write_bytes(_real(films)[-1].read_bytes()[:5000])
     with IsolatedLoader() as loader:
@@ -156,12 +166,13 @@ def test_what_lies_among_the_films_is_not_run(bundles, films, tmp_path):
 
 
 NONSENSE = {
-    "a huge header": struct.pack("<III", 1 << 30, 0, 0),
-    "a huge film": struct.pack("<III", 2, (1 << 32) - 1, 0) + b"{}",
-    "a huge identity": struct.pack("<III", 2, 0, 1 << 30) + b"{}",
-    "no JSON": struct.pack("<III", 4, 0, 0) + b"\x80\x04N.",
-    "another size": struct.pack("<III", 12, 4, 0) + b'{"number":1}' + bytes(4),
-    "another's answer": struct.pack("<III", 12, 0, 0) + b'{"number":2}',
+    "a huge header": struct.pack("<IIII", 1 << 30, 0, 0, 0),
+    "a huge film": struct.pack("<IIII", 2, (1 << 32) - 1, 0, 0) + b"{}",
+    "a huge identity": struct.pack("<IIII", 2, 0, 0, 1 << 30) + b"{}",
+    "no JSON": struct.pack("<IIII", 4, 0, 0, 0) + b"\x80\x04N.",
+    "another size": struct.pack("<IIII", 12, 4, 0, 0) + b'{"number":1}' + bytes(4),
+    "stored values of no film": struct.pack("<IIII", 12, 0, 1 << 30, 0) + b'{"number":1}',
+    "another's answer": struct.pack("<IIII", 12, 0, 0, 0) + b'{"number":2}',
 }
 
 

@@ -29,8 +29,11 @@ def test_files_per_film_and_a_table(bundle, films, tmp_path, capsys):
     assert main([bundle, str(films), "--output", str(tmp_path), "--heatmap", "npy"]) == 0
     with (tmp_path / "readings.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 8 and {row["status"] for row in table} == {"read"}
-    for row in table:
+    read = [row for row in table if row["status"] == "read"]
+    others = {os.path.basename(r["film"]): r["reason"] for r in table if r["status"] != "read"}
+    assert len(read) == 8 and set(others) == {"ATTRIBUTION.md", "labels.csv"}
+    assert all("neither DICOM nor PNG" in reason for reason in others.values())
+    for row in read:
         stem = os.path.splitext(os.path.basename(row["film"]))[0]
         record = json.loads((tmp_path / f"{stem}.json").read_text())
         assert record["label"] == row["label"]
@@ -40,7 +43,8 @@ def test_files_per_film_and_a_table(bundle, films, tmp_path, capsys):
         assert heatmap.sum() == pytest.approx(1, abs=1e-3)
         assert cv2.imread(str(tmp_path / f"{stem}.overlay.png")) is not None
     out = capsys.readouterr()
-    assert len(out.out.splitlines()) == 8
+    assert len(out.out.splitlines()) == 10
+    assert "8 read, 0 not applicable, 0 failed, 2 skipped" in out.err
     assert "not a medical device" in out.err and "drawings" in out.err
 
 

@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from cxrgaze.errors import FilmError, unforeseen
+from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film
 
 AHEAD = 2
@@ -15,6 +17,24 @@ AHEAD = 2
 
 
 Decode = Callable[[Path], Film]
+
+
+class Usable(NamedTuple):
+    """Films, apart from those that cannot be read or must not be."""
+
+    films: list[tuple[Path, Film]]
+    left_out: list[tuple[Path, str]]
+    """And why."""
+
+    def told(self) -> str:
+        """Those that were left out, a line each."""
+        return "\n".join(f"left out: {path}: {reason}" for path, reason in self.left_out)
+
+    @property
+    def share(self) -> str:
+        """How many were left out, of how many; empty where none was."""
+        count = len(self.left_out)
+        return f"{count} of {count + len(self.films)} films were left out" if count else ""
 
 
 def decode_ahead(
@@ -37,6 +57,21 @@ def decode_ahead(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def usable(paths: Iterable[Path], decode: Decode = load_film) -> Usable:
+    """The films that a network may be applied to, and why it may not be to the others."""
+    listed = list(paths)
+    films: list[tuple[Path, Film]] = []
+    left_out: list[tuple[Path, str]] = []
+    for path, film in zip(listed, decode_ahead(listed, decode), strict=True):
+        if isinstance(film, FilmError):
+            left_out.append((path, str(film)))
+        elif film.reasons:
+            left_out.append((path, f"not applicable: {'; '.join(film.reasons)}"))
+        else:
+            films.append((path, film))
+    return Usable(films, left_out)
 
 
 def _outcome(decode: Decode, path: Path) -> Film | FilmError:

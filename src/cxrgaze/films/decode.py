@@ -17,17 +17,17 @@ from cxrgaze.films.windows import Window
 BYTE_LIMIT = 1 << 30
 
 
-def load_film(path: Path | str, window: Window | None = None) -> Film:
+def load_film(path: Path | str, window: Window | None = None, *, keep_stored: bool = False) -> Film:
     """The film in a file.
 
     Args:
-        window: see `film_from_bytes`.
+        window, keep_stored: see `film_from_bytes`.
 
     Raises:
         FilmError: missing, unreadable, damaged or of no known format.
     """
     start = time.perf_counter()
-    film = film_from_bytes(read_file(path), str(path), window)
+    film = film_from_bytes(read_file(path), str(path), window, keep_stored=keep_stored)
     return replace(film, decode_ms=(time.perf_counter() - start) * 1e3)
 
 
@@ -55,13 +55,16 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Film:
+def film_from_bytes(
+    data: bytes, name: str, window: Window | None = None, *, keep_stored: bool = False
+) -> Film:
     """The film in the bytes of a file.
 
     Args:
         name: stands in messages and results; its suffix is a hint.
         window: centre and width that replace a DICOM film's own, on values oriented so that larger
             is whiter; no effect on other files.
+        keep_stored: give the film the values as the file has them too (`Film.stored`).
 
     Raises:
         FilmError: empty, too large, damaged or of no known format.
@@ -71,7 +74,8 @@ def film_from_bytes(data: bytes, name: str, window: Window | None = None) -> Fil
     if len(data) > BYTE_LIMIT:
         raise FilmError(f"{name}: larger than {BYTE_LIMIT >> 20} MiB")
     try:
-        return content_checked(_decoded(data, name, window))
+        film = content_checked(_decoded(data, name, window))
+        return film if keep_stored else replace(film, stored=None)
     except (FilmError, *INTERRUPTS):
         raise
     except MemoryError as error:

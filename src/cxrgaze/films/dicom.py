@@ -31,8 +31,8 @@ from cxrgaze.files import sha256
 from cxrgaze.films.applicability import judge_header
 from cxrgaze.films.codestream import Codestream, look
 from cxrgaze.films.decoders import DECODERS, ENCAPSULATED_UNCOMPRESSED, JPEG_XL, Layout
-from cxrgaze.films.display import displayed, spacing_mm, square_reason
-from cxrgaze.films.film import PIXEL_LIMIT, Film
+from cxrgaze.films.display import displayed, is_inverted, spacing_mm, square_reason
+from cxrgaze.films.film import PIXEL_LIMIT, Film, Stored
 from cxrgaze.films.header import attribute, number, text, transfer_syntax
 from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.films.images import colour_reason
@@ -97,6 +97,7 @@ def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Fi
         reasons,
         (*notes, *more),
         DicomIdentity.of(dataset),
+        stored=Stored(stored, int(dataset.BitsStored), is_inverted(dataset)),
     )
 
 

@@ -81,6 +81,14 @@ def displayed(header: Dataset, stored: NDArray[np.integer], window: Window | Non
     return Displayed(pixels, source, (*chain.doubts(), *notes))
 
 
+def is_inverted(header: Dataset) -> bool:
+    """Whether a larger stored value is darker (PS3.3 C.7.6.3.1.2, C.11.6)."""
+    return (
+        text(header, "PhotometricInterpretation") == "MONOCHROME1"
+        or text(header, "PresentationLUTShape") == "INVERSE"
+    )
+
+
 @dataclass(frozen=True)
 class _Chain:
     """A header, the stored values that there are, and how many pixels have each."""
@@ -88,13 +96,6 @@ class _Chain:
     header: Dataset
     levels: NDArray[np.integer]
     counts: NDArray[np.integer]
-
-    @property
-    def is_inverted(self) -> bool:
-        return (
-            text(self.header, "PhotometricInterpretation") == "MONOCHROME1"
-            or text(self.header, "PresentationLUTShape") == "INVERSE"
-        )
 
     def doubts(self) -> tuple[str, ...]:
         """What the header leaves in doubt about its modality LUT and polarity."""
@@ -133,7 +134,7 @@ _Table = tuple[NDArray[np.floating], PixelSource, tuple[str, ...]]
 
 def _forced(chain: _Chain, window: Window) -> _Table:
     modality = chain.modality(chain.levels)
-    if chain.is_inverted:  # from the nominal range's two ends
+    if is_inverted(chain.header):  # from the nominal range's two ends
         modality = float(chain.modality(chain.nominal_ends()).sum()) - modality
     return _windowed(modality, *window, "LINEAR"), "dicom-window", ("a window was forced",)
 
@@ -145,12 +146,12 @@ def _chosen(chain: _Chain) -> _Table:
     for candidate in _candidates(chain, modality, notes):
         why = unfit(candidate.table, chain.counts)
         if not why:
-            table = 1 - candidate.table if chain.is_inverted else candidate.table
+            table = 1 - candidate.table if is_inverted(chain.header) else candidate.table
             return table, candidate.source, (*notes, *candidate.notes)
         notes.append(f"the file's {candidate.what} {why}; it was not used")
     if notes:
         notes.append("a percentile window was used")
-    ordered = -modality if chain.is_inverted else modality
+    ordered = -modality if is_inverted(chain.header) else modality
     return _percentile_ramp(ordered, chain.counts), "dicom-percentile", tuple(notes)
 
 

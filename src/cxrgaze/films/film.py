@@ -27,6 +27,18 @@ _CONTRAST = 2 / 255  # a film whose central 99 % spans less than this shows noth
 
 
 @dataclass(frozen=True)
+class Stored:
+    """The values of a film as its file has them, before anything that is done for display."""
+
+    values: NDArray[np.integer]
+    """`(H, W)`, grey; overlay bits dropped, signed where the file says so."""
+    bits: int
+    """How many of a value's bits are used."""
+    larger_is_darker: bool
+    """As in MONOCHROME1."""
+
+
+@dataclass(frozen=True)
 class Film:
     """A decoded radiograph."""
 
@@ -47,6 +59,8 @@ class Film:
     """What a DICOM film's results must refer to, sealed; None for other films."""
     decode_ms: float = 0.0
     """Wall-clock milliseconds from file or bytes to pixels."""
+    stored: Stored | None = field(default=None, repr=False, compare=False)
+    """Where they were asked for (`keep_stored`)."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cxrgaze.errors import UsageError
@@ -11,32 +12,55 @@ from cxrgaze.errors import UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 
 
-def find_films(paths: Sequence[Path | str]) -> Iterator[tuple[Path, Path]]:
-    """Films among files, folders (searched recursively by suffix) and globs, in sorted order.
+@dataclass(frozen=True)
+class Found:
+    """What files, folders and globs hold."""
 
-    Yields:
-        The path, and the path relative to the folder that was given (the name for a file).
+    films: tuple[tuple[Path, Path], ...]
+    """The path of each, and the path relative to the folder that was given (a file's name)."""
+    skipped: tuple[tuple[Path, str], ...]
+    """Other files in the folders that were given, and why each is taken for no film."""
+
+
+def find_films(paths: Sequence[Path | str]) -> Found:
+    """Films among files, folders (searched recursively) and globs, in sorted order.
+
+    In a folder a file is a film by its suffix or by how its content begins; a file that is named
+    is one, whatever it holds.
 
     Raises:
         UsageError: a path that does not exist, a folder or glob without films.
     """
+    films: list[tuple[Path, Path]] = []
+    skipped: list[tuple[Path, str]] = []
     for given in map(Path, paths):
         try:
-            yield from _films_of(given)
+            if given.is_dir():
+                _search(given, films, skipped)
+            else:
+                films += _named(given)
         except (OSError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"{str(given)[:200]!r} cannot be searched: {reason}") from error
+    return Found(tuple(films), tuple(skipped))
 
 
-def _films_of(given: Path) -> Iterator[tuple[Path, Path]]:
-    if given.is_dir():
-        films = sorted(path for path in _files_below(given) if _looks_like_film(path))
-        if not films:
-            raise UsageError(f"{given} holds no films (DICOM, or {', '.join(SUFFIXES)})")
-        yield from ((path, path.relative_to(given)) for path in films)
-    elif given.exists():
+def _search(folder: Path, films: list[tuple[Path, Path]], skipped: list[tuple[Path, str]]) -> None:
+    found = []
+    for path in sorted(_files_below(folder)):
+        if reason := _no_film(path):
+            skipped.append((path, reason))
+        else:
+            found.append((path, path.relative_to(folder)))
+    if not found:
+        raise UsageError(f"{folder} holds no films (DICOM, or {', '.join(SUFFIXES)})")
+    films += found
+
+
+def _named(given: Path) -> Iterator[tuple[Path, Path]]:
+    if given.exists():
         yield given, Path(given.name)
     elif any(c in str(given) for c in "*?["):
         anchor = Path(given.anchor or ".")
@@ -76,13 +100,18 @@ def looks_like_image(data: bytes) -> bool:
     return data.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
 
 
-def _looks_like_film(path: Path) -> bool:
-    if path.name.startswith(".") or not path.is_file():
-        return False
-    if path.suffix.lower() in SUFFIXES:
-        return True
+def _no_film(path: Path) -> str:
+    """Why a file in a folder is taken for no film; empty where it is taken for one."""
+    if path.name.startswith("."):
+        return "a hidden file"
     try:
+        if not path.is_file():
+            return "no regular file"
+        if path.suffix.lower() in SUFFIXES:
+            return ""
         with path.open("rb") as file:  # archives name DICOM files by their UID, or not at all
-            return looks_like_dicom(file.read(132))
-    except OSError:
-        return False
+            head = file.read(132)
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    is_film = looks_like_dicom(head) or looks_like_image(head)
+    return "" if is_film else "neither DICOM nor PNG, JPEG or TIFF by its name or content"

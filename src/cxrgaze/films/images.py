@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable
 
@@ -13,13 +14,13 @@ from PIL import Image, UnidentifiedImageError
 
 from cxrgaze.errors import FilmError
 from cxrgaze.files import sha256
-from cxrgaze.films.film import PIXEL_LIMIT, Film
+from cxrgaze.films.film import PIXEL_LIMIT, Film, Stored
 from cxrgaze.films.windows import grey_levels
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 
 
-_ORIENTATION, _BITS_PER_SAMPLE = 274, 258  # tags of TIFF 6.0, the first of EXIF too
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # of TIFF 6.0, the first of EXIF too
 _NOT_TURNED = "the file asks to be turned (EXIF orientation {}); it was not"
 _COLOUR_SPREAD = 0.02  # mean difference between channels above which an RGB image is in colour
 
@@ -33,7 +34,8 @@ def film_from_image(data: bytes, name: str) -> Film:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; size is checked below
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            positive, is_negative = _black_is_zero(data)
+            with Image.open(io.BytesIO(positive), formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > PIXEL_LIMIT:
                     raise FilmError(f"{name}: {width} x {height} pixels, limit {PIXEL_LIMIT}")
@@ -42,7 +44,7 @@ def film_from_image(data: bytes, name: str) -> Film:
                 image.load()
                 kind = str(image.format)
                 is_cut = _is_cut_to_8_bits(image, data)
-                pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image)
+                pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image, is_negative)
                 if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
                     pixels = _as_stored(pixels, orientation)
     except UnidentifiedImageError as error:
@@ -53,10 +55,12 @@ def film_from_image(data: bytes, name: str) -> Film:
         raise FilmError(f"{name}: damaged or cut short: {error or type(error).__name__}") from error
     if frames > 1:
         reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
-    values, source, notes = grey_levels(np.ascontiguousarray(pixels))
+    pixels = np.ascontiguousarray(pixels)
+    values, source, notes = grey_levels(pixels)
     if orientation != 1:
         notes = (*notes, _NOT_TURNED.format(orientation))
-    return Film(values, name, sha256(data), source, reasons=reasons, notes=notes)
+    stored = Stored(np.asarray(pixels), 8 * pixels.dtype.itemsize, larger_is_darker=False)
+    return Film(values, name, sha256(data), source, reasons=reasons, notes=notes, stored=stored)
 
 
 def promised_samples(data: bytes) -> int:
@@ -88,16 +92,17 @@ def _deep_colour(data: bytes, kind: str) -> NDArray[np.uint16]:
 
 
 def _grey(
-    image: Image.Image | NDArray[np.uint16],
+    image: Image.Image | NDArray[np.uint16], is_negative: bool
 ) -> tuple[NDArray[np.generic], tuple[str, ...]]:
     """Pixels as uint8 or uint16 `(H, W)`, and why the film is not applicable, if it is not."""
     if isinstance(image, np.ndarray):
         return np.rint(image.mean(axis=2)).astype(np.uint16), _colour_of(image, 65535)
-    if image.mode == "I;16" and not _white_is_zero(image):
-        return np.asarray(image), ()
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16, copy=False)
+        return 65535 - values if is_negative else values, ()
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        if _white_is_zero(image):
+        if is_negative:
             values = -values  # a window follows: only the order counts
         low, high = values.min(), values.max()
         if not (np.isfinite(low) and np.isfinite(high)):
@@ -126,10 +131,31 @@ def colour_reason(spread: float) -> tuple[str, ...]:
     return ("colour image (RGB), expected a grey radiograph",) if spread > _COLOUR_SPREAD else ()
 
 
-def _white_is_zero(image: Image.Image) -> bool:
-    """Whether a TIFF of more than 8 bits stores white as 0; Pillow inverts only those of 8."""
-    tags = getattr(image, "tag_v2", {})
-    return bool(tags.get(262) == 0)  # PhotometricInterpretation of TIFF 6.0
+def _black_is_zero(data: bytes) -> tuple[bytes, bool]:
+    """A TIFF of more than 8 bits that stores white as 0, said to store black as 0; whether it is.
+
+    Of such a file Pillow inverts those of 8 bits, leaves the others and refuses big-endian ones.
+    """
+    orders = {b"II*\0": "<", b"MM\0*": ">"}
+    order = orders.get(data[:4])
+    if order is None:
+        return data, False
+    found: dict[int, tuple[int, str, int]] = {}
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values = struct.unpack_from(f"{order}HHI", data, at)
+            if values == 1 and kind in (3, 4):  # one SHORT or LONG, in the entry itself
+                number = f"{order}{' HI'[kind - 2]}"
+                found[tag] = (at + 8, number, *struct.unpack_from(number, data, at + 8))
+    except struct.error:
+        return data, False
+    place, number, meaning = found.get(_PHOTOMETRIC, (0, "", 1))
+    if meaning != 0 or found.get(_BITS_PER_SAMPLE, (0, "", 1))[2] <= 8:
+        return data, False
+    said = struct.pack(number, 1)
+    return data[:place] + said + data[place + len(said) :], True
 
 
 def _orientation(image: Image.Image) -> int:

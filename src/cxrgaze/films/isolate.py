@@ -22,6 +22,7 @@ import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from pydantic import Field, ValidationError
 from cxrgaze import children
 from cxrgaze.errors import FilmError, NotApplicableError, UsageError
 from cxrgaze.films.decode import film_from_bytes, promised_samples, read_file
-from cxrgaze.films.film import PIXEL_LIMIT, Film
+from cxrgaze.films.film import PIXEL_LIMIT, Film, Stored
 from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.records import Frozen
 from cxrgaze.spec import PixelSource
@@ -44,12 +45,22 @@ _BASE = 256 << 20
 _BYTES_A_SAMPLE = 32
 """A worker may take `_BASE`, twice the file and this much a sample that the header promises."""
 
-_LENGTHS = struct.Struct("<III")  # bytes of the JSON header, of the pixels, of the identity
+_LENGTHS = struct.Struct(
+    "<IIII"
+)  # bytes of the JSON header, the pixels, the stored values, identity
 _NUMBER = struct.Struct("<i")  # what the nursery answers: a process or how one ended
 _START, _END = b"s", b"e"  # what the nursery is asked for
 _START_S = 60.0  # for its imports on a slow device
 _END_S = 5.0
 _HEADER_LIMIT = 1 << 16
+
+
+class _Stored(Frozen):
+    """What the worker says of stored values, which follow the pixels."""
+
+    kind: Literal["|u1", "<u2", "|i1", "<i2"]
+    bits: int
+    larger_is_darker: bool
 
 
 class _Header(Frozen):
@@ -69,18 +80,35 @@ class _Header(Frozen):
     spacing_mm: tuple[float, float] | None = None
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    stored: _Stored | None = None
+
+
+_Bytes = bytes | bytearray
+_Answer = tuple[_Header, _Bytes, _Bytes, _Bytes]
+"""Header, pixels, stored values, identity."""
 
 
 class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
     """`load` as `load_film`, in a child process; a context manager.
+
+    Args:
+        time_limit_s: seconds that a film may take; starting the child is outside of them.
+        memory_limit: bytes that the child may take at the most; a film may take what its header
+            justifies within it.
+        keep_stored: see `film_from_bytes`.
 
     Threads may share it: it reads one film at a time. The worker lives on from film to film and is
     replaced after a crash or a kill.
     """
 
     def __init__(
-        self, *, time_limit_s: float = TIME_LIMIT_S, memory_limit: int = MEMORY_LIMIT
+        self,
+        *,
+        time_limit_s: float = TIME_LIMIT_S,
+        memory_limit: int = MEMORY_LIMIT,
+        keep_stored: bool = False,
     ) -> None:
+        self._keep_stored = keep_stored
         self._time_limit_s = time_limit_s
         self._memory_limit = memory_limit
         self._nursery: _Nursery | None = None
@@ -127,7 +155,7 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
             if self._is_closed:
                 raise UsageError(f"{name}: the loader is closed")
             try:
-                header, pixels, identity = self._ask(name, data)
+                header, pixels, stored, identity = self._ask(name, data)
             except BaseException:
                 self._drop()  # whatever happened, this worker is not to be trusted any more
                 raise
@@ -147,28 +175,34 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
             notes=header.notes,
             identity=DicomIdentity(bytes(identity)) if identity else None,
             decode_ms=(time.perf_counter() - start) * 1e3,
+            stored=_stored(header, stored),
         )
 
-    def _ask(self, name: str, data: bytes | None) -> tuple[_Header, bytearray, bytearray]:
+    def _ask(self, name: str, data: bytes | None) -> _Answer:
         worker = self._worker = self._worker or self._started()
         self._number += 1
         deadline = time.monotonic() + self._time_limit_s
         size = None if data is None else len(data)
         # json escapes what is no UTF-8 in a path; pydantic refuses it.
-        request = json.dumps({"number": self._number, "name": name, "size": size})
+        asked = {"number": self._number, "name": name, "size": size, "stored": self._keep_stored}
+        request = json.dumps(asked)
         try:
             for part in (request.encode() + b"\n", data or b""):
                 worker.settimeout(_left(deadline))
                 worker.sendall(part)
             sizes = _LENGTHS.unpack(_received(worker, _LENGTHS.size, deadline))
-            header_size, pixel_size, identity_size = sizes
+            header_size, pixel_size, stored_size, identity_size = sizes
             if max(header_size, identity_size) > _HEADER_LIMIT or pixel_size > 4 * PIXEL_LIMIT:
                 raise ValueError("lengths beyond the limits")
             header = _Header.model_validate_json(_received(worker, header_size, deadline))
             if pixel_size != 4 * header.height * header.width or header.number != self._number:
                 raise ValueError("not the answer to what was asked")
+            width = np.dtype(header.stored.kind).itemsize if header.stored else 0
+            if stored_size != width * header.height * header.width:
+                raise ValueError("other stored values than it says")
             pixels = _received(worker, pixel_size, deadline)
-            return header, pixels, _received(worker, identity_size, deadline)
+            stored = _received(worker, stored_size, deadline)
+            return header, pixels, stored, _received(worker, identity_size, deadline)
         except TimeoutError:
             late = f"{name}: decoding took longer than {self._time_limit_s:g} s"
             raise FilmError(late) from None
@@ -216,6 +250,14 @@ class IsolatedLoader(AbstractContextManager["IsolatedLoader"]):
         return f" of {size} MiB (--isolate-memory, IsolatedLoader(memory_limit=))"
 
 
+def _stored(header: _Header, data: _Bytes) -> Stored | None:
+    said = header.stored
+    if said is None:
+        return None
+    values = np.frombuffer(data, said.kind).reshape(header.height, header.width)
+    return Stored(values, said.bits, said.larger_is_darker)
+
+
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
@@ -223,7 +265,7 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _received(worker: socket.socket, size: int, deadline: float) -> bytearray:
+def _received(worker: socket.socket, size: int, deadline: float) -> _Bytes:
     data = bytearray(size)
     view, filled = memoryview(data), 0
     while filled < size:
@@ -331,7 +373,7 @@ def _serve(reader: socket.socket, memory_limit: int) -> None:
             data = read_file(name) if size is None else requests.read(size)
             allowed = _allowed(data, memory_limit)
             _limit_memory(allowed, memory_limit)
-            film = film_from_bytes(data, name)
+            film = film_from_bytes(data, name, keep_stored=request["stored"])
         except NotApplicableError as error:
             _reply(reader, _Header(number=number, not_applicable=error.reasons))
         except FilmError as error:
@@ -348,10 +390,12 @@ def _serve(reader: socket.socket, memory_limit: int) -> None:
                 spacing_mm=film.spacing_mm,
                 reasons=film.reasons,
                 notes=film.notes,
+                stored=_said_of(film.stored) if film.stored else None,
             )
             identity = film.identity.encoded if film.identity else b""
-            _reply(reader, header, film.pixels, identity)
-            del film
+            stored = film.stored.values if film.stored else _NONE
+            _reply(reader, header, film.pixels, stored, identity)
+            del film, stored
 
 
 def _allowed(data: bytes, ceiling: int) -> int:
@@ -369,6 +413,11 @@ def _limit_memory(size: int, ceiling: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, ceiling))
 
 
+def _said_of(stored: Stored) -> _Stored:
+    kind: Any = stored.values.dtype.str  # the model holds it to those that there are
+    return _Stored(kind=kind, bits=stored.bits, larger_is_darker=stored.larger_is_darker)
+
+
 _NONE: NDArray[np.float32] = np.empty(0, np.float32)
 
 
@@ -376,11 +425,14 @@ def _reply(
     reader: socket.socket,
     header: _Header,
     pixels: NDArray[np.float32] = _NONE,
+    stored: NDArray[Any] = _NONE,
     identity: bytes = b"",
 ) -> None:
     text = header.model_dump_json().encode()
-    reader.sendall(_LENGTHS.pack(len(text), pixels.nbytes, len(identity)) + text)
-    reader.sendall(np.ascontiguousarray(pixels).data)
+    sizes = _LENGTHS.pack(len(text), pixels.nbytes, stored.nbytes, len(identity))
+    reader.sendall(sizes + text)
+    for values in (pixels, stored):
+        reader.sendall(np.ascontiguousarray(values).data)
     reader.sendall(identity)
 
 
