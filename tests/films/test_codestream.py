@@ -222,6 +222,16 @@ def test_another_size_than_the_headers_is_refused(made, kind, wrong):
         made.film(_dicom(made, kind, stream, **wrong))
 
 
+@pytest.mark.parametrize("padding", [b"\xff", b"\0", b"\0" * 5000, b"\xff\0", b"\xff" * 6])
+@pytest.mark.parametrize("kind", ["j2k", "jls", "jpeg"])
+def test_padding_after_the_end_is_no_cut(made, kind, padding):
+    """The samples of NEMA's WG-04, and most of what was made with their encoder, end in 0xFF."""
+    stream = _streams(made)[kind]
+    assert look(stream + padding).is_complete
+    plain = made.film(_dicom(made, kind, stream))
+    assert np.array_equal(made.film(_dicom(made, kind, stream + padding)).pixels, plain.pixels)
+
+
 def test_a_stream_that_is_damaged_or_cut_is_refused_with_what_is_wrong(made):
     stream = _streams(made)["jpeg"]
     with pytest.raises(FilmError, match="damaged: its codestream has no frame header before"):

@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -237,3 +240,30 @@ def test_naming_many_films_is_fast_enough_to_finish():
 
     names = _output_names([Path(f"{i // 2}.{('png', 'dcm')[i % 2]}") for i in range(200_000)])
     assert len(set(names)) == 200_000
+
+
+def _all_of(folder, bundle, tmp_path, capsys):
+    """Every file below a folder through `--isolate --force`: how many of each status."""
+    arguments = [bundle, str(folder), "--isolate", "--force", "--output", str(tmp_path / "out")]
+    assert main(arguments) in (0, 1)
+    with (tmp_path / "out" / "readings.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert all(row["reason"] for row in table if row["status"] != "read")
+    told = capsys.readouterr().err
+    assert "died" not in told and "report it" not in told and "Traceback" not in told
+    return len(table), Counter(row["status"] for row in table)
+
+
+def test_whatever_pydicom_tests_with_is_read_or_refused_with_a_reason(bundle, tmp_path, capsys):
+    folder = Path(pydicom.__file__).with_name("data") / "test_files"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    listed, count = _all_of(folder, bundle, tmp_path, capsys)
+    assert listed == len(files) and count["read"] >= 50
+
+
+@pytest.mark.slow
+def test_whatever_pydicom_data_holds_is_read_or_refused_with_a_reason(bundle, tmp_path, capsys):
+    data = pytest.importorskip("data_store", reason="needs: pip install pydicom-data")
+    folder = Path(next(iter(data.__path__)))
+    _, count = _all_of(folder, bundle, tmp_path, capsys)
+    assert count["read"] >= 50  # the samples of NEMA's WG-04 among them

@@ -143,8 +143,11 @@ def _box(frame: bytes, *wanted: bytes) -> int:
 
 
 def _ends(frame: bytes) -> bool:
-    """Whether the end marker stands last, but for padding to an even length."""
-    return frame[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+    """Whether the end marker is there, before padding: the NEMA samples are padded with 0xFF.
+
+    No codestream has it among its data: after 0xFF nothing above 0x8F may follow there.
+    """
+    return b"\xff\xd9" in frame.rstrip(b"\0")[-64:]
 
 
 def rle_segments(frame: bytes, count: int) -> list[bytes]:
