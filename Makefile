@@ -36,7 +36,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(OUT) build dist src/*.egg-info
 
 $(VENV)/export $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	@echo "making $(VENV) with the $* extra (once; some minutes)"

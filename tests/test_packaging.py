@@ -48,18 +48,32 @@ def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_package_is_listed():
     packages = set()
-    for name, folder in SETUP["package-dir"].items():
-        for root, folders, files in os.walk(ROOT / folder):
-            folders[:] = [f for f in folders if not Path(root, f).is_symlink()]
-            if "__init__.py" in files:
-                packages.add(".".join([name, *Path(root).relative_to(ROOT / folder).parts]))
+    for root, _, files in os.walk(ROOT / "src/cxrgaze", followlinks=True):
+        if "__init__.py" in files:
+            packages.add(".".join(Path(root).relative_to(ROOT / "src").parts))
     assert packages == set(SETUP["packages"])
 
 
 def test_every_link_points_at_its_folder():
-    for name, folder in SETUP["package-dir"].items():
-        if name != "cxrgaze":
-            assert (ROOT / "src/cxrgaze" / folder).resolve() == ROOT / folder
+    links = [path for path in (ROOT / "src/cxrgaze").iterdir() if path.is_symlink()]
+    assert len(links) == 5
+    for link in links:
+        assert link.resolve() == ROOT / link.name
+
+
+def _import_beside(clone: Path, *options: str) -> str:
+    """What `import cxrgaze` is in the folder that holds `clone`: its file, or None."""
+    code = "import cxrgaze; print(cxrgaze.__file__)"
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, cwd=clone.parent, capture_output=True, text=True).stdout.strip()
+
+
+def test_beside_a_clone_named_cxrgaze_the_import_is_the_package(tmp_path):
+    """The folder of that name is a namespace package to whoever stands beside it."""
+    (tmp_path / "cxrgaze").symlink_to(ROOT)
+    found = _import_beside(tmp_path / "cxrgaze")
+    assert found.endswith("cxrgaze/__init__.py") and not found.startswith(str(tmp_path))
+    assert _import_beside(tmp_path / "cxrgaze", "-S") == "None"  # as if nothing were installed
 
 
 def test_a_prediction_runs_with_the_base_install_only(bundles, films, tmp_path):
