@@ -20,15 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cxrgaze-export",
         "Turn a checkpoint into a bundle: ONNX with the precision in the graph, compared with the "
         "network film by film, and a manifest that binds every file. Without a checkpoint, the "
-        "demo network, trained on drawings. Beside a GPU with TensorRT, its plan is built "
-        "at the end.",
+        "network demo, trained on drawings; --list shows which ship. Beside a GPU "
+        "with TensorRT, its plan is built at the end.",
     )
     parser.add_argument(
         "checkpoint",
-        type=Path,
         nargs="?",
         metavar="CHECKPOINT",
-        help="NAME.safetensors with NAME.json beside it (default: the demo network)",
+        help="NAME.safetensors with NAME.json beside it, or the name of a network that ships "
+        "(default: demo); a file called as one of those is ./NAME",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show the networks that ship, and export nothing"
     )
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="default fp32"
@@ -75,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="an untrained network of --variant, for latency work; marked so in every reading",
     )
-    parser.add_argument("--variant", choices=("paper", "tiny"), help="with --random-weights")
+    parser.add_argument(
+        "--variant",
+        type=_variant,
+        metavar="{" + ",".join(_VARIANTS) + "}",
+        help="with --random-weights",
+    )
     parser.add_argument(
         "--seed",
         type=command.bounded(0, 2**31 - 1),
@@ -84,6 +92,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_threads(parser)
     return command.execute(parser, _run, argv)
+
+
+_VARIANTS = ("paper", "tiny")  # of random weights
+
+
+def _variant(text: str) -> str:
+    """An argparse type: a variant, or what the reader of its refusal may have meant."""
+    if text in _VARIANTS:
+        return text
+    from cxrgaze.train.shipped import networks
+
+    trained = f"; the trained network is: cxrgaze-export {text}" if text in networks() else ""
+    raise argparse.ArgumentTypeError(
+        f"expected {' or '.join(_VARIANTS)} (untrained, with --random-weights), found {text!r}"
+        f"{trained or '; cxrgaze-export --list shows the trained networks'}"
+    )
+
+
+def _checkpoint(given: str | None) -> Path:
+    """The checkpoint that is meant: a name comes before a file of that name.
+
+    Raises:
+        UsageError: a bare name that is neither; whether a path exists is for its reader to see.
+    """
+    from cxrgaze.errors import UsageError
+    from cxrgaze.train.shipped import networks
+
+    known = networks()
+    given = given or "demo"
+    if given in known:
+        return known[given]
+    path = Path(given)
+    if path.name == given and not path.suffix and not path.exists():
+        untrained = f" (untrained: --variant {given} --random-weights)" * (given in _VARIANTS)
+        raise UsageError(
+            f"{given} is no network that ships{untrained}; {' and '.join(known)} are, see --list. "
+            "One of your own is a path, NAME.safetensors"
+        )
+    return path
+
+
+def _list() -> None:
+    """The networks that ship as a table on standard output."""
+    from cxrgaze.train.shipped import table
+
+    rows = table()
+    rows.insert(0, {heading: heading for heading in rows[0]})
+    widths = {heading: max(len(row[heading]) for row in rows) for heading in rows[0]}
+    for row in rows:
+        print("  ".join(row[h].ljust(width) for h, width in widths.items()).rstrip())
+    print("The paper's network, untrained: cxrgaze-export --variant paper --random-weights")
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
@@ -145,10 +204,14 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.errors import ExitCode, UsageError
 
+    if args.list:
+        _list()
+        return ExitCode.OK
     if args.random_weights != (args.variant is not None):
         raise UsageError("--variant and --random-weights go together")
     if args.random_weights and args.checkpoint:
         raise UsageError("give a CHECKPOINT or --random-weights, not both")
+    path = _checkpoint(args.checkpoint)
     from cxrgaze.films.find import find_films
 
     films = [path for path, _ in find_films(args.films).films]
@@ -162,13 +225,12 @@ def _run(args: argparse.Namespace) -> int:
         from cxrgaze.export import network_source, pipeline
         from cxrgaze.export.options import ExportOptions, GateOptions, Int8Options, read_limits
         from cxrgaze.runtime.host import cpu_count
-        from cxrgaze.train.checkpoint import demo_path
     torch.set_num_threads(args.threads or cpu_count())
     with step("make random weights" if args.random_weights else "load the checkpoint"):
         source = (
             network_source.source_from_random(args.variant, args.seed)
             if args.random_weights
-            else network_source.source_from_checkpoint(args.checkpoint or demo_path())
+            else network_source.source_from_checkpoint(path)
         )
     options = ExportOptions(
         args.precision,

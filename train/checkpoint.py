@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import platform
 import struct
-from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from cxrgaze.records import Record, parse_record
 from cxrgaze.spec import NOTICE, Head, ModelSpec
 from cxrgaze.train.model import VARIANTS, Network, network_of
 from cxrgaze.train.origin import Origin
+from cxrgaze.train.shipped import networks
 
 _WEIGHTS_LIMIT = 4 << 30
 _CARD_LIMIT = 16 << 20
@@ -185,4 +185,4 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str
 
 def demo_path() -> Path:
     """The demo checkpoint that ships with the package: `tiny`, trained on phantoms."""
-    return Path(str(resource_files("cxrgaze.train") / "demo" / "demo.safetensors"))
+    return networks()["demo"]

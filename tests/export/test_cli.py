@@ -17,7 +17,7 @@ import cxrgaze
 from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.errors import ExitCode
 from cxrgaze.export import cli
-from cxrgaze.train import checkpoint
+from cxrgaze.train import checkpoint, shipped
 
 
 def test_the_manifest_records_what_was_made(bundles):
@@ -91,6 +91,9 @@ def _broken(tmp_path):
 
 
 REFUSED = {
+    "a name that does not ship": (["edgy"], 2, "demo and edge are"),
+    "the paper's network by name": (["paper"], 2, "--variant paper --random-weights"),
+    "a path without that file": (["./edge"], 2, "does not exist"),
     "no such checkpoint": (["no.safetensors"], 2, "does not exist"),
     "a broken checkpoint": (["bad.safetensors"], 7, "schema version None"),
     "an unwritable output": (["--output", "file/below"], 2, "cannot write"),
@@ -120,6 +123,52 @@ def test_numbers_are_bounded(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == ExitCode.USAGE and "expected" in capsys.readouterr().err
+
+
+def test_a_name_is_what_ships_and_a_path_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edge").write_text("a file of that name")
+    assert cli._checkpoint("edge") == checkpoint.demo_path().with_name("edge.safetensors")
+    assert cli._checkpoint("./edge").samefile(tmp_path / "edge")
+    assert cli._checkpoint(None) == cli._checkpoint("demo") == checkpoint.demo_path()
+
+
+def test_a_network_that_ships_is_exported_by_name(tmp_path):
+    arguments = ["edge", "--precision", "fp16", "--no-gate", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    manifest = Bundle.open(tmp_path / "edge-fp16.cxrgaze").manifest
+    card = checkpoint.load(shipped.networks()["edge"])[1]
+    assert manifest.provenance.checkpoint_sha256 == card.weights_sha256
+    assert manifest.spec.variant == "edge"
+
+
+def test_the_list_agrees_with_the_cards_and_needs_no_torch():
+    code = """
+import sys
+for name in ("torch", "safetensors", "onnx", "numpy"):
+    sys.modules[name] = None
+from cxrgaze.export.cli import main
+sys.exit(main(["--list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == "name variant canvas checkpoint trained on export".split()
+    assert len(lines) == 2 + len(shipped.networks())
+    for line, (name, path) in zip(lines[1:], shipped.networks().items(), strict=False):
+        card = checkpoint.load(path)[1]
+        canvas, size = f"{card.spec.height}x{card.spec.width}", path.stat().st_size / 1e6
+        assert line.split()[:5] == [name, card.spec.variant, canvas, f"{size:.2f}", "MB"]
+        assert card.name == name and card.trained_on in line
+        assert line.endswith(f"cxrgaze-export {name} --precision fp16")
+
+
+def test_an_unknown_variant_points_to_the_trained_network(capsys):
+    for text, hint in (("edge", "cxrgaze-export edge"), ("huge", "--list")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["--variant", text, "--random-weights"])
+        assert caught.value.code == ExitCode.USAGE
+        assert "paper or tiny" in (err := capsys.readouterr().err) and hint in err
 
 
 def test_an_unknown_precision_lists_those_that_exist(capsys):
