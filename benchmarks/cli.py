@@ -145,6 +145,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="no part goes on for longer, even if samples are missing (default 120)",
     )
+    command.add_gpu(parser)
     command.add_threads(parser)
 
 
@@ -326,15 +327,14 @@ def _objective(text: str) -> tuple[str, float]:
 @contextmanager
 def _films(args: argparse.Namespace) -> Iterator[list[Path]]:
     """The films that were given, else phantoms in a folder of their own."""
-    import tempfile
-
     import cv2
 
     from cxrgaze.evidence import phantom
+    from cxrgaze.files import temporary_folder
     from cxrgaze.films.find import find_films
 
     given = [path for path, _ in find_films(args.films).films]
-    with tempfile.TemporaryDirectory(prefix="cxrgaze-bench-") as folder:
+    with temporary_folder("bench") as folder:
         if not given:
             for seed in range(8):
                 given.append(Path(folder, f"phantom-{seed}.png"))

@@ -1,8 +1,8 @@
 """Energy of an inference from the sensors that a machine has, with the idle power subtracted.
 
 Sensors, in the order that they are looked for: NVML's energy counter, or else its power, of the
-first card; the INA3221 rails of a Jetson, from sysfs; the RAPL counter of an x86 processor's
-package. What they see differs: a card, a module with its board, a processor without its memory. The
+card that CUDA sees first; the INA3221 rails of a Jetson, from sysfs; the RAPL counter of an x86
+processor's package. What they see differs: a card, a module with its board, a processor without its memory. The
 figure names its sensor.
 
 Only the reading of sysfs was tested here, on files that look like it: this machine has no sensor.
@@ -11,6 +11,7 @@ Only the reading of sysfs was tested here, on files that look like it: this mach
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 import time
@@ -80,7 +81,10 @@ def _nvml() -> Sensor | None:
         return None
     except nvml.NVMLError:
         return None
-    gpu = nvml.nvmlDeviceGetHandleByIndex(0)
+    try:
+        gpu = _chosen(nvml, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    except nvml.NVMLError:
+        return None
     name = f"NVML, {nvml.nvmlDeviceGetName(gpu)}"
     for counts, ask, unit in (
         (True, nvml.nvmlDeviceGetTotalEnergyConsumption, "energy counter"),
@@ -92,6 +96,18 @@ def _nvml() -> Sensor | None:
             continue
         return Sensor(f"{name}, {unit}", _milli(ask, gpu), counts)
     return None
+
+
+def _chosen(nvml: Any, visible: str) -> Any:
+    """The card that CUDA sees first: NVML knows nothing of CUDA_VISIBLE_DEVICES."""
+    first = visible.split(",")[0].strip()
+    if not first or first.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(first or 0))
+    cards = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+    for card in cards:  # the beginning of a UUID is enough for CUDA
+        if str(nvml.nvmlDeviceGetUUID(card)).startswith(first):
+            return card
+    raise nvml.NVMLError(nvml.NVML_ERROR_NOT_FOUND)
 
 
 def _milli(ask: Callable[[Any], int], gpu: Any) -> Callable[[], float]:

@@ -173,6 +173,7 @@ Nvml = Callable[[Any, Any], object]  # of the module pynvml and a device
 
 _FACTS: Mapping[str, Nvml] = {
     "name": lambda nvml, gpu: nvml.nvmlDeviceGetName(gpu),
+    "uuid": lambda nvml, gpu: nvml.nvmlDeviceGetUUID(gpu),
     "driver": lambda nvml, gpu: nvml.nvmlSystemGetDriverVersion(),
     "memory_bytes": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).total,
     "power_limit_mw": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu),

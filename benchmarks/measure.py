@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from cxrgaze.command import Steps, say
 from cxrgaze.environment import now_utc
 from cxrgaze.errors import CxrgazeError, UsageError
 from cxrgaze.evidence.intervals import Interval
-from cxrgaze.files import render_json, write_atomic
+from cxrgaze.files import render_json, temporary_folder, write_atomic
 from cxrgaze.films.ahead import Usable, usable
 from cxrgaze.films.canvas import canvases, to_canvas
 from cxrgaze.films.decode import load_film
@@ -79,7 +78,7 @@ def measure(
         cold = cold_start(bundle, films[0], config)
     with (
         load(bundle, config.device, threads=config.threads) as reader,
-        tempfile.TemporaryDirectory(prefix="cxrgaze-bench-") as folder,
+        temporary_folder("bench") as folder,
     ):
         work = _Work(reader, films, Path(folder))
         with step("warm up"):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cxrgaze.benchmarks.record import Peer, Report, Sweep
 from cxrgaze.evidence.intervals import Interval
-from cxrgaze.report import Figure, drawn
+from cxrgaze.report import Figure, drawn, new_plot
 
-try:
-    from matplotlib.figure import Figure as Plot
-except ImportError:  # on a device; a machine that has it renders the report with its figures
-    DRAWS = False
-else:
-    DRAWS = True
+DRAWS = find_spec("matplotlib") is not None
+"""False on a device; a machine that has it renders the report with its figures."""
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +33,7 @@ def figures_of(report: Report) -> list[Figure]:
 def _samples(report: Report) -> Figure:
     """Every end-to-end sample in its order: drift, modes and tails are there to see."""
     samples = report.samples["end_to_end"]
-    plot = Plot(figsize=(7, 2.6), layout="constrained")
+    plot = new_plot(7, 2.6)
     axes = plot.add_subplot(xlabel="reading", ylabel="end to end (ms)")
     axes.plot(np.arange(1, len(samples) + 1), samples, ".", markersize=3, color=_COLOUR)
     axes.set_ylim(bottom=0)
@@ -48,7 +45,7 @@ def _samples(report: Report) -> Figure:
 def _peer_plot(peers: Sequence[Peer]) -> Figure:
     """Ratios with their intervals, a row a way."""
     shown = [peer for peer in peers if peer.ratio and peer.ratio.ratio.low is not None]
-    plot = Plot(figsize=(7, 0.8 + 0.3 * max(len(shown), 1)), layout="constrained")
+    plot = new_plot(7, 0.8 + 0.3 * max(len(shown), 1))
     axes = plot.add_subplot(xlabel="time over the first row's (log scale)", xscale="log")
     for row, peer in enumerate(reversed(shown)):
         assert peer.ratio is not None
@@ -75,7 +72,7 @@ def _interval(axes: Axes, row: int, ratio: Interval) -> None:
 
 def _sweep_plot(sweep: Sweep) -> Figure:
     """Time of a call at each point, the floor below it."""
-    plot = Plot(figsize=(6, 2.8), layout="constrained")
+    plot = new_plot(6, 2.8)
     axes = plot.add_subplot(xlabel=sweep.name, ylabel="ms a call, p50", yscale="log")
     places = range(len(sweep.points))
     values = [p.latency.p50.value if p.latency.p50 else np.nan for p in sweep.points]

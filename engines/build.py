@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cxrgaze.bundles.bundle import GRAPH, Bundle
-from cxrgaze.command import say, steps
+from cxrgaze.command import Deferred, deferred_interrupts, say, steps
 from cxrgaze.engines import precision
 from cxrgaze.environment import now_utc
 from cxrgaze.errors import (
@@ -174,6 +174,7 @@ def gated(
         DataError: the bundle has no reference, or none of these films.
         IncompatibleError, DeviceError: the plan cannot run here.
     """
+    bundle.verify()
     backend = TensorRT(library, cache, record, allow_host_code=allow_host_code)
     backend.activate(bundle)
     try:
@@ -211,10 +212,11 @@ def build(
     bundle.verify(leave=(GRAPH,))
     site = this_site()
     inputs = plan_inputs(bundle, library, options, site)
+    graph = bundle.read(GRAPH)
     if not rebuild and (record := cache.find(inputs)):
         cache.read(record)
         return Built(record, was_cached=True)
-    graph = bundle.read(GRAPH)
+    cache.make()
     workspace = workspace_to_give(options.workspace_bytes, len(graph), site)
     started = time.perf_counter()
     timing = cache.timing_path(inputs)
@@ -241,8 +243,7 @@ def build(
                 f"{record.built_precision_why}. The plan was deleted; try --rebuild once, and "
                 "else another version of the library"
             )
-    cache.store(record, plan)
-    return Built(record, was_cached=False)
+    return Built(cache.store(record, plan), was_cached=False)
 
 
 def _built_on(site: Site, *, ahead_of_time: bool) -> dict[str, str]:
@@ -294,6 +295,20 @@ def _serialized(
     timing: Path,
     bundle: Bundle,
 ) -> bytes:
+    with deferred_interrupts() as interrupts:
+        plan = _built_plan(graph, library, options, workspace, timing, bundle, interrupts)
+    return plan
+
+
+def _built_plan(
+    graph: bytes,
+    library: Library,
+    options: BuildOptions,
+    workspace: int | None,
+    timing: Path,
+    bundle: Bundle,
+    interrupts: Deferred,
+) -> bytes:
     trt = library.module
     log = library.logger(on_warning=lambda message: say(f"  {message}"))
     builder = trt.Builder(log)
@@ -306,12 +321,12 @@ def _serialized(
     _check_interface(network, bundle)
     config = builder.create_builder_config()
     _configure(config, builder, library, options, workspace, bundle)
-    monitor = _monitor(trt)
+    monitor = _monitor(trt, interrupts)
     config.progress_monitor = monitor
     try:
         with library.timing_cache(config, timing):
-            plan = builder.build_serialized_network(network, config)
-            if monitor.interrupted:
+            plan = None if interrupts.asked else builder.build_serialized_network(network, config)
+            if interrupts.asked:
                 raise KeyboardInterrupt
             if plan is None:
                 raise BuildError(
@@ -367,16 +382,16 @@ def _parser_error(error: Any) -> str:
     return f"{error.desc()}{node}"
 
 
-def _monitor(trt: Any) -> Any:
+def _monitor(trt: Any, interrupts: Deferred) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # known when run
         """A bar over the outermost phases' steps in a terminal, a line a phase without one.
 
-        Ctrl-C reaches Python between two steps and stops the build at the next.
+        An interrupt that was asked for stops the build at the next step: what is raised in here
+        the library swallows.
         """
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
             self.steps = 0
             self._bars: dict[str, Any] = {}
 
@@ -387,13 +402,10 @@ def _monitor(trt: Any) -> Any:
             self._bars[name].set_description(name)
 
         def step_complete(self, name: str, step: int) -> bool:
-            try:
-                self.steps += 1
-                if name in self._bars:
-                    self._bars[name].update()
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+            self.steps += 1
+            if name in self._bars:
+                self._bars[name].update()
+            return not interrupts.asked
 
         def phase_finish(self, name: str) -> None:
             if name in self._bars:

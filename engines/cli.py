@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tf32", action="store_true", help="allow TensorFloat-32 in fp32 layers (default: off)"
     )
+    command.add_gpu(parser)
     command.add_cache(parser)
     parser.add_argument(
         "--gate",

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxrgaze import command
 from cxrgaze.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    from cxrgaze.bundles.bundle import Bundle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,11 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify and not args.bundle:
         raise UsageError("--verify needs a BUNDLE")
     if args.bundle:
+        bundle = Bundle.open(args.bundle)
         if args.verify:
-            require_signature(Bundle.open(args.bundle), args.verify)
-        sections["bundle"], sections["plans"] = bundle_facts(
-            args.bundle, args.cache, bool(args.verify)
-        )
+            require_signature(bundle, args.verify)
+        sections["bundle"], sections["plans"] = bundle_facts(bundle, args.cache, bool(args.verify))
     if args.json:
         print(json.dumps(sections, indent=2))
         return 0
@@ -119,18 +121,17 @@ def support_rows() -> list[dict[str, str]]:
 
 
 def bundle_facts(
-    path: Path, cache: Path | None, verified: bool = False
+    bundle: Bundle, cache: Path | None, verified: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a bundle is, and its plans with whether this machine could load each.
 
     Raises:
-        UsageError, IntegrityError: as `Bundle.open` and `Bundle.verify`.
+        IntegrityError: as `Bundle.verify`; a cache that others can write.
     """
-    from cxrgaze.bundles.bundle import SIGNATURE, Bundle
+    from cxrgaze.bundles.bundle import SIGNATURE
     from cxrgaze.errors import IntegrityError
     from cxrgaze.runtime import device, host, plans, trt_library
 
-    bundle = Bundle.open(path)
     bundle.verify()
     manifest = bundle.manifest
     facts = {
@@ -146,18 +147,24 @@ def bundle_facts(
         "caution": manifest.spec.caution or "none",
         "signature": (
             ("valid" if verified else "there, not checked (--verify PUBLIC)")
-            if (path / SIGNATURE).is_file()
+            if (bundle.path / SIGNATURE).is_file()
             else "none"
         ),
         "notice": manifest.notice,
     }
     gpus, libraries = device.gpus(), trt_library.versions()
     listed = []
-    for record in plans.Cache(cache).records(bundle.sha256):
+    kept = plans.Cache(cache)
+    for record in kept.records(bundle.sha256):
         if isinstance(record, IntegrityError):
             listed.append({"plan": "refused", "why": str(record)})
             continue
         built = record.inputs
+        try:
+            kept.read(record)
+        except IntegrityError as error:
+            listed.append({"plan": built.key, "why": f"refused: {error}"})
+            continue
         try:
             if isinstance(gpus, str):
                 raise IncompatibleError(f"no GPU to run on: {gpus}")

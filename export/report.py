@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Plot
 
 from cxrgaze.bundles.manifest import DataType, FormRecord, Manifest, Precision
 from cxrgaze.bundles.verdicts import Histogram
@@ -23,8 +21,13 @@ from cxrgaze.report import (
     drawn,
     html_page,
     markdown_page,
+    new_plot,
 )
 from cxrgaze.runtime.ort import witness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Plot
 
 FOLDER = "report"
 
@@ -218,7 +221,7 @@ def _maps(reference: Answers, graphs: Mapping[Precision, bytes]) -> Figure:
         infer = witness(graph)
         maps = [infer(image[None]).log_density[0, 0] for image in phantoms]
         by_name[f"graph, {precision}"] = maps
-    plot = Plot(figsize=(2.2 * (1 + len(by_name)), 2.3 * len(phantoms)), layout="constrained")
+    plot = new_plot(2.2 * (1 + len(by_name)), 2.3 * len(phantoms))
     axes = plot.subplots(len(phantoms), 1 + len(by_name), squeeze=False)
     for row, image in enumerate(phantoms):
         axes[row, 0].imshow(image[0], cmap="gray", vmin=0, vmax=1)
@@ -267,7 +270,7 @@ def _differences(manifest: Manifest) -> Figure | None:
 
 
 def _axes(x: str, y: str) -> tuple[Plot, Axes]:
-    plot = Plot(figsize=(6, 3.2), layout="constrained")
+    plot = new_plot(6, 3.2)
     return plot, plot.add_subplot(xlabel=x, ylabel=y, xscale="log")
 
 
@@ -284,7 +287,7 @@ def _search(manifest: Manifest) -> Figure | None:
     """Smallest agreement CC against the share of work in low precision, where blocks went back."""
     if not any(trial.kept for trial in manifest.forms_tried):
         return None
-    plot = Plot(figsize=(6, 3.5), layout="constrained")
+    plot = new_plot(6, 3.5)
     axes = plot.add_subplot(
         xlabel=f"convolution work in {manifest.precision} (%)",
         ylabel="smallest agreement CC with fp32",

@@ -39,6 +39,8 @@ class Backend(ABC):
     """Verdict on what this backend runs, where that is not the bundle's graph itself."""
     notes: tuple[str, ...] = ()
     """What every reading must say of it, once it is active."""
+    identity: Mapping[str, str] = {}
+    """What a reading must name of what ran beside the bundle: a plan, and its library."""
     stages_ms: Mapping[str, float] = {}
     """Parts of the last `infer` by the device's clock: h2d, compute, d2h; empty on a CPU."""
     memory_bytes: Mapping[str, int] = {}
@@ -81,3 +83,7 @@ class BackendOptions:
     """Folder of plans (`cxrgaze.runtime.plans.Cache`)."""
     allow_host_code: bool = False
     """Load plans that bring code of their own for the CPU."""
+    plan: str | None = None
+    """Key of the plan to take; None leaves the choice to the backend."""
+    gpu: str | None = None
+    """Index or UUID of the GPU; None is the first."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
-from cxrgaze.errors import IncompatibleError, UsageError
+from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from cxrgaze.bundles.bundle import Bundle
@@ -23,8 +24,8 @@ class Entry(NamedTuple):
     """What it is, for help texts."""
     open: Callable[[Bundle, BackendOptions], Backend]
     """Makes it for a bundle; raises IncompatibleError where it cannot run here."""
-    is_here: Callable[[], bool] = lambda: True
-    """Whether `auto` considers it."""
+    is_here: Callable[[Bundle, BackendOptions], bool] = lambda bundle, options: True
+    """Whether `auto` considers it: what it then cannot use is said in every reading."""
 
 
 class Choice(NamedTuple):
@@ -37,8 +38,9 @@ class Choice(NamedTuple):
 def choose(bundle: Bundle, device: str | Backend, options: BackendOptions) -> Choice:
     """The backend that was asked for, or the first of the table that accepts the bundle.
 
-    A TensorRT beside a GPU that has no plan of this bundle leaves it to the next, and the warning
-    for the readings says so. Asked for by name and not to be had is an error.
+    A TensorRT that is installed, or a plan of this bundle, that cannot be used leaves it to the
+    next backend, and the warning for the readings says why. Silence is where neither is there.
+    Asked for by name and not to be had is an error.
 
     Args:
         device: "auto", a name of `BACKENDS`, or a backend of the caller's.
@@ -46,7 +48,7 @@ def choose(bundle: Bundle, device: str | Backend, options: BackendOptions) -> Ch
     Raises:
         UsageError: no backend of that name.
         IncompatibleError: it is not installed, or does not accept the bundle; no plan fits.
-        IntegrityError: the plan cache can be written by others.
+        IntegrityError: asked for by name, and the plan cache can be written by others.
     """
     if not isinstance(device, str):
         return Choice(_accepting(device, bundle), ())
@@ -56,11 +58,11 @@ def choose(bundle: Bundle, device: str | Backend, options: BackendOptions) -> Ch
         return Choice(_accepting(BACKENDS[device].open(bundle, options), bundle), ())
     problems: list[str] = []
     for name, entry in BACKENDS.items():
-        if not entry.is_here():
+        if not entry.is_here(bundle, options):
             continue
         try:
             backend = _accepting(entry.open(bundle, options), bundle)
-        except IncompatibleError as error:
+        except (IncompatibleError, IntegrityError, UsageError) as error:
             problems.append(f"{name} is not used: {error}")
         else:
             return Choice(backend, tuple(problems))
@@ -101,23 +103,36 @@ def _tensorrt(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
     library = trt_library.find(name)
     if isinstance(gpus := device.gpus(), str):
         raise IncompatibleError(f"no GPU to run on: {gpus}")
+    gpu = device.chosen(gpus, options.gpu)
     cache = plans.Cache(options.cache)
-    site = plans.PlanSite(library.name, library.version, gpus[0].capability, host_platform())
-    record = cache.fitting(bundle, site, allow_host_code=options.allow_host_code)
-    return TensorRT(library, cache, record, allow_host_code=options.allow_host_code)
+    site = plans.PlanSite(library.name, library.version, gpu.capability, host_platform())
+    record = cache.fitting(bundle, site, allow_host_code=options.allow_host_code, key=options.plan)
+    opens = partial(device.open_device, options.gpu)
+    allowed = options.allow_host_code
+    return TensorRT(library, cache, record, allow_host_code=allowed, opens=opens)
 
 
-def _is_beside_a_gpu(name: str) -> bool:
-    from cxrgaze.runtime import trt_library
+def _is_here(name: str, bundle: Bundle, options: BackendOptions) -> bool:
+    """Whether this TensorRT is installed, or the cache has a plan of this bundle for it."""
+    from cxrgaze.runtime import plans
 
-    return name in trt_library.beside_a_gpu()
+    if options.plan or options.gpu or find_spec(name):
+        return True
+    try:
+        records = list(plans.Cache(options.cache).records(bundle.sha256))
+    except (IntegrityError, UsageError):
+        return False
+    return any(
+        not isinstance(record, IntegrityError) and record.inputs.library == name
+        for record in records
+    )
 
 
 BACKENDS: Mapping[str, Entry] = {
     name: Entry(
         "a plan of this bundle for this GPU (cxrgaze-build)",
         partial(_tensorrt, name),
-        partial(_is_beside_a_gpu, name),
+        partial(_is_here, name),
     )
     for name in ("tensorrt", "tensorrt_rtx")
 } | {"onnxruntime": Entry("the graph itself on the CPU", _onnxruntime)}

@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"auto or a backend, {backends.described()} (default auto: the first that runs the "
         "bundle)",
     )
+    command.add_gpu(parser)
+    parser.add_argument(
+        "--plan",
+        metavar="KEY",
+        help="the plan to take, by its key (cxrgaze-inspect lists them; default: one that passed "
+        "its gate before others, then the latest)",
+    )
     command.add_cache(parser)
     parser.add_argument(
         "--allow-host-code",
@@ -88,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     from collections import Counter
 
     from cxrgaze.errors import ExitCode, UsageError
-    from cxrgaze.files import make_output_folder
+    from cxrgaze.files import make_output_folder, only_run
     from cxrgaze.films.ahead import Decode
     from cxrgaze.films.decode import load_film
     from cxrgaze.films.find import find_films
@@ -108,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
                 public_key=args.public_key,
                 cache=args.cache,
                 allow_host_code=args.allow_host_code,
+                plan=args.plan,
                 require=args.require,
             )
         )
@@ -116,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
             loader = IsolatedLoader(memory_limit=args.isolate_memory << 20)
             decode = stack.enter_context(loader).load
         output = make_output_folder(args.output) if args.output else None
+        if output:
+            stack.enter_context(only_run(output))
         options = PredictOptions(output, args.heatmap, as_json=args.json, force=args.force)
         records = predict(reader, found, decode, options)
     count = Counter(record["status"] for record in records)

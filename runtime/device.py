@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,10 @@ class Gpu:
     """Whether it shares the host's memory, as on a Jetson."""
     driver_cuda: str
     """Newest CUDA that the driver supports, such as "12.6"."""
+    index: int = 0
+    """Its number among those that the driver lists (CUDA_VISIBLE_DEVICES counts)."""
+    uuid: str = ""
+    """As NVIDIA's tools write it: "GPU-" and 32 hex digits in five groups; empty if not known."""
 
 
 class Device:
@@ -182,6 +187,8 @@ class CudaBindings(Device):
                 memory_bytes=int(_driver("cuDeviceTotalMem", device)),
                 integrated=bool(value("INTEGRATED")),
                 driver_cuda=_cuda_version(version),
+                index=index,
+                uuid=_uuid(bytes(_driver("cuDeviceGetUuid", device).bytes)),
             )
 
         return tuple(map(gpu, range(_driver("cuDeviceGetCount"))))
@@ -288,6 +295,7 @@ class PyCuda(Device):
                     _pycuda("get_attribute", device.get_attribute, _integrated(driver))
                 ),
                 driver_cuda=_cuda_version(version),
+                index=index,
             )
 
         return tuple(map(gpu, range(_pycuda("Device.count", driver.Device.count))))
@@ -375,11 +383,31 @@ def gpus() -> tuple[Gpu, ...] | str:
             why.append(f"{name}: {_line(error)}")
         except (DeviceError, OutOfMemoryError) as error:
             why.append(f"{name}: {error}")
-    return "; ".join(why)
+    confined = os.environ.get("CUDA_VISIBLE_DEVICES")
+    only = f" (only {confined} may be seen: --gpu, CUDA_VISIBLE_DEVICES)" if confined else ""
+    return "; ".join(why) + only
 
 
-def open_device(index: int = 0) -> Device:
-    """The GPU `index` through the first provider that works.
+def chosen(visible: Sequence[Gpu], wanted: str | None) -> Gpu:
+    """The GPU that was asked for.
+
+    Args:
+        wanted: index or UUID, of which the beginning is enough; None is the first.
+
+    Raises:
+        IncompatibleError: it is not here, with those that are.
+    """
+    if wanted is None:
+        return visible[0]
+    for gpu in visible:
+        if wanted == str(gpu.index) or (len(wanted) > 8 and gpu.uuid.startswith(wanted)):
+            return gpu
+    here = ", ".join(f"{gpu.index}: {gpu.name} {gpu.uuid}".rstrip() for gpu in visible)
+    raise IncompatibleError(f"no GPU {wanted} to run on; here are {here}")
+
+
+def open_device(wanted: str | None = None) -> Device:
+    """The GPU that was asked for (`chosen`), through the first provider that works.
 
     Raises:
         IncompatibleError: none does, with what each says.
@@ -387,14 +415,12 @@ def open_device(index: int = 0) -> Device:
     """
     for provider in PROVIDERS.values():
         try:
-            if len(provider.gpus()) <= index:
-                continue
+            visible = provider.gpus()
         except (ImportError, DeviceError):
             continue
-        return provider(index)
-    visible = gpus()
-    why = visible if isinstance(visible, str) else f"{len(visible)} GPU(s) here, no number {index}"
-    raise IncompatibleError(f"no GPU to run on: {why}")
+        if visible:
+            return provider(chosen(visible, wanted).index)
+    raise IncompatibleError(f"no GPU to run on: {gpus()}")
 
 
 def _driver(call: str, *arguments: Any) -> Any:
@@ -441,6 +467,12 @@ def _fail(is_memory: bool, message: str) -> None:
 
 def _integrated(driver: Any) -> Any:
     return driver.device_attribute.INTEGRATED
+
+
+def _uuid(raw: bytes) -> str:
+    digits = raw[:16].hex()
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return f"GPU-{'-'.join(parts)}"
 
 
 def _cuda_version(number: int) -> str:

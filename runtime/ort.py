@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnxruntime
@@ -10,8 +12,10 @@ from numpy.typing import NDArray
 
 from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.bundles.manifest import Arithmetic, Manifest, Precision, Target
-from cxrgaze.errors import IncompatibleError, IntegrityError
+from cxrgaze.errors import IncompatibleError, IntegrityError, OutOfMemoryError
+from cxrgaze.runtime import graph_look
 from cxrgaze.runtime.backend import ANY_TARGET, Backend
+from cxrgaze.runtime.host import cpu_count, is_confined
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, SPEC_KEY, Infer, Outputs
 
 
@@ -21,23 +25,41 @@ def open_session(
     """A session on the CPU for a graph of any precision and target.
 
     Args:
-        threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core).
+        threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core), which
+            knows no container's quota: there it is `host.cpu_count`.
         spinning: threads spin between films, which wins on an idle machine only.
         optimized: False runs the nodes as they are written.
+
+    Raises:
+        IntegrityError: no graph, or one that keeps data in other files.
+        IncompatibleError: this ONNX Runtime cannot run it.
+        OutOfMemoryError: no room for it.
     """
+    graph_look.require_own_data(graph)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or (cpu_count() if is_confined() else 0)
     options.log_severity_level = 3
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    with _errors_are_ours():
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def both_heads(session: onnxruntime.InferenceSession) -> Infer:
-    """What a session says of images."""
-    return lambda image: Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
+    """What a session says of images.
+
+    What it returns raises:
+        IncompatibleError: this ONNX Runtime cannot run the graph on it.
+        OutOfMemoryError: no room for it.
+    """
+
+    def infer(image: NDArray[np.float32]) -> Outputs:
+        with _errors_are_ours():
+            return Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
+
+    return infer
 
 
 def witness(graph: bytes, *, optimized: bool = True) -> Infer:
@@ -80,14 +102,12 @@ class OnnxRuntime(Backend):
             IntegrityError: not an ONNX graph, or not the graph that the manifest describes.
             IncompatibleError: this ONNX Runtime cannot run it.
         """
+        graph = bundle.read(GRAPH)
         try:
-            session = open_session(bundle.read(GRAPH), self._threads)
-        except (_ort("InvalidProtobuf"), _ort("InvalidGraph")) as error:
-            raise IntegrityError(f"{bundle.path / GRAPH} is not a valid graph: {error}") from error
-        except (_ort("NotImplemented"), _ort("Fail")) as error:
-            raise IncompatibleError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot run this graph: {error}"
-            ) from error
+            graph_look.require_known(graph)
+            session = open_session(graph, self._threads)
+        except IntegrityError as error:
+            raise IntegrityError(f"{bundle.path / GRAPH}: {error}") from error
         spec = bundle.manifest.spec
         stored = session.get_modelmeta().custom_metadata_map.get(SPEC_KEY)
         if stored != spec.model_dump_json():
@@ -111,7 +131,26 @@ class OnnxRuntime(Backend):
         self._infer = None
 
 
-def _ort(name: str) -> type[Exception]:
-    """An exception class of ONNX Runtime; they are defined in its C extension."""
-    error: type[Exception] = getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-    return error
+@contextlib.contextmanager
+def _errors_are_ours() -> Iterator[None]:
+    """Whatever ONNX Runtime raises becomes an error of ours; its classes have no common base."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemoryError("ONNX Runtime: out of memory") from error
+    except Exception as error:
+        kind, said = type(error).__name__, str(error) or "no message"
+        if type(error).__module__ != _MODULE:
+            raise
+        if kind in _MALFORMED:
+            raise IntegrityError(f"not a valid graph: {said}") from error
+        if _NO_ROOM.search(said):
+            raise OutOfMemoryError(f"ONNX Runtime: out of memory: {said}") from error
+        raise IncompatibleError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run this graph ({kind}): {said}"
+        ) from error
+
+
+_MODULE = "onnxruntime.capi.onnxruntime_pybind11_state"
+_MALFORMED = ("InvalidProtobuf", "InvalidGraph", "NoModel")
+_NO_ROOM = re.compile(r"bad_alloc|bad allocation|[Ff]ailed to allocate|out of memory")

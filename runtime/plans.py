@@ -84,7 +84,7 @@ class BuiltEngine(Frozen):
 class PlanRecord(Record):
     """What was built, beside the plan."""
 
-    VERSION = 2
+    VERSION = 3
     WHAT = "plan's record"
     REMEDY = "run: cxrgaze-build --rebuild"
 
@@ -102,6 +102,8 @@ class PlanRecord(Record):
     """None where the plan was not loaded: built ahead of time, without its GPU."""
     gate: Gate | None = None
     """Its own verdict, measured on its device; None where that was not done."""
+    order: int = Field(default=0, ge=0)
+    """Larger for each plan that is stored later, whatever the clock says."""
     build_seconds: float = Field(ge=0)
     created_utc: str
     built_on: dict[str, str]
@@ -114,18 +116,27 @@ class PlanRecord(Record):
 
 
 class Cache:
-    """An owner-only folder of plans.
+    """An owner-only folder of plans; it is made when the first plan is stored.
 
     Args:
         folder: None takes `CXRGAZE_CACHE`, else `XDG_CACHE_HOME` or `~/.cache`, `/cxrgaze/plans`.
 
     Raises:
         IntegrityError: the folder belongs to somebody else, or others can write it.
-        UsageError: it cannot be made.
+        UsageError: there is no home folder, and none is given.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or _default_folder()
+        self._check()
+
+    def make(self) -> None:
+        """Make the folder, if it is not there.
+
+        Raises:
+            UsageError: it cannot be made.
+            IntegrityError: as above.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -133,7 +144,13 @@ class Cache:
                 f"the plan cache {self.folder} cannot be made: {error.strerror}; choose another "
                 f"with --cache or {_CACHE_VARIABLE}"
             ) from error
-        status = self.folder.lstat()
+        self._check()
+
+    def _check(self) -> None:
+        try:
+            status = self.folder.lstat()
+        except OSError:  # not there, or not ours to see: no plans
+            return
         if not stat.S_ISDIR(status.st_mode):
             raise IntegrityError(f"the plan cache {self.folder} is not a folder (a link is none)")
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
@@ -162,7 +179,7 @@ class Cache:
 
     def records(self, bundle_sha256: str) -> Iterator[PlanRecord | IntegrityError]:
         """Records of a bundle's plans, and what is wrong with those that cannot be read."""
-        for path in sorted(self.folder.glob("*.json")):
+        for path in sorted(_listed(self.folder)):
             try:
                 record = read_record(path)
             except IntegrityError as error:
@@ -172,9 +189,20 @@ class Cache:
                 yield record
 
     def fitting(
-        self, bundle: Bundle, site: PlanSite, *, allow_host_code: bool = False
+        self,
+        bundle: Bundle,
+        site: PlanSite,
+        *,
+        allow_host_code: bool = False,
+        key: str | None = None,
     ) -> PlanRecord:
-        """The newest plan of a bundle that fits what is here; nothing is deserialized.
+        """The best plan of a bundle that fits what is here; nothing is deserialized.
+
+        One that passed its own gate goes before others, then one with fewer liberties and more
+        optimization, then the latest.
+
+        Args:
+            key: no other plan than this.
 
         Raises:
             IncompatibleError: there is none, with what is wrong with those that there are.
@@ -185,15 +213,18 @@ class Cache:
             if isinstance(record, IntegrityError):
                 wrong.append(str(record))
                 continue
+            if key not in (None, record.inputs.key):
+                continue
             try:
                 require_fit(record, site, allow_host_code=allow_host_code)
                 fit.append(record)
             except IncompatibleError as error:
                 wrong.append(str(error))
         if fit:
-            return max(fit, key=lambda record: record.created_utc)
+            return max(fit, key=_preference)
+        which = f"no plan {key}" if key else "no plan"
         raise IncompatibleError(
-            f"no plan of this bundle for this device in {self.folder}; run: cxrgaze-build "
+            f"{which} of this bundle for this device in {self.folder}; run: cxrgaze-build "
             f"{bundle.path}" + "".join(f" [{problem}]" for problem in wrong)
         )
 
@@ -208,10 +239,19 @@ class Cache:
         parts = (inputs.library, inputs.library_version, *inputs.architecture)
         return self.folder / f"timing-{'-'.join(parts)}"
 
-    def store(self, record: PlanRecord, plan: bytes) -> None:
-        """Write the plan, then its record: a record never lies about a plan that is not there."""
+    def store(self, record: PlanRecord, plan: bytes) -> PlanRecord:
+        """Write the plan, then its record: a record never lies about a plan that is not there.
+
+        Returns:
+            The record with its place in the order of plans.
+        """
+        self.make()
+        stored = self.records(record.inputs.bundle_sha256)
+        orders = [r.order for r in stored if not isinstance(r, IntegrityError)]
+        record = record.model_copy(update={"order": max(orders, default=0) + 1})
         write_atomic(self.plan_path(record.inputs), plan)
         self.store_record(record)
+        return record
 
     def store_record(self, record: PlanRecord) -> None:
         """Write the record of a plan that is there."""
@@ -233,6 +273,14 @@ class Cache:
         )
 
 
+def _listed(folder: Path) -> list[Path]:
+    """The records in a cache; none where it is not there, or not ours to see."""
+    try:
+        return [path for path in folder.iterdir() if path.suffix == ".json"]
+    except OSError:
+        return []
+
+
 def read_record(path: Path) -> PlanRecord:
     """A record from its file.
 
@@ -247,6 +295,21 @@ def read_record(path: Path) -> PlanRecord:
     if path.stem != record.inputs.key:
         raise IntegrityError(f"{path} is not the record of the plan of its name")
     return record
+
+
+def _preference(record: PlanRecord) -> tuple[object, ...]:
+    built = record.inputs
+    return (
+        record.gate is not None and record.gate.verdict == "pass",
+        not built.tf32,
+        _DEFAULT_LEVEL if built.optimization_level is None else built.optimization_level,
+        not built.hardware_compatible,
+        not built.version_compatible,
+        record.order,
+    )
+
+
+_DEFAULT_LEVEL = 3  # TensorRT's own (IBuilderConfig.builder_optimization_level)
 
 
 class PlanSite(NamedTuple):
@@ -329,5 +392,11 @@ def check_header(plan: bytes, inputs: PlanInputs) -> None:
 def _default_folder() -> Path:
     if given := os.environ.get(_CACHE_VARIABLE):
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cxrgaze" / "plans"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base or Path.home() / ".cache") / "cxrgaze" / "plans"
+    except RuntimeError as error:  # no HOME, and no entry for this user
+        raise UsageError(
+            f"this user has no home folder for a plan cache; give one with --cache or "
+            f"{_CACHE_VARIABLE}"
+        ) from error

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from cxrgaze.command import counted, say
+from cxrgaze.command import counted, say, shown
 from cxrgaze.errors import UsageError, unforeseen
 from cxrgaze.files import render_json, write_atomic
 from cxrgaze.films.ahead import Decode
@@ -30,6 +30,8 @@ Heatmap = Literal["npy", "png16"]
 Record = dict[str, Any]
 """The JSON of a film."""
 TABLE = "readings.csv"
+_MODEL = ("name", "bundle_sha256", "backend", "device", "plan")
+"""What the table says of the network and of what ran it."""
 _SUFFIXES = (".json", ".overlay.png", ".heatmap.npy", ".heatmap.png")
 
 
@@ -72,7 +74,7 @@ def predict(reader: Reader, found: Found, decode: Decode, options: PredictOption
             records.append(record)
             _print(record, options)
             if record["status"] == "failed":
-                say(f"failed: {record['reason']}")
+                say(f"failed: {shown(record['reason'])}")
         for path, reason in found.skipped:
             records.append(Outcome(path, "skipped", reason).to_json())
             _print(records[-1], options)
@@ -91,6 +93,8 @@ def _written(outcome: Outcome, record: Record, stem: Path, heatmap: Heatmap | No
     """The record once the film's files are written, or that of why they could not be."""
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in _SUFFIXES:  # of an earlier run: it is not the result of this one
+            _with(stem, suffix).unlink(missing_ok=True)
         if outcome.reading and outcome.film:
             overlaid = overlay.png(outcome.reading, outcome.film.pixels)
             write_atomic(_with(stem, ".overlay.png"), overlaid)
@@ -147,11 +151,12 @@ def _with(stem: Path, suffix: str) -> Path:
 
 
 def _summary(record: Record) -> str:
+    film = shown(record["film"])
     if record["status"] != "read":
-        return f"{record['film']}\t{record['status']}\t{record['reason']}"
+        return f"{film}\t{record['status']}\t{shown(record['reason'])}"
     peak = record["peak_px"]
     return (
-        f"{record['film']}\t{record['label']}\t{record['probabilities'][record['label']]:.3f}\t"
+        f"{film}\t{record['label']}\t{record['probabilities'][record['label']]:.3f}\t"
         f"peak ({peak['x']:.0f}, {peak['y']:.0f})"
     )
 
@@ -161,7 +166,8 @@ def _table(records: Sequence[Record], reader: Reader) -> str:
     probabilities = [f"p_{name}" for name in classes]
     text = io.StringIO()
     columns = ["film", "status", "label", *probabilities, "peak_x_px", "peak_y_px", "reason"]
-    table = csv.DictWriter(text, [*columns, "warnings", "notice"], lineterminator="\n")
+    columns += ["warnings", *_MODEL, "notice"]
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for record in records:
         row = {key: record.get(key) for key in ("film", "status", "label", "reason", "notice")}
@@ -169,5 +175,6 @@ def _table(records: Sequence[Record], reader: Reader) -> str:
             row |= {f"p_{name}": record["probabilities"][name] for name in classes}
             row |= {"peak_x_px": record["peak_px"]["x"], "peak_y_px": record["peak_px"]["y"]}
             row["warnings"] = " | ".join(record["warnings"])
+            row |= {key: record["model"].get(key) for key in _MODEL}
         table.writerow(row)
     return text.getvalue()

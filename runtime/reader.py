@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from cxrgaze.errors import (
 from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film, film_from_array
+from cxrgaze.films.isolate import IsolatedLoader
 from cxrgaze.runtime.backend import Backend, BackendOptions
 from cxrgaze.runtime.backends import choose
 from cxrgaze.runtime.reading import Reading, mass_in_pad
@@ -45,7 +47,10 @@ def load(
     public_key: Path | str | None = None,
     cache: Path | str | None = None,
     allow_host_code: bool = False,
+    plan: str | None = None,
+    gpu: str | None = None,
     require: Literal["pass"] | None = None,
+    isolate: bool = False,
 ) -> Reader:
     """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
 
@@ -58,6 +63,11 @@ def load(
         public_key: PEM file; a bundle that its owner did not sign is refused.
         cache: folder of plans; None is the user's own (`cxrgaze.runtime.plans.Cache`).
         allow_host_code: load a version-compatible plan, which brings code of its own for the CPU.
+        plan: key of the plan to take (`cxrgaze-inspect`); None takes one that passed its gate
+            before others, then one with fewer liberties, then the latest.
+        gpu: index or UUID of the GPU; None is the first.
+        isolate: decode the files that are read in a child process with a memory and a time limit
+            (`cxrgaze.films.isolate.IsolatedLoader`), for films from strangers.
         require: "pass" refuses what was not gated, or not with that verdict: of a plan its own
             verdict on its device counts, else the bundle's.
 
@@ -78,13 +88,17 @@ def load(
     opened = Bundle.open(bundle)
     if public_key is not None:
         require_signature(opened, Path(public_key))
-    options = BackendOptions(threads, Path(cache) if cache else None, allow_host_code)
+    where = Path(cache) if cache else None
+    options = BackendOptions(threads, where, allow_host_code, plan, gpu)
     backend, warnings = choose(opened, device, options)
-    return Reader(opened, backend, warnings, require=require)
+    return Reader(opened, backend, warnings, require=require, isolate=isolate)
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Reads films with one bundle on one backend; a context manager; one thread at a time."""
+    """Reads films with one bundle on one backend; a context manager.
+
+    Threads may share it: films are decoded and prepared in each, and inferred one batch at a time.
+    """
 
     def __init__(
         self,
@@ -93,6 +107,7 @@ class Reader(AbstractContextManager["Reader"]):
         warnings: Sequence[str] = (),
         *,
         require: Literal["pass"] | None = None,
+        isolate: bool = False,
     ) -> None:
         manifest = bundle.manifest
         if manifest.spec.preprocessing != PREPROCESSING:
@@ -112,9 +127,12 @@ class Reader(AbstractContextManager["Reader"]):
         self.bundle = bundle
         self.backend = backend
         self._closed = False
+        self._lock = threading.Lock()
+        self._loader = IsolatedLoader() if isolate else None
         backend.activate(bundle)
         try:
             self._self_test()
+            bundle.verify()  # the graph, where the backend runs a plan instead
         except BaseException:
             backend.deactivate()
             raise
@@ -124,9 +142,12 @@ class Reader(AbstractContextManager["Reader"]):
         self.close()
 
     def close(self) -> None:
-        """Free the backend."""
-        self._closed = True
-        self.backend.deactivate()
+        """Free the backend, once it has inferred what another thread gave it."""
+        with self._lock:
+            self._closed = True
+            self.backend.deactivate()
+        if self._loader:
+            self._loader.close()
 
     def read(self, film: Readable, *, force: bool = False) -> Reading:
         """The reading of one film: a path, an array (see `film_from_array`) or a `Film`.
@@ -151,19 +172,31 @@ class Reader(AbstractContextManager["Reader"]):
         """
         if isinstance(films, (str, Path, np.ndarray)):
             raise UsageError("read_batch takes a list of films; read takes one")
-        if self._closed:
-            raise UsageError("this reader is closed; load the bundle again")
+        self._require_open()
         readings = []
         for start in range(0, len(films), MAX_BATCH):
             readings += self._read_some(films[start : start + MAX_BATCH], force)
         return readings
+
+    def _film(self, given: Readable) -> Film:
+        if isinstance(given, Film):
+            return given
+        if isinstance(given, np.ndarray):
+            return film_from_array(given)
+        if isinstance(given, str | Path):
+            return self._loader.load(Path(given)) if self._loader else load_film(given)
+        raise UsageError(f"expected a path, an array or a Film, found {type(given).__name__}")
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("this reader is closed; load the bundle again")
 
     def _read_some(self, films: Sequence[Readable], force: bool) -> list[Reading]:
         spec = self.bundle.manifest.spec
         image = np.empty((len(films), 1, spec.height, spec.width), dtype=np.float32)
         prepared = []
         for index, given in enumerate(films):
-            film = _as_film(given)
+            film = self._film(given)
             if film.reasons and not force:
                 raise NotApplicableError(film.reasons)
             start = time.perf_counter()
@@ -174,10 +207,12 @@ class Reader(AbstractContextManager["Reader"]):
             preprocess_ms = (time.perf_counter() - start) * 1e3
             times = {"decode": film.decode_ms, "preprocess": preprocess_ms}
             prepared.append((film, geometry, times))
-        start = time.perf_counter()
-        outputs = self.backend.infer(image)
-        infer_ms = (time.perf_counter() - start) * 1e3 / len(films)
-        stages = {name: ms / len(films) for name, ms in self.backend.stages_ms.items()}
+        with self._lock:
+            self._require_open()
+            start = time.perf_counter()
+            outputs = self.backend.infer(image)
+            infer_ms = (time.perf_counter() - start) * 1e3 / len(films)
+            stages = {name: ms / len(films) for name, ms in self.backend.stages_ms.items()}
         readings = []
         for index, (film, geometry, times) in enumerate(prepared):
             start = time.perf_counter()
@@ -225,6 +260,7 @@ class Reader(AbstractContextManager["Reader"]):
             "target": manifest.target,
             "backend": self.backend.name,
             "device": self.backend.device,
+            **self.backend.identity,
             "gate": self._gate.verdict,
             "gate_level": self._gate.level,
         }
@@ -290,13 +326,3 @@ def _pad_warning(log_density: NDArray[np.float32], geometry: Geometry) -> tuple[
     if mass <= LARGE_PAD_MASS:
         return ()
     return (f"{100 * mass:.0f} % of the predicted gaze lies outside the film and was left out",)
-
-
-def _as_film(given: Readable) -> Film:
-    if isinstance(given, Film):
-        return given
-    if isinstance(given, np.ndarray):
-        return film_from_array(given)
-    if isinstance(given, str | Path):
-        return load_film(given)
-    raise UsageError(f"expected a path, an array or a Film, found {type(given).__name__}")

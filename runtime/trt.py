@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.bundles.manifest import Arithmetic, Manifest, Precision, Target
 from cxrgaze.bundles.verdicts import Gate
+from cxrgaze.command import deferred_interrupts
 from cxrgaze.errors import DeviceError, IncompatibleError, IntegrityError, OutOfMemoryError
 from cxrgaze.runtime import plans
 from cxrgaze.runtime.backend import ANY_TARGET, Backend
@@ -53,8 +54,9 @@ def load_engine(
     runtime = library.module.Runtime(log)
     if record.has_host_code:
         runtime.engine_host_code_allowed = allow_host_code
-    note = library.require_valid(runtime, plan, log)
-    engine = runtime.deserialize_cuda_engine(plan)
+    with deferred_interrupts():  # the library swallows what is raised in our logger
+        note = library.require_valid(runtime, plan, log)
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise IncompatibleError(
             f"{library.name} {library.version} could not load the plan {record.inputs.key}: "
@@ -105,6 +107,11 @@ class TensorRT(Backend):
         self._device: Device | None = None
         self._loaded: LoadedEngine | None = None
         self._context: Any = None
+        self.identity = {
+            "plan": record.inputs.key,
+            "library": f"{library.name} {library.version}",
+            "plan_options": _options(record.inputs),
+        }
 
     def arithmetic(self, manifest: Manifest) -> Arithmetic:
         """TensorFloat-32 where the plan may use it for a float32 graph."""
@@ -239,6 +246,18 @@ class TensorRT(Backend):
         finally:
             self._host, self._address = {}, {}
             device.close()
+
+
+def _options(inputs: plans.PlanInputs) -> str:
+    """What a plan was built with beside the defaults, in words."""
+    level = inputs.optimization_level
+    said = {
+        "TF32": inputs.tf32,
+        f"optimization level {level}": level is not None,
+        "hardware-compatible": inputs.hardware_compatible,
+        "version-compatible": inputs.version_compatible,
+    }
+    return ", ".join(words for words, is_so in said.items() if is_so) or "defaults"
 
 
 def check_engine(engine: Any, trt: Any, spec: ModelSpec, inputs: plans.PlanInputs) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.figure import Figure as Plot
 from sklearn.metrics import roc_curve
 
 from cxrgaze.evidence import metrics
@@ -19,6 +18,7 @@ from cxrgaze.report import (
     drawn,
     html_page,
     markdown_page,
+    new_plot,
 )
 from cxrgaze.train.evaluated_films import EvaluatedFilms
 from cxrgaze.train.evaluation_record import AucIntervals, Diagnosis, Evaluation, Saliency
@@ -178,7 +178,7 @@ def _text(interval: Interval | None) -> str:
 def _roc(films: EvaluatedFilms) -> Figure:
     labels = films.arrays.labels[films.has_label]
     p = films.probabilities[films.has_label]
-    plot = Plot(figsize=(4.6, 4.2), layout="constrained")
+    plot = new_plot(4.6, 4.2)
     axes = plot.add_subplot(
         xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", title="ROC"
     )
@@ -195,7 +195,7 @@ def _roc(films: EvaluatedFilms) -> Figure:
 def _reliability(films: EvaluatedFilms) -> Figure:
     labels = films.arrays.labels[films.has_label]
     confidence, hits, counts = metrics.reliability(films.probabilities[films.has_label], labels)
-    plot = Plot(figsize=(4.6, 4.2), layout="constrained")
+    plot = new_plot(4.6, 4.2)
     axes = plot.add_subplot(
         xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
     )
@@ -214,7 +214,7 @@ def _maps(films: EvaluatedFilms) -> Figure:
     """Film, true and predicted map of five films from the lowest to the highest CC."""
     order = sorted(films.saliency, key=lambda index: films.saliency[index]["cc"])
     chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, 5).round().astype(int))]
-    plot = Plot(figsize=(7, 2.4 * len(chosen)), layout="constrained")
+    plot = new_plot(7, 2.4 * len(chosen))
     axes = plot.subplots(len(chosen), 3, squeeze=False)
     for line, index in zip(axes, chosen, strict=True):
         crop = films.arrays.geometries[index].crop

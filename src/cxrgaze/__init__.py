@@ -11,6 +11,8 @@ Example:
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from cxrgaze.runtime.reading import Reading
 
     __version__: str
+
+# Nothing phones out, from here or from a child: ONNX Runtime (1.29 and later, on Linux) asks
+# the environment once, as it is imported; OpenVINO and NNCF do without the package.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # its import fails
 
 __all__ = ["CxrgazeError", "Film", "Reader", "Reading", "__version__", "load"]
 

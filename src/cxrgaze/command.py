@@ -49,7 +49,13 @@ def execute(
 
     SIGTERM unwinds like Ctrl-C, so that nothing half-written stays behind.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))
     args = arguments.parse_args(argv)
+    if gpu := getattr(args, "gpu", None):
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi and NVML number them
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -113,6 +119,15 @@ def add_cache(arguments: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gpu(arguments: argparse.ArgumentParser) -> None:
+    """Add `--gpu`, which `execute` makes the only one that this process and its children see."""
+    arguments.add_argument(
+        "--gpu",
+        metavar="N|UUID",
+        help="the GPU, as nvidia-smi numbers them, or its UUID (default: the first)",
+    )
+
+
 def add_split(arguments: argparse._ActionsContainer, flag: str, default: str) -> None:
     """Add a split of a labelled set, or "all" (`cxrgaze.evidence.labelled_set.split_named`)."""
     choices = ("train", "val", "test", "all")
@@ -120,8 +135,49 @@ def add_split(arguments: argparse._ActionsContainer, flag: str, default: str) ->
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Text on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def shown(text: object) -> str:
+    """Text on one line of a terminal: what steers it, as the name of a file may, is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(text)
+    )
+
+
+class Deferred:
+    """Whether an interrupt was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Deferred]:
+    """Ctrl-C and SIGTERM only set a flag inside the block, and interrupt after it.
+
+    For libraries that call back into Python and swallow what is raised there: they must be told by
+    a return value. In another thread than the main one, whose signals are the caller's, nothing is
+    done.
+    """
+    deferred = Deferred()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        deferred.asked = True
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread
+            for asked in (signal.SIGINT, signal.SIGTERM):
+                before[asked] = signal.signal(asked, note)
+        yield deferred
+    finally:
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
+    if deferred.asked:
+        raise KeyboardInterrupt
 
 
 def counted(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
@@ -164,5 +220,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: ExitCode) -> int:
-    say(f"error: {message}")
+    say(f"error: {chr(10).join(map(shown, message.splitlines()))}")
     return code

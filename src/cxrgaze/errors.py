@@ -111,8 +111,11 @@ class NotApplicableError(FilmError):
     exit_code = ExitCode.OK
 
     def __init__(self, reasons: tuple[str, ...]) -> None:
-        super().__init__("not applicable: " + "; ".join(reasons))
+        super().__init__(reasons)  # what it is made of again, where it is unpickled
         self.reasons = reasons
+
+    def __str__(self) -> str:
+        return "not applicable: " + "; ".join(self.reasons)
 
 
 def unforeseen(film: str, error: Exception) -> FilmError:

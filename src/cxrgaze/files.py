@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -154,11 +156,20 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all: a sibling file, fsync, rename.
 
     Raises:
-        OSError: the folder cannot be written; `path` is as it was.
+        OSError: naming `path`: its folder cannot be written, the disk is full; it is as it was.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        _write_atomic(path, data)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none
+        raise
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -173,13 +184,19 @@ def write_atomic(path: Path, data: bytes) -> None:
 def make_output_folder(path: Path) -> Path:
     """Make the folder `path` with its parents and check that it can be written.
 
+    What a run that was killed left half-written in it goes.
+
     Raises:
         UsageError: it cannot be made or written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
+            pass
+        for part in path.rglob(f".*{_PART}"):
+            if part.is_file() and not part.is_symlink():
+                _remove_stale(part)
+        return path
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"cannot write to {path}: {reason}; choose another --output") from error
@@ -191,15 +208,22 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
 
     On an error (an interrupt too) nothing stays behind and an existing `target` is untouched. An
     existing `target` is replaced only if it holds the file `marker`, that is, if it is of our kind.
+    What runs that were killed left behind goes; an old `target` that one of them had set aside
+    comes back first.
 
     Raises:
         UsageError: `target` exists and is not of our kind, or its parent cannot be written.
     """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_PART}"):
+        if left.is_dir() and not left.is_symlink():
+            _remove_stale(left, target)
     if target.is_symlink() or (target.exists() and not (target / marker).is_file()):
         raise UsageError(f"{target} exists and has no {marker}; remove it or choose another name")
     new_parents = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     make_output_folder(target.parent)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent))
+    lock = os.open(part, os.O_RDONLY)
+    _lock(lock)
     try:
         folder = part / "new"
         folder.mkdir()
@@ -215,9 +239,87 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
         for folder in new_parents:  # parents that we made and that stayed empty go again
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """A folder of ours among the system's temporary ones, gone after the block.
+
+    Those of the same kind that killed runs of this user left behind go too.
+
+    Args:
+        kind: a word for its name.
+    """
+    prefix = f"cxrgaze-{kind}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if left.is_dir() and not left.is_symlink() and left.lstat().st_uid == os.getuid():
+                _remove_stale(left)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(lock)
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold an output folder for this run alone.
+
+    Raises:
+        UsageError: another run writes into it.
+    """
+    path = folder / ".cxrgaze.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if not _lock(descriptor):
+            raise UsageError(f"another run writes into {folder}; wait for it or choose another")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+_PART = ".part"
+"""Suffix of what is being written; whoever writes it holds a lock on it."""
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock of a file or folder until it is closed; False where another has it.
+
+    Where the file system knows no locks nothing is taken for stale.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove_stale(path: Path, target: Path | None = None) -> None:
+    """Remove what a killed run left, unless its run lives on; bring back what it had set aside."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_file():
+                path.unlink()
+                return
+            if target is not None and (path / "old").is_dir() and not target.exists():
+                (path / "old").rename(target)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import html
 import io
+import os
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -115,6 +119,17 @@ class Figure:
             f'<figure><img alt="{caption}" src="data:{media};base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+
+
+def new_plot(width: float, height: float) -> Plot:
+    """A plot of so many inches; matplotlib's caches go to a folder that ends with the process."""
+    if "matplotlib" not in sys.modules and "MPLCONFIGDIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="cxrgaze-matplotlib-")
+        atexit.register(folder.cleanup)
+        os.environ["MPLCONFIGDIR"] = folder.name
+    from matplotlib.figure import Figure as Plot
+
+    return Plot(figsize=(width, height), layout="constrained")
 
 
 def drawn(name: str, plot: Plot, caption: str) -> Figure:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -197,15 +199,18 @@ def test_a_graph_that_the_library_refuses_is_a_build_error_with_its_words(bundle
     assert not list(cache.folder.iterdir())
 
 
-def test_ctrl_c_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch):
-    """As the interrupt arrives while the library reports a step."""
+@pytest.mark.parametrize("moment", [1, 20])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch, number, moment):
+    """B3: the real builder swallows what is raised in its callbacks; so nothing is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as every command does
     seen = []
 
     def interrupting(total, shown):
         def update():
             seen.append(1)
-            if len(seen) == 20:
-                raise KeyboardInterrupt
+            if len(seen) == moment:
+                os.kill(os.getpid(), number)
 
         return types.SimpleNamespace(
             update=update, close=lambda: None, set_description=lambda name: None
@@ -216,15 +221,16 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch):
     library = trt_library.find("tensorrt_rtx")
     with pytest.raises(KeyboardInterrupt):
         engine.build(bundle, library, engine.BuildOptions(capabilities=("86",)), cache)
-    assert not list(cache.folder.iterdir())
+    assert not list(cache.folder.iterdir()) and len(seen) < moment + 20
+    assert signal.getsignal(number) is signal.default_int_handler
 
 
 def test_progress_advances(bundles, cache, monkeypatch):
     made = []
     real = engine._monitor
 
-    def kept(trt):
-        made.append(real(trt))
+    def kept(trt, interrupts):
+        made.append(real(trt, interrupts))
         return made[-1]
 
     monkeypatch.setattr(engine, "_monitor", kept)

@@ -8,8 +8,10 @@ import types
 
 import pytest
 
+from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import sha256
+from cxrgaze.runtime import plans
 from cxrgaze.runtime.plans import (
     Cache,
     PlanInputs,
@@ -58,8 +60,7 @@ def cache(tmp_path):
 @pytest.fixture
 def stored(cache):
     record = _record(_inputs())
-    cache.store(record, PLAN)
-    return record
+    return cache.store(record, PLAN)
 
 
 def _json(cache, record):
@@ -93,6 +94,8 @@ def test_every_input_changes_the_key():
 
 
 def test_the_folder_is_the_owners_alone(cache, tmp_path, monkeypatch):
+    assert not cache.folder.exists()  # looking makes none
+    cache.make()
     assert cache.folder.stat().st_mode & 0o777 == 0o700
     for mode in (0o770, 0o707, 0o722):
         cache.folder.chmod(mode)
@@ -106,12 +109,27 @@ def test_the_folder_is_the_owners_alone(cache, tmp_path, monkeypatch):
 
 
 def test_a_link_or_a_file_is_no_cache(cache, tmp_path):
+    cache.make()
     (tmp_path / "link").symlink_to(cache.folder)
     with pytest.raises(IntegrityError, match="not a folder"):
         Cache(tmp_path / "link")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be made"):
+    with pytest.raises(IntegrityError, match="not a folder"):
         Cache(tmp_path / "file")
+    with pytest.raises(UsageError, match="cannot be made"):
+        Cache(tmp_path / "file" / "plans").make()
+
+
+def test_a_user_without_a_home_has_no_cache_unless_one_is_given(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("no home")
+
+    for name in ("CXRGAZE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(plans.Path, "home", homeless)
+    with pytest.raises(UsageError, match="no home folder for a plan cache; give one with --cache"):
+        Cache()
+    assert Cache(tmp_path).folder == tmp_path
 
 
 def test_the_environment_names_the_folder(tmp_path, monkeypatch):
@@ -286,16 +304,50 @@ def test_what_does_not_begin_like_the_plan_of_its_record_is_refused(name):
 BUNDLE = types.SimpleNamespace(sha256="a" * 64, path="demo-fp16.cxrgaze")
 
 
-def test_the_newest_plan_that_fits_is_taken(cache, stored):
+PASSED = Gate(level="engine", verdict="pass", reason="for the test")
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        ({}, {"batch": (1, 2, 2)}),  # the later one
+        ({"tf32": True}, {}),
+        ({"optimization_level": 0}, {}),
+        ({}, {"optimization_level": 5}),
+        ({"hardware_compatible": True}, {}),
+        ({"version_compatible": True}, {}),
+    ],
+)
+@pytest.mark.parametrize("clock", ["1970-01-01T00:00:00+00:00", "2026-11-24T00:00:00+00:00"])
+def test_which_of_several_plans_is_taken(cache, worse, better, clock):
+    """By verdict, then options, then order; the clock, which may be anything, says nothing."""
+    first = cache.store(_record(_inputs(**worse)), PLAN)
+    late = {"created_utc": clock}
+    second = cache.store(_record(_inputs(**better)).model_copy(update=late), PLAN)
+    if not worse and not better.get("optimization_level"):
+        assert second.order > first.order
+    assert cache.fitting(BUNDLE, HERE, allow_host_code=True) == second
+    cache.store_record(first.model_copy(update={"gate": PASSED}))  # what passed goes before all
+    assert cache.fitting(BUNDLE, HERE, allow_host_code=True).inputs == first.inputs
+
+
+@pytest.mark.parametrize("worse", [{"tf32": True}, {"optimization_level": 0}])
+def test_a_trial_does_not_replace_a_plan(cache, stored, worse):
+    cache.store(_record(_inputs(**worse)), PLAN)
     assert cache.fitting(BUNDLE, HERE) == stored
-    newer = _record(_inputs(tf32=True)).model_copy(
-        update={"created_utc": "2026-11-24T00:00:00+00:00"}
-    )
-    cache.store(newer, PLAN)
-    assert cache.fitting(BUNDLE, HERE) == newer
-    cache.remove(newer.inputs)
-    cache.remove(newer.inputs)
-    assert cache.fitting(BUNDLE, HERE) == stored and len(list(cache.folder.iterdir())) == 2
+
+
+def test_a_plan_can_be_asked_for_by_its_key(cache, stored):
+    trial = cache.store(_record(_inputs(tf32=True)), PLAN)
+    assert cache.fitting(BUNDLE, HERE, key=trial.inputs.key) == trial
+    with pytest.raises(IncompatibleError, match="no plan abc of this bundle"):
+        cache.fitting(BUNDLE, HERE, key="abc")
+
+
+def test_a_plan_that_was_removed_is_gone(cache, stored):
+    cache.remove(stored.inputs)
+    cache.remove(stored.inputs)
+    assert not list(cache.folder.iterdir())
 
 
 def test_without_one_that_fits_all_problems_are_named(cache, stored):

@@ -607,7 +607,7 @@ def _rg1(shared: Path, name: str) -> Path:
 
 
 def _raw(path: Path) -> np.ndarray:
-    return dicom._stored_values(pydicom.dcmread(path), "x")
+    return dicom.stored_values(pydicom.dcmread(path), "x")
 
 
 def test_lossless_containers_agree_bit_for_bit(shared):

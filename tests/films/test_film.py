@@ -83,7 +83,9 @@ def test_small_and_multi_frame_films_are_not_applicable(tmp_path):
     assert "expected 32 a side" in load_film(_saved(tmp_path, "s.png", PIXELS[:20])).reasons[0]
     frames = [Image.fromarray(PIXELS), Image.fromarray(PIXELS[::-1].copy())]
     frames[0].save(tmp_path / "m.tif", save_all=True, append_images=frames[1:])
-    assert load_film(tmp_path / "m.tif").reasons == ("multi-frame: 2 frames, expected one",)
+    assert load_film(tmp_path / "m.tif").reasons == (
+        "multi-frame: more than one image in the file, expected one",
+    )
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])

@@ -54,7 +54,7 @@ def _spec() -> ModelSpec:
 @pytest.mark.slow
 def test_times_beside_the_bare_decoder_and_dcmtk(made, shared, tmp_path):
     source = pydicom.dcmread(shared / "cxr" / "dcm_RG1_J2KI_mono1_15bit.dcm")
-    pixels = dicom._stored_values(source, "x")
+    pixels = dicom.stored_values(source, "x")
     window = {"WindowCenter": 15000, "WindowWidth": 30000}
     kinds = {
         "uncompressed": (ExplicitVRLittleEndian, None),

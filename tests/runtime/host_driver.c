@@ -111,6 +111,16 @@ int cuDeviceGetAttribute(int *value, int attribute, int gpu) {
     return 0;
 }
 
+typedef struct { char bytes[16]; } Uuid;
+
+int cuDeviceGetUuid_v2(Uuid *uuid, int gpu) {
+    GPU(gpu);
+    for (int i = 0; i < 16; i++) uuid->bytes[i] = (char)(16 * gpu + i);
+    return 0;
+}
+
+int cuDeviceGetUuid(Uuid *uuid, int gpu) { return cuDeviceGetUuid_v2(uuid, gpu); }
+
 int cuDeviceGetName(char *name, int length, int gpu) {
     GPU(gpu);
     memset(name, '?', (size_t)length); /* nothing is promised behind its end */

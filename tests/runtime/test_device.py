@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,8 @@ def facts_are_the_drivers(provider, driver):
         )
         memory = driver.value("cuDeviceTotalMem_v2", index, kind=ctypes.c_size_t)
         expected = Gpu(name.value.decode(), f"{major}{minor}", memory, integrated == 1, cuda)
-        assert gpu == expected
+        assert replace(gpu, index=0, uuid="") == expected
+        assert gpu.index == index
     with contextlib.closing(provider()) as device:
         assert device.gpu == gpus[0]
         assert device.provider == provider.provider
@@ -140,7 +142,8 @@ def facts_are_the_drivers(provider, driver):
 def facts_are_of_the_gpu_asked_for(provider, driver):
     driver.set_gpus(2)
     one, two = provider.gpus()
-    assert one == Gpu("stand-in for the driver, no GPU (0)", "87", 64 * MIB, True, "12.6")
+    facts = ("stand-in for the driver, no GPU (0)", "87", 64 * MIB, True, "12.6")
+    assert one == Gpu(*facts, 0, "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f")
     assert two.name == "stand-in for the driver, no GPU (1)"
     with contextlib.closing(provider(1)) as device, device.current():
         assert device.gpu == two
@@ -514,13 +517,21 @@ def cuda_bindings_comes_first(provider, driver):
 
 @on_stand_in
 def a_number_beyond_the_gpus_is_refused(provider, driver):
-    with pytest.raises(IncompatibleError, match=r"1 GPU\(s\) here, no number 1$") as raised:
-        open_device(1)
+    with pytest.raises(
+        IncompatibleError, match="no GPU 1 to run on; here are 0: stand-in"
+    ) as raised:
+        open_device("1")
     assert raised.value.exit_code == ExitCode.INCOMPATIBLE
     driver.set_gpus(2)
-    open_device(1).close()
-    with pytest.raises(IncompatibleError, match=r"2 GPU\(s\) here, no number 2$"):
-        open_device(2)
+    second = open_device("1")
+    assert (second.gpu.index, second.gpu.uuid[:12]) == (1, "GPU-10111213")
+    by_uuid = open_device("GPU-10111213-1415")
+    assert by_uuid.gpu == second.gpu
+    by_uuid.close()
+    second.close()
+    for wanted in ("2", "GPU-", "GPU-ffffffff"):
+        with pytest.raises(IncompatibleError, match=f"no GPU {wanted} to run on"):
+            open_device(wanted)
 
 
 @on_stand_in

@@ -371,8 +371,10 @@ def beside_a_gpu(monkeypatch):
     monkeypatch.setattr(device_layer, "gpus", lambda: (GPU,))
     monkeypatch.setattr(trt_library, "versions", lambda: {"tensorrt": "10.3.0"})
     monkeypatch.setattr(trt_library, "find", lambda name: library)
+    monkeypatch.setattr(backends, "find_spec", lambda name: name == "tensorrt" or None)
     options = {"allow_host_code": False, "opens": HostDevice}
     monkeypatch.setattr(TensorRT.__init__, "__kwdefaults__", options)
+    monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: HostDevice())
     return module
 
 
@@ -405,14 +407,16 @@ def test_a_plan_from_another_model_of_gpu_is_said_in_every_reading(
     assert any("built on Orin NX" in warning for warning in reading.warnings)
 
 
-def test_a_plan_that_computes_something_else_fails_the_self_test(cache, bundle, beside_a_gpu):
+def test_a_plan_that_computes_something_else_fails_the_self_test(
+    cache, bundle, beside_a_gpu, monkeypatch
+):
     class Darker(HostDevice):
         def to_device(self, address, array):
             super().to_device(address, array)
             self.queue.append(lambda: np.copyto(_view(address, array.shape), array / 2))
 
     _stored(cache, bundle)
-    TensorRT.__init__.__kwdefaults__["opens"] = Darker
+    monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: Darker())
     with pytest.raises(IncompatibleError, match="self-test failed on tensorrt"):
         cxrgaze.load(bundle.path, cache=cache.folder)
     assert not HostDevice.open_now
@@ -497,9 +501,39 @@ def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
     assert not list(cache.folder.iterdir()) and not HostDevice.open_now
 
 
-def test_without_a_gpu_auto_says_nothing_and_a_name_says_why(bundle):
-    choice = backends.choose(bundle, "auto", BackendOptions())
+def test_the_cpu_is_silent_only_where_neither_a_tensorrt_nor_a_plan_is(bundle, cache, monkeypatch):
+    """B7: a TensorRT without a driver or without cuda-bindings was not said."""
+    options = BackendOptions(cache=cache.folder)
+    monkeypatch.setattr(device_layer, "gpus", lambda: "no driver")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    choice = backends.choose(bundle, "auto", options)
     assert choice.backend.name == "onnxruntime" and choice.warnings == ()
+    _stored(cache, bundle)
+    (warning,) = backends.choose(bundle, "auto", options).warnings
+    assert warning.startswith("tensorrt is not used: ")
+    monkeypatch.setattr(backends, "find_spec", lambda name: name == "tensorrt_rtx" or None)
+    monkeypatch.setattr(trt_library, "find", lambda name: Library(name, "1.7.1", None))
+    warnings = backends.choose(bundle, "auto", options).warnings
+    assert any("tensorrt_rtx is not used: no GPU to run on: no driver" in w for w in warnings)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_cache_that_others_can_write_is_no_plan_and_a_warning(bundle, cache, monkeypatch, mode):
+    """B4: a group-writable volume stopped every reading; a plan in it is never loaded."""
+    _stored(cache, bundle)
+    monkeypatch.setattr(device_layer, "gpus", lambda: (GPU,))
+    monkeypatch.setattr(trt_library, "find", lambda name: Library(name, "10.3.0", None))
+    monkeypatch.setattr(backends, "find_spec", lambda name: name == "tensorrt" or None)
+    cache.folder.chmod(mode)
+    options = BackendOptions(cache=cache.folder)
+    choice = backends.choose(bundle, "auto", options)
+    assert choice.backend.name == "onnxruntime"
+    assert any("can be written by others" in warning for warning in choice.warnings)
+    with pytest.raises(IntegrityError, match="can be written by others"):
+        backends.choose(bundle, "tensorrt", options)
+
+
+def test_a_name_says_why_it_cannot_be_had(bundle):
     with pytest.raises(IncompatibleError, match="no TensorRT here|no GPU to run on"):
         backends.choose(bundle, "tensorrt_rtx", BackendOptions())
 

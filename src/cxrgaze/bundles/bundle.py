@@ -7,16 +7,16 @@ changed byte of a bundle is seen. A bundle is written whole or not at all and ne
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.bundles import npz
 from cxrgaze.bundles.manifest import FileRecord, Manifest
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.files import (
@@ -46,6 +46,8 @@ class Bundle:
     manifest: Manifest
     sha256: str
     """SHA-256 of the manifest's bytes: the identity of the bundle."""
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Files whose bytes were read and found to be those of the manifest."""
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
@@ -56,9 +58,12 @@ class Bundle:
             IntegrityError: malformed, altered, or of another schema version.
         """
         path = Path(path)
-        if not (path / MANIFEST).exists():
-            raise UsageError(_no_bundle(path))
-        data = read_regular(path / MANIFEST, _MANIFEST_LIMIT)
+        try:
+            if not (path / MANIFEST).exists():
+                raise UsageError(_no_bundle(path))
+            data = read_regular(path / MANIFEST, _MANIFEST_LIMIT)
+        except OSError as error:
+            raise UsageError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
         manifest = parse_record(Manifest, data, str(path / MANIFEST))
         return cls(path, manifest, sha256(data))
 
@@ -68,19 +73,25 @@ class Bundle:
         Raises:
             IntegrityError: missing, of another size, or altered.
         """
-        record = next((r for r in self.manifest.files if r.path == name), None)
+        record = self._records.get(name)
         if record is None:
             raise IntegrityError(f"{self.path}: {name} is not listed in {MANIFEST}")
         file = self.path / name
         if file.resolve() != self.path.resolve() / name:
             raise IntegrityError(f"{file} is reached through a link; expected a plain folder")
-        return read_verified(
+        data = read_verified(
             file,
             record.size,
             record.sha256,
             source="the manifest",
             remedy="copy or export the bundle again",
         )
+        self._verified.add(name)
+        return data
+
+    @cached_property
+    def _records(self) -> dict[str, FileRecord]:
+        return {record.path: record for record in self.manifest.files}
 
     def read_arrays(
         self, name: str, expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
@@ -93,35 +104,24 @@ class Bundle:
         Raises:
             IntegrityError: as `read`, or not these arrays.
         """
-        where = self.path / name
-        try:
-            with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as stored:
-                arrays = {key: stored[key] for key in expected}
-        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise IntegrityError(f"{where} is malformed: {error}") from error
-        films = [arrays[k].shape[:1] or (0,) for k, (_, s) in expected.items() if s[0] is None]
-        for key, (dtype, shape) in expected.items():
-            wanted = (*films[0], *shape[1:]) if shape[0] is None else shape
-            if arrays[key].shape != wanted or arrays[key].dtype != dtype:
-                raise IntegrityError(
-                    f"{where}: {key} is {arrays[key].dtype} {arrays[key].shape}, expected "
-                    f"{dtype} {wanted}"
-                )
-        return arrays
+        return npz.read(self.read(name), expected, str(self.path / name))
 
     def verify(self, leave: Collection[str] = ()) -> None:
-        """Read every listed file once, but those in `leave`, which the caller reads itself.
+        """Read every listed file that was not read yet, but those in `leave`.
+
+        What is left is the caller's to read (`read` verifies), or to verify by a second call.
 
         Raises:
-            IntegrityError: as `read`, or there is a file that is not listed.
+            IntegrityError: as `read`, or there is a file or a link that is not listed.
         """
-        listed = {MANIFEST, SIGNATURE, *(record.path for record in self.manifest.files)}
+        listed = {MANIFEST, SIGNATURE, *self._records}
         for file in self.path.rglob("*"):
-            if not file.is_dir() and file.relative_to(self.path).as_posix() not in listed:
+            is_folder = file.is_dir() and not file.is_symlink()
+            if not is_folder and file.relative_to(self.path).as_posix() not in listed:
                 raise IntegrityError(f"{file} does not belong to the bundle; remove it")
-        for record in self.manifest.files:
-            if record.path not in leave:
-                self.read(record.path)
+        for name in self._records:
+            if name not in leave and name not in self._verified:
+                self.read(name)
 
 
 def fill_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from cxrgaze.command import shown
 from cxrgaze.errors import FilmError, unforeseen
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film
@@ -28,7 +29,7 @@ class Usable(NamedTuple):
 
     def told(self) -> str:
         """Those that were left out, a line each."""
-        return "\n".join(f"left out: {path}: {reason}" for path, reason in self.left_out)
+        return "\n".join(f"left out: {shown(path)}: {shown(why)}" for path, why in self.left_out)
 
     @property
     def share(self) -> str:

@@ -32,18 +32,19 @@ def load_film(path: Path | str, window: Window | None = None, *, keep_stored: bo
 
 
 def read_file(path: Path | str) -> bytes:
-    """The bytes of a film's file, at most one more than `BYTE_LIMIT`.
+    """The bytes of a film's file.
 
     Raises:
-        FilmError: no file, or one that cannot be read.
+        FilmError: no file, one that cannot be read, or larger than `BYTE_LIMIT`.
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise FilmError(f"{path}: not a regular file")
-            # Asking for the limit would take that much memory first.
-            return file.read(min(status.st_size, BYTE_LIMIT) + 1)
+            if status.st_size > BYTE_LIMIT:
+                raise FilmError(f"{path}: larger than {BYTE_LIMIT >> 20} MiB")
+            return file.read(status.st_size + 1)
     except OSError as error:
         raise FilmError(f"{path}: cannot be opened: {error.strerror}") from error
     except ValueError as error:  # a NUL byte in the path

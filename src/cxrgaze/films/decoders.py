@@ -39,6 +39,7 @@ from pydicom.uid import (
 )
 
 from cxrgaze.films.codestream import rle_segments
+from cxrgaze.films.quiet import quiet
 
 Values = NDArray[np.integer]
 
@@ -114,9 +115,10 @@ def _of_pydicom(syntax: str, plugin: str) -> Callable[[bytes, Layout], Values]:
         header.PlanarConfiguration = 0
         header.PixelData = encapsulate([frame])
         options: Any = {"correct_unused_bits": False}  # done by the caller, for any HighBit
-        values, _ = get_decoder(syntax).as_array(
-            header, index=0, raw=True, decoding_plugin=plugin, **options
-        )
+        with quiet():
+            values, _ = get_decoder(syntax).as_array(
+                header, index=0, raw=True, decoding_plugin=plugin, **options
+            )
         return np.asarray(values)
 
     return decode

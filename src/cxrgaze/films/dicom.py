@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -36,6 +35,7 @@ from cxrgaze.films.film import PIXEL_LIMIT, Film, Stored
 from cxrgaze.films.header import attribute, number, text, transfer_syntax
 from cxrgaze.films.identity import DicomIdentity
 from cxrgaze.films.images import colour_reason
+from cxrgaze.films.quiet import quiet
 from cxrgaze.films.windows import Window
 
 NO_IMAGE = "a DICOM object without an image (report, presentation state, directory, ...)"
@@ -55,50 +55,48 @@ def film_from_dicom(data: bytes, name: str, window: Window | None = None) -> Fil
         BaseException: a damaged file raises anything inside pydicom and the decoders, which
             `film_from_bytes` makes a FilmError.
     """
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")  # pydicom's warnings quote header values
-        return _film(_parse(data, name), data, name, window)
+    with quiet():
+        dataset = _parse(data, name)
+        reasons, doubts = judge_header(dataset)
+        notes = (*doubts, *_complete(dataset))
+        shape = _checked_shape(dataset, name)
+        frame = _frame(dataset, name)
+    decoded = _decoded(frame, name)  # outside: it takes the longest
+    with quiet():
+        stored = _used_bits(dataset, frame, decoded)
+        if text(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
+            stored = apply_color_lut(stored, dataset)
+            dataset.BitsStored = 8 * stored.dtype.itemsize
+        if stored.ndim == 3:
+            stored, colour = _grey(dataset, stored)
+            reasons += colour
+        reasons += square_reason(dataset)
+        if stored.shape != shape:
+            raise FilmError(f"{name}: decoded to {stored.shape} pixels, its header says {shape}")
+        pixels, source, more = displayed(dataset, stored, window)
+        return Film(
+            pixels,
+            name,
+            sha256(data),
+            source,
+            spacing_mm(dataset),
+            reasons,
+            (*notes, *more),
+            DicomIdentity.of(dataset),
+            stored=Stored(stored, int(dataset.BitsStored), is_inverted(dataset)),
+        )
 
 
 def promised_samples(data: bytes) -> int:
     """How many samples a frame has by the header of a DICOM file; 0 where it does not say."""
     keywords = ["Rows", "Columns", "SamplesPerPixel"]
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
+    with quiet():
         _check_inflated_size(data, "the file")
         header = pydicom.dcmread(
             io.BytesIO(data), stop_before_pixels=True, force=True, specific_tags=keywords
         )
     rows, columns, samples = (number(header, keyword) or 0 for keyword in keywords)
     return int(rows * columns * (samples or 1))
-
-
-def _film(dataset: Dataset, data: bytes, name: str, window: Window | None) -> Film:
-    reasons, doubts = judge_header(dataset)
-    notes = (*doubts, *_complete(dataset))
-    shape = _checked_shape(dataset, name)
-    stored = _stored_values(dataset, name)
-    if text(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
-        stored = apply_color_lut(stored, dataset)
-        dataset.BitsStored = 8 * stored.dtype.itemsize
-    if stored.ndim == 3:
-        stored, colour = _grey(dataset, stored)
-        reasons += colour
-    reasons += square_reason(dataset)
-    if stored.shape != shape:
-        raise FilmError(f"{name}: decoded to {stored.shape} pixels, its header says {shape}")
-    pixels, source, more = displayed(dataset, stored, window)
-    return Film(
-        pixels,
-        name,
-        sha256(data),
-        source,
-        spacing_mm(dataset),
-        reasons,
-        (*notes, *more),
-        DicomIdentity.of(dataset),
-        stored=Stored(stored, int(dataset.BitsStored), is_inverted(dataset)),
-    )
 
 
 def _grey(
@@ -174,24 +172,57 @@ def _checked_shape(dataset: Dataset, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
-    """The stored values of the first frame `(rows, columns)`, unused and overlay bits dropped."""
+class _Frame(NamedTuple):
+    """The first frame of a data set, not decoded yet."""
+
+    syntax: UID
+    layout: Layout
+    data: bytes
+    """As it is compressed; empty where it is not."""
+    values: NDArray[np.integer] | None
+    """Where it is not compressed."""
+
+
+def stored_values(dataset: Dataset, name: str) -> NDArray[np.integer]:
+    """The stored values of the first frame `(rows, columns)`, unused and overlay bits dropped.
+
+    Raises:
+        BaseException: as `film_from_dicom`.
+    """
+    frame = _frame(dataset, name)
+    return _used_bits(dataset, frame, _decoded(frame, name))
+
+
+def _frame(dataset: Dataset, name: str) -> _Frame:
     syntax = transfer_syntax(dataset)
-    bits, allocated = int(dataset.BitsStored), int(dataset.BitsAllocated)
-    is_signed = number(dataset, "PixelRepresentation") == 1
-    if syntax in DECODERS:
-        samples = int(number(dataset, "SamplesPerPixel") or 1)
-        layout = Layout(int(dataset.Rows), int(dataset.Columns), samples, allocated, is_signed)
-        values = _decoded(dataset, layout, name)
+    layout = Layout(
+        int(dataset.Rows),
+        int(dataset.Columns),
+        int(number(dataset, "SamplesPerPixel") or 1),
+        int(dataset.BitsAllocated),
+        number(dataset, "PixelRepresentation") == 1,
+    )
+    if syntax not in DECODERS:
+        return _Frame(syntax, layout, b"", _native(dataset, syntax, name))
+    frames = int(number(dataset, "NumberOfFrames") or 1)
+    if frames > 1:
+        data = get_frame(dataset.PixelData, 0, number_of_frames=frames)
     else:
-        values = _native(dataset, syntax, name)
-    kind = np.dtype(f"{'i' if is_signed else 'u'}{allocated // 8}")
+        data = b"".join(fragments(dataset.PixelData))  # whatever its offset table says
+    stream = _require_codestream(dataset, data, name)
+    _set_colour_space(dataset, syntax, stream)
+    return _Frame(syntax, layout, data, None)
+
+
+def _used_bits(dataset: Dataset, frame: _Frame, values: NDArray[np.integer]) -> NDArray[np.integer]:
+    """Decoded values in the header's type, without bits above Bits Stored."""
+    bits, allocated = int(dataset.BitsStored), frame.layout.allocated
+    kind = np.dtype(f"{'i' if frame.layout.is_signed else 'u'}{allocated // 8}")
     values = values.astype(f"u{kind.itemsize}", copy=False).view(kind)
-    drop = 0
-    if syntax in _AS_ALLOCATED or syntax not in DECODERS:
+    spare, drop = allocated - bits, 0
+    if frame.values is not None or frame.syntax in _AS_ALLOCATED:
         high = number(dataset, "HighBit")
-        drop = min(max(int(bits - 1 if high is None else high) + 1 - bits, 0), allocated - bits)
-    spare = allocated - bits
+        drop = min(max(int(bits - 1 if high is None else high) + 1 - bits, 0), spare)
     if drop or spare:  # arithmetic shifts keep a sign
         values = (values >> drop << spare) >> spare
     return values
@@ -213,24 +244,19 @@ def _native(dataset: Dataset, syntax: UID, name: str) -> NDArray[np.integer]:
         raise FilmError(
             f"{name}: cut short: {len(dataset.PixelData)} of {needed} bytes of pixel data"
         )
-    options: Any = {"correct_unused_bits": False}  # done by the caller, for any HighBit
+    options: Any = {"correct_unused_bits": False}  # done by `_used_bits`, for any HighBit
     values, _ = decoder.as_array(dataset, index=0, raw=True, **options)
     return np.asarray(values)
 
 
-def _decoded(dataset: Dataset, layout: Layout, name: str) -> NDArray[np.integer]:
-    """The first frame of compressed pixel data, by the first decoder that reads it."""
-    syntax = transfer_syntax(dataset)
-    frames = int(number(dataset, "NumberOfFrames") or 1)
-    if frames > 1:
-        frame = get_frame(dataset.PixelData, 0, number_of_frames=frames)
-    else:
-        frame = b"".join(fragments(dataset.PixelData))  # whatever its offset table says
-    stream = _require_codestream(dataset, frame, name)
-    decoders = DECODERS[syntax]
+def _decoded(frame: _Frame, name: str) -> NDArray[np.integer]:
+    """The values of a frame, by the first decoder that reads it; touches no header."""
+    if frame.values is not None:
+        return frame.values
+    decoders = DECODERS[frame.syntax]
     for decoder in decoders:
         try:
-            values = decoder.decode(frame, layout)
+            return decoder.decode(frame.data, frame.layout)
         except (*INTERRUPTS, MemoryError):
             raise
         except BaseException as error:
@@ -238,10 +264,7 @@ def _decoded(dataset: Dataset, layout: Layout, name: str) -> NDArray[np.integer]
                 kind = type(error).__name__  # its message may quote the file
                 what = f"damaged: {decoder.name} does not read its codestream ({kind})"
                 raise FilmError(f"{name}: {what}") from None
-        else:
-            break
-    _set_colour_space(dataset, syntax, stream)
-    return values
+    raise AssertionError("there is always one decoder")
 
 
 def _set_colour_space(dataset: Dataset, syntax: UID, stream: Codestream | None) -> None:

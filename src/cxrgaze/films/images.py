@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
-import warnings
 from collections.abc import Callable
 
 import cv2
@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from cxrgaze.errors import FilmError
 from cxrgaze.files import sha256
 from cxrgaze.films.film import PIXEL_LIMIT, Film, Stored
+from cxrgaze.films.quiet import quiet
 from cxrgaze.films.windows import grey_levels
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
@@ -32,29 +33,30 @@ def film_from_image(data: bytes, name: str) -> Film:
         FilmError: damaged, too large, or of no known format.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; size is checked below
-            positive, is_negative = _black_is_zero(data)
-            with Image.open(io.BytesIO(positive), formats=_FORMATS) as image:
+        positive, is_negative = _black_is_zero(data)
+        with contextlib.ExitStack() as stack:
+            with quiet():  # Pillow warns of odd metadata; size is checked below
+                opened = Image.open(io.BytesIO(positive), formats=_FORMATS)
+                image = stack.enter_context(opened)
                 width, height = image.size
                 if width * height > PIXEL_LIMIT:
                     raise FilmError(f"{name}: {width} x {height} pixels, limit {PIXEL_LIMIT}")
-                frames = getattr(image, "n_frames", 1)
+                is_alone = _is_alone(image)
                 orientation = _orientation(image)
-                image.load()
-                kind = str(image.format)
-                is_cut = _is_cut_to_8_bits(image, data)
-                pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image, is_negative)
-                if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
-                    pixels = _as_stored(pixels, orientation)
+            image.load()
+            kind = str(image.format)
+            is_cut = _is_cut_to_8_bits(image, data)
+            pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image, is_negative)
+            if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
+                pixels = _as_stored(pixels, orientation)
     except UnidentifiedImageError as error:
         raise FilmError(f"{name}: {_not_read(data)}") from error
     except (FilmError, MemoryError):
         raise
     except Exception as error:  # a hostile file can raise anything inside Pillow
         raise FilmError(f"{name}: damaged or cut short: {error or type(error).__name__}") from error
-    if frames > 1:
-        reasons = (*reasons, f"multi-frame: {frames} frames, expected one")
+    if not is_alone:
+        reasons = (*reasons, "multi-frame: more than one image in the file, expected one")
     pixels = np.ascontiguousarray(pixels)
     values, source, notes = grey_levels(pixels)
     if orientation != 1:
@@ -63,10 +65,19 @@ def film_from_image(data: bytes, name: str) -> Film:
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes, stored=stored)
 
 
+def _is_alone(image: Image.Image) -> bool:
+    """Whether there is no second image in the file; counting all of a long chain takes its time."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return True
+    image.seek(0)
+    return False
+
+
 def promised_samples(data: bytes) -> int:
     """How many samples the header of an image says that it has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return int(image.width * image.height * len(image.getbands()))
 

@@ -1,0 +1,31 @@
+"""Parsers kept quiet: what they warn of and log may quote header values, which identify patients.
+
+What silences them is of the whole process (`warnings.catch_warnings`, pydicom's settings): threads
+that each put back what they found would leave it changed for good. So one lock is held while it is
+silenced; frames are decoded outside of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings, and pydicom's validation and log, are off inside the block; a thread at a time."""
+    import pydicom
+
+    log = logging.getLogger("pydicom")
+    with _LOCK, warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        before, log.disabled = log.disabled, True
+        try:
+            yield
+        finally:
+            log.disabled = before
