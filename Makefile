@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OUT := out
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-lowest test-newest check format clean
 
 # The main job on the repository's real films: export, predict, bench.
 demo: $(VENV)/export
@@ -25,11 +25,17 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest
 
+# A device's install in an environment of its own, at the lowest versions that pyproject.toml
+# declares (on Python 3.10 where there is one) and at the newest. Needs a package index.
+test-lowest test-newest: test-%: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_bounds.py -k $* -rP
+
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

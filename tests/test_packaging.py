@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,7 @@ def test_beside_a_clone_named_cxrgaze_the_import_is_the_package(tmp_path):
 def test_a_prediction_runs_with_the_base_install_only(bundles, films, tmp_path):
     code = f"""
 import sys
+import zipfile
 for name in {HEAVY!r}:
     sys.modules[name] = None
 from cxrgaze.runtime.cli import main
@@ -100,6 +103,7 @@ def test_the_blocked_imports_of_that_test_do_block():
 def test_the_bench_runs_with_the_base_install_only(bundles, films, tmp_path):
     code = f"""
 import sys
+import zipfile
 for name in {HEAVY!r}:
     sys.modules[name] = None
 from cxrgaze.benchmarks.cli import main
@@ -119,6 +123,7 @@ sys.exit(main(sys.argv[1:]))
 def test_bench_with_peers_without_their_extra_says_what_to_install(bundles):
     code = """
 import sys
+import zipfile
 sys.modules['torch'] = None
 from cxrgaze.benchmarks.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -130,6 +135,7 @@ sys.exit(main(sys.argv[1:]))
 def test_export_without_its_extra_says_what_to_install():
     code = """
 import sys
+import zipfile
 sys.modules['torch'] = None
 from cxrgaze.export.cli import main
 sys.exit(main([]))
@@ -153,6 +159,7 @@ def test_help_is_instant_and_imports_no_torch(command):
     module = COMMANDS[command].split(":")[0]
     code = f"""
 import sys
+import zipfile
 from {module} import main
 try:
     main(["--help"])
@@ -205,3 +212,33 @@ def test_the_version_is_written_once():
     import cxrgaze
 
     assert cxrgaze.__version__ == PROJECT["project"]["version"]
+
+
+def test_what_dockerignore_lets_through_is_enough_for_the_whole_wheel(tmp_path):
+    """As the first stage of the Dockerfile builds it; Docker itself is not run."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = [line.removeprefix("**/") for line in lines if not line.startswith(("#", "!"))]
+    for name in (line[1:] for line in lines if line.startswith("!")):
+        if (ROOT / name).is_dir():
+            skip = shutil.ignore_patterns(*(i.split("/")[-1] for i in ignored if i != "*"))
+            shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=skip)
+        else:
+            shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{package.replace('.', '/')}/{path.name}"
+        for package in SETUP["packages"]
+        for path in (ROOT / "src" / package.replace(".", "/")).glob("*.py")
+    }
+    data = SETUP["package-data"]
+    for package, patterns in data.items():
+        folder = ROOT / "src" / package.replace(".", "/")
+        expected |= {
+            str(path.relative_to(ROOT / "src")) for p in patterns for path in folder.glob(p)
+        }
+    assert found == expected
