@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,132 @@ def test_a_toml_file_that_cannot_be_read_is_a_usage_error(tmp_path):
         files.read_toml(tmp_path / "no.toml")
     path.write_bytes(b"a = [1]")
     assert files.read_toml(path) == {"a": [1]}
+
+
+# --- what killed runs leave ---------------------------------------------------------------------
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from cxrgaze import files
+kind, target = sys.argv[1], Path(sys.argv[2])
+if kind == "folder":
+    with files.new_folder(target, "marker") as folder:
+        (folder / "marker").write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+elif kind == "file":
+    files.os.fsync = lambda descriptor: (print("ready", flush=True), time.sleep(60))
+    files.write_atomic(target, b"half")
+elif kind == "between":  # the two renames of new_folder
+    real = Path.rename
+    def rename(self, other):
+        if self.name == "new":
+            print("ready", flush=True)
+            time.sleep(60)
+        return real(self, other)
+    Path.rename = rename
+    with files.new_folder(target, "marker") as folder:
+        (folder / "marker").write_text("new")
+else:
+    files.tempfile.tempdir = str(target)
+    with files.temporary_folder("test") as folder:
+        (folder / "film").write_text("a film")
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def _started(kind, target):
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, kind, str(target)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def _killed(kind, target):
+    child = _started(kind, target)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+
+
+def test_a_killed_run_leaves_nothing_after_the_next(tmp_path):
+    """D10: kill -9 left folders and files for ever."""
+    target = tmp_path / "out" / "bundle"
+    _killed("folder", target)
+    assert len(os.listdir(target.parent)) == 1
+    with files.new_folder(target, "marker") as folder:
+        (folder / "marker").write_text("whole")
+    assert os.listdir(target.parent) == ["bundle"]
+    _killed("file", target.parent / "x.json")
+    assert len(os.listdir(target.parent)) == 2
+    files.make_output_folder(target.parent)
+    assert os.listdir(target.parent) == ["bundle"]
+
+
+def test_what_a_living_run_writes_is_left_alone(tmp_path):
+    child = _started("folder", tmp_path / "bundle")
+    other = _started("file", tmp_path / "x.json")
+    try:
+        before = sorted(os.listdir(tmp_path))
+        files.make_output_folder(tmp_path)
+        with files.new_folder(tmp_path / "bundle", "marker") as folder:
+            (folder / "marker").write_text("whole")
+        assert sorted(os.listdir(tmp_path)) == sorted([*before, "bundle"])
+    finally:
+        for process in (child, other):
+            process.kill()
+            process.communicate()
+
+
+def test_what_was_set_aside_comes_back(tmp_path):
+    """D10: a kill between the two renames hid the old bundle."""
+    old = tmp_path / "bundle"
+    old.mkdir()
+    (old / "marker").write_text("old")
+    _killed("between", old)
+    assert not old.exists()
+    with pytest.raises(RuntimeError), files.new_folder(old, "marker"):
+        assert (old / "marker").read_text() == "old"
+        raise RuntimeError
+    assert (old / "marker").read_text() == "old" and os.listdir(tmp_path) == ["bundle"]
+
+
+def test_temporary_folders_of_killed_runs_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _killed("temporary", tmp_path)
+    (killed,) = os.listdir(tmp_path)
+    living = _started("temporary", tmp_path)
+    try:
+        (lives,) = os.listdir(tmp_path)
+        assert lives != killed
+        with files.temporary_folder("test") as folder:
+            assert sorted(os.listdir(tmp_path)) == sorted([lives, folder.name])
+        assert os.listdir(tmp_path) == [lives]
+    finally:
+        living.kill()
+        living.communicate()
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    """D9."""
+    with files.only_run(tmp_path):
+        with pytest.raises(UsageError, match="another run writes into"):
+            with files.only_run(tmp_path):
+                pass
+    assert not os.listdir(tmp_path)
+    with files.only_run(tmp_path):
+        pass
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    """D13: the system's own error names none."""
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="x.json") as caught:
+        files.write_atomic(tmp_path / "x.json", b"data")
+    assert caught.value.filename == str(tmp_path / "x.json") and not os.listdir(tmp_path)

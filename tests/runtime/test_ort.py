@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from cxrgaze.bundles.bundle import GRAPH, fill_bundle
 from cxrgaze.bundles.manifest import Manifest, Provenance
 from cxrgaze.bundles.verdicts import Gate, OutputParity, Parity, Tolerance
-from cxrgaze.errors import IncompatibleError, IntegrityError
+from cxrgaze.errors import (
+    CxrgazeError,
+    ExitCode,
+    IncompatibleError,
+    IntegrityError,
+    OutOfMemoryError,
+)
 from cxrgaze.runtime import ort
 from cxrgaze.runtime.backend import BackendOptions
 from cxrgaze.runtime.backends import choose
@@ -188,3 +195,59 @@ def test_float16_graphs_are_computed_in_float32(precision):
     manifest = MANIFEST.model_copy(update={"precision": precision})
     expected = "int8" if precision == "int8" else "float32"
     assert ort.OnnxRuntime().arithmetic(manifest) == expected
+
+
+NAMES = [
+    name
+    for name, kind in vars(onnxruntime.capi.onnxruntime_pybind11_state).items()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("when", ["load", "infer"])
+def test_every_error_of_onnx_runtime_is_one_of_ours(monkeypatch, tmp_path, name, when):
+    """B8: 4 of its 15 classes were mapped, and in one place."""
+    kind = getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
+
+    class Failing:
+        def __init__(self, *anything, **more):
+            if when == "load":
+                raise kind("a fault")
+
+        def run(self, *anything):
+            raise kind("a fault")
+
+    monkeypatch.setattr(ort.onnxruntime, "InferenceSession", Failing)
+    with pytest.raises(CxrgazeError, match="a fault") as caught:
+        session = ort.open_session(_graph())
+        ort.both_heads(session)(np.zeros((1, 1, 32, 64), np.float32))
+    malformed = name in ("InvalidProtobuf", "InvalidGraph", "NoModel")
+    assert isinstance(caught.value, IntegrityError if malformed else IncompatibleError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException("std::bad_alloc"),
+        onnxruntime.capi.onnxruntime_pybind11_state.Fail("Failed to allocate memory for 9 GB"),
+    ],
+)
+def test_no_room_is_exit_code_10(error):
+    class Full:
+        def run(self, *anything):
+            raise error
+
+    with pytest.raises(OutOfMemoryError) as caught:
+        ort.both_heads(Full())(np.zeros((1, 1, 32, 64), np.float32))
+    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
+
+
+def test_threads_are_those_of_the_container(monkeypatch):
+    """B9: ONNX Runtime knows no quota."""
+    for confined, expected in ((True, 3), (False, 0)):
+        monkeypatch.setattr(ort, "is_confined", lambda confined=confined: confined)
+        monkeypatch.setattr(ort, "cpu_count", lambda: 3)
+        session = ort.open_session(_graph())
+        assert session.get_session_options().intra_op_num_threads == expected

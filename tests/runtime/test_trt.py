@@ -7,10 +7,12 @@ which was not run here. Only what a real library says without a GPU is asked of 
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import shutil
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -26,12 +28,14 @@ from cxrgaze.errors import (
     IncompatibleError,
     IntegrityError,
     OutOfMemoryError,
+    UsageError,
 )
-from cxrgaze.evidence import gate
+from cxrgaze.evidence import gate, phantom
 from cxrgaze.files import sha256
 from cxrgaze.runtime import backends, plans, trt_library
 from cxrgaze.runtime import device as device_layer
 from cxrgaze.runtime.backend import BackendOptions
+from cxrgaze.runtime.cli import main as predict_main
 from cxrgaze.runtime.device import Device, Gpu
 from cxrgaze.runtime.host import host_platform
 from cxrgaze.runtime.ort import OnnxRuntime
@@ -552,3 +556,80 @@ def test_the_real_library_without_a_driver_is_an_error_with_its_log(bundles, tmp
     (record,) = cache.records(Bundle.open(path).sha256)
     with pytest.raises(IncompatibleError, match="tensorrt_rtx .* (cannot|could not) load the plan"):
         load_engine(trt_library.find("tensorrt_rtx"), record, cache.read(record))
+
+
+class _Pausing(HostDevice):
+    """Waits between copy and computation until another thread had its chance."""
+
+    def synchronize(self):
+        self.paused = getattr(self, "paused", 0) + 1
+        time.sleep(0.02)
+        super().synchronize()
+
+
+def test_threads_that_share_a_reader_get_their_own_films(
+    bundles, cache, bundle, beside_a_gpu, monkeypatch
+):
+    """B2: the buffers are shared; without the reader's lock a reading was another film's."""
+    _stored(cache, bundle)
+    drawn = [phantom.draw(seed).pixels for seed in range(8)]
+    with cxrgaze.load(bundle.path, "onnxruntime", threads=1) as reader:
+        wanted = [reader.read(pixels) for pixels in drawn]
+    monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: _Pausing())
+    with cxrgaze.load(bundle.path, "tensorrt", cache=cache.folder) as reader:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda n: (n % 8, reader.read(drawn[n % 8])), range(48)))
+    for index, reading in found:
+        assert np.abs(reading.log_density - wanted[index].log_density).max() < 1e-4
+
+
+def test_a_reader_that_is_closed_while_threads_read_says_so(
+    cache, bundle, beside_a_gpu, monkeypatch
+):
+    _stored(cache, bundle)
+    monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: _Pausing())
+    pixels = phantom.draw(1).pixels
+    reader = cxrgaze.load(bundle.path, "tensorrt", cache=cache.folder)
+    said = []
+
+    def read(number):
+        try:
+            reader.read(pixels)
+        except UsageError as error:
+            said.append(str(error))
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(read, number) for number in range(20)]
+        time.sleep(0.05)
+        reader.close()
+        for job in jobs:
+            job.result(30)
+    assert said and all("closed" in text for text in said) and not HostDevice.open_now
+
+
+def test_the_reading_names_the_plan(films, cache, bundle, beside_a_gpu, tmp_path):
+    """B6: in every reading and in the table."""
+    record = _stored(cache, bundle, tf32=True)
+    with cxrgaze.load(bundle.path, cache=cache.folder) as reader:
+        model = reader.read(films / "nih_00001507_002_512.png").model
+    assert model["plan"] == record.inputs.key and model["library"] == "tensorrt 10.3.0"
+    assert model["plan_options"] == "TF32"
+    arguments = [str(bundle.path), str(films / "nih_00001507_002_512.png")]
+    arguments += ["--cache", str(cache.folder), "--output", str(tmp_path / "out")]
+    assert predict_main(arguments) == 0
+    with (tmp_path / "out" / "readings.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["plan"] == record.inputs.key and row["backend"] == "tensorrt"
+    assert row["bundle_sha256"] == bundle.sha256
+
+
+def test_a_graph_that_was_altered_is_seen_beside_a_plan_too(bundles, cache, beside_a_gpu, tmp_path):
+    """D4: on this path nobody read the graph, so nobody saw it."""
+    path = shutil.copytree(bundles / "demo-fp32.cxrgaze", tmp_path / "b.cxrgaze")
+    altered = Bundle.open(path)
+    _stored(cache, altered)
+    graph = path / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match="was altered"):
+        cxrgaze.load(path, "tensorrt", cache=cache.folder)
+    assert not HostDevice.open_now
