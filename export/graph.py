@@ -7,12 +7,16 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxsim
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from cxrgaze.bundles.manifest import DataType
+from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.runtime import graph_look
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, NOTICE, SPEC_KEY, ModelSpec
 
 OPSET = 18
@@ -45,6 +49,23 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same function with constants folded (onnxsim); parity on films judges the result."""
     result: onnx.ModelProto = onnxsim.simplify(model, check_n=0)[0]
     return result
+
+
+def require_servable(model: onnx.ModelProto) -> None:
+    """Refuse a network that no reader would load, before any work is done with it.
+
+    Raises:
+        IntegrityError: weights that are no finite numbers, by the name of their tensor.
+        UsageError: an operator that bundles may not use (`runtime.graph_look`).
+    """
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise IntegrityError(f"the weights {tensor.name} of the network have NaN or infinities")
+    try:
+        graph_look.require_known(model.SerializeToString())
+    except IntegrityError as error:
+        raise UsageError(f"the network's graph cannot be served: {error}") from error
 
 
 def finished(model: onnx.ModelProto, spec: ModelSpec) -> bytes:

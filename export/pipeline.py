@@ -68,6 +68,7 @@ def export(source: Source, options: ExportOptions, step: Steps) -> Bundle:
         ParityError: the graph does not compute what the network computes, or float16 overflows.
         GateError: it loses more than the limits allow; no bundle is left of either.
         DataError: a set that breaks a rule, or shares patients with the other.
+        IntegrityError: weights that are no finite numbers.
     """
     key = signature.read_private_key(options.sign) if options.sign else None
     _require_sets(source, options)
@@ -91,6 +92,7 @@ def _made(source: Source, options: ExportOptions, step: Steps) -> _Made:
     with step(f"export to ONNX, opset {graph.OPSET}, and simplify"):
         names = tuple(n for n in TARGETS[options.target].rewrites if n in source.rewrites)
         model = source.graph(names)
+        graph.require_servable(model)
     with step("read the gate's films and the float32 reference's answers"):
         gated = gate_films(source, options, model)
     audited = calibration = None

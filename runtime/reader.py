@@ -270,6 +270,7 @@ class Reader(AbstractContextManager["Reader"]):
         manifest = self.bundle.manifest
         warnings = [manifest.spec.caution] if manifest.spec.caution else []
         warnings += [f"nothing taught the output {head}: ignore it" for head in manifest.untrained]
+        warnings += manifest.calibration.warnings if manifest.calibration else ()
         if self._gate.verdict != "pass":
             warnings.append(f"gate: {self._gate.verdict} ({self._gate.reason})")
         return tuple(warnings)

@@ -167,7 +167,8 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str
     """Load every tensor or none.
 
     Raises:
-        IntegrityError: naming every tensor that is missing, foreign or of another shape.
+        IntegrityError: naming every tensor that is missing, foreign, of another shape, or has
+            values that are no finite numbers.
     """
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     stored = {key: tuple(value.shape) for key, value in weights.items()}
@@ -177,6 +178,11 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str
         f"{k} has shape {stored[k]}, expected {wanted[k]}"
         for k in wanted
         if k in stored and stored[k] != wanted[k]
+    ]
+    wrong += [
+        f"{k} has NaN or infinite values"
+        for k, value in weights.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
     ]
     if wrong:
         raise IntegrityError(f"{name} does not fit the network: " + "; ".join(wrong))

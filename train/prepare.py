@@ -29,8 +29,10 @@ from cxrgaze.evidence.labelled_set import (
     write_set,
 )
 from cxrgaze.files import checked_relative
-from cxrgaze.films.decode import load_film
+from cxrgaze.films.decode import film_from_bytes, read_file
 from cxrgaze.films.film import Film
+from cxrgaze.films.find import looks_like_dicom
+from cxrgaze.films.stripped import stripped
 from cxrgaze.records import complaint
 from cxrgaze.train.classes import CLASSES
 
@@ -85,6 +87,8 @@ class PrepareOptions:
     """Treat every film as a patient of its own where the source has no patients."""
     synthetic: bool = False
     """The films are drawings; every figure of the set will say so."""
+    strip: bool = False
+    """Keep of DICOM films only what their pixels need (`cxrgaze.films.stripped`)."""
 
 
 def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
@@ -134,10 +138,15 @@ def prepare(source: Source, options: PrepareOptions) -> LabelledSet:
         for entry in source.entries
         if entry.file in source.gaze and _name(entry) in used
     }
-    originals = ((row.film, paths[row.film].read_bytes()) for row in rows)
+    originals = ((row.film, _content(paths[row.film], options)) for row in rows)
     labelled = write_set(options.output, info, rows, gaze, originals)
     for note in source.notes:
         say(note)
+    if not options.strip and (count := sum(_has_header(paths[row.film]) for row in rows)):
+        say(
+            f"{count} films are DICOM files, copied with the patient data in their headers: keep "
+            "the set where such data may be, or prepare it with --strip"
+        )
     for name, reason in left_out:
         say(f"left out: {name}: {reason}")
     return labelled
@@ -183,7 +192,7 @@ def _rows(source: Source, options: PrepareOptions) -> tuple[list[FilmRow], list[
     rows, left_out = [], []
     for entry in counted(source.entries, len(source.entries), "film"):
         try:
-            film = load_film(entry.path)
+            film = film_from_bytes(_content(entry.path, options), str(entry.path))
         except FilmError as error:
             left_out.append((entry.file, str(error)))
             continue
@@ -197,6 +206,17 @@ def _rows(source: Source, options: PrepareOptions) -> tuple[list[FilmRow], list[
     if not rows:
         raise DataError(f"no film could be used; {len(left_out)} were left out")
     return rows, left_out
+
+
+def _content(path: Path, options: PrepareOptions) -> bytes:
+    """The bytes that the set will have of a film."""
+    data = read_file(path)
+    return stripped(data, str(path)) if options.strip and looks_like_dicom(data) else data
+
+
+def _has_header(path: Path) -> bool:
+    with path.open("rb") as file:
+        return looks_like_dicom(file.read(132))
 
 
 def _row(entry: Entry, film: Film, options: PrepareOptions) -> FilmRow:

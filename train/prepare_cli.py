@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,21 @@ def add(commands: Any) -> None:
     prepare.add_argument(
         "--synthetic", action="store_true", help="the films are drawings; all figures will say so"
     )
+    prepare.add_argument(
+        "--strip",
+        action="store_true",
+        help="keep of DICOM films only what their pixels need, without the patient; by default "
+        "they are copied as they are",
+    )
     prepare.set_defaults(run=_prepare)
+
+
+def _folder_name(films: Path) -> str:
+    """A folder's name, told from others of that name without its place, which is nobody's."""
+    from cxrgaze.files import sha256
+
+    place = films.resolve()
+    return f"{place.name} [{sha256(os.fsencode(place))[:8]}]"
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -109,10 +124,8 @@ def _prepare(args: argparse.Namespace) -> int:
     elif args.reflacx:
         source, origin = read_reflacx(args.reflacx, args.films, label_map), "REFLACX, MIMIC-CXR"
     else:
-        source, origin = (
-            read_table(args.films, args.labels, args.gaze),
-            str(args.films.resolve()),
-        )
+        source = read_table(args.films, args.labels, args.gaze)
+        origin = _folder_name(args.films)
     options = PrepareOptions(
         output=args.output,
         origin=args.origin if args.labels and args.origin else f"{origin} {args.origin}".strip(),
@@ -121,6 +134,7 @@ def _prepare(args: argparse.Namespace) -> int:
         seed=args.seed,
         patient_per_film=args.patient_per_film,
         synthetic=args.synthetic,
+        strip=args.strip,
     )
     labelled = prepare(source, options)
     print(summary(labelled))

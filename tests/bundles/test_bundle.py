@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cxrgaze.bundles.bundle import MANIFEST, Bundle
+from cxrgaze.bundles.bundle import GRAPH, MANIFEST, Bundle
 from cxrgaze.bundles.manifest import Decision, FileRecord, Manifest
 from cxrgaze.bundles.verdicts import Histogram
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
@@ -242,3 +242,35 @@ def test_a_histogram_by_decade_loses_no_film():
     assert found.counts[0] == 2 and found.counts[-1] == 3
     (inside,) = [c for low, c in zip(found.edges, found.counts, strict=False) if low == 0.001]
     assert inside == 2 and found.edges[-1] == 10
+
+
+def test_a_link_to_a_folder_is_seen(bundle, tmp_path, films):
+    """D15: it was taken for a folder and passed over."""
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="does not belong to the bundle"):
+        Bundle.open(bundle).verify()
+
+
+def test_what_was_read_is_not_read_again(bundle, monkeypatch):
+    """D4: whoever opens a bundle passes it on, and it remembers what was verified."""
+    opened = Bundle.open(bundle)
+    opened.read(GRAPH)
+    read = []
+    real = Bundle.read
+    monkeypatch.setattr(Bundle, "read", lambda self, name: read.append(name) or real(self, name))
+    opened.verify()
+    assert GRAPH not in read and read
+    opened.verify()
+    assert len(read) == len(set(read))
+
+
+def test_an_unreadable_bundle_is_an_error_of_ours(bundle, monkeypatch):
+    """D13: PermissionError left the API."""
+
+    def denied(path, limit):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("cxrgaze.bundles.bundle.read_regular", denied)
+    with pytest.raises(UsageError, match="manifest.json cannot be read: Permission denied"):
+        Bundle.open(bundle)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import RLELossless
 
@@ -147,3 +152,56 @@ def test_a_cut_file_says_that_it_is_cut(films, share, compressed):
         data = buffer.getvalue()
     with pytest.raises(FilmError, match="cut short"):
         film_from_bytes(data[: int(share * len(data))], "cut.dcm")
+
+
+def _settings():
+    return (
+        list(warnings.filters),
+        pydicom.config.settings.reading_validation_mode,
+        pydicom.config.settings.writing_validation_mode,
+        logging.getLogger("pydicom").disabled,
+    )
+
+
+def test_threads_leave_nothing_of_the_process_changed(films):
+    """D7: each put back what another had set; warnings and validation stayed changed for good."""
+    before, paths = _settings(), [p for p in sorted(films.iterdir()) if p.suffix == ".dcm"]
+    png = sorted(films.glob("*.png"))[0]
+    with ThreadPoolExecutor(8) as pool:
+        shapes = list(pool.map(lambda p: decode.load_film(p).shape, [*paths, png] * 12))
+    assert len(set(shapes)) > 1 and _settings() == before
+
+
+def test_nothing_of_a_header_is_logged_or_warned(films, caplog):
+    """D15: pydicom's logger and warnings quote values."""
+    header = pydicom.dcmread(films / "dcm_rg1q_12b_mono2_j2klossless.dcm")
+    data = io.BytesIO()
+    header.save_as(data)
+    bad = data.getvalue().replace(b"CHEST ", b"\xff\xfeSECRET", 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for content in (bad, bad[:-5000], data.getvalue()[:600]):
+            try:
+                film_from_bytes(content, "f.dcm")
+            except FilmError as error:
+                assert "SECRET" not in str(error)
+    assert not caught and not caplog.records
+
+
+def test_a_giant_file_is_refused_before_it_is_read(tmp_path):
+    """D15: a sparse one costs its maker nothing."""
+    with (tmp_path / "giant.dcm").open("wb") as file:
+        file.truncate(100 << 30)
+    start = time.perf_counter()
+    with pytest.raises(FilmError, match="larger than 1024 MiB"):
+        decode.load_film(tmp_path / "giant.dcm")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_long_chain_of_images_is_not_counted():
+    """D6: TIFF directories, each a frame, in a file of some kilobytes."""
+    frames = [Image.new("L", (64, 64), level) for level in range(40)]
+    data = io.BytesIO()
+    frames[0].save(data, "TIFF", save_all=True, append_images=frames[1:])
+    film = film_from_bytes(data.getvalue(), "chain.tif")
+    assert any("multi-frame" in reason for reason in film.reasons)
