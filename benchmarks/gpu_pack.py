@@ -235,10 +235,10 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
     for precision, bundle in exported.items():
         target = folder / f"{precision}.cxrgaze"
         files = {name: bundle.read(name) for name in (GRAPH, GOLDEN)} | {REFERENCE: reference}
-        target.mkdir()
+        target.mkdir(parents=True)
         digests[precision] = fill_bundle(target, bundle.manifest, files).sha256
         (target / REFERENCE).unlink()
-    shutil.rmtree(folder / "whole")
+    shutil.rmtree(folder / "whole", ignore_errors=True)
     return Packed(
         checkpoint=asked.checkpoint,
         films=asked.films,
@@ -297,7 +297,7 @@ def _size(folder: Path) -> int:
 def main() -> int:
     """Entry point of `python -m cxrgaze.benchmarks.gpu_pack`."""
     parser = argparse.ArgumentParser(prog="gpu_pack", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("pack", type=Path, nargs="?", default=Path("gpu-pack"), metavar="PACK")
+    parser.add_argument("pack", type=Path, nargs="?", default=Path("out/gpu-pack"), metavar="PACK")
     parser.add_argument("--no-wheels", action="store_true", help="reach no package index")
     args = parser.parse_args()
     pack = make(args.pack, NETWORKS, Steps(), wheels=not args.no_wheels)

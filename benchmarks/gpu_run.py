@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,8 +185,7 @@ def facts(run: Run) -> Found:
     return Found(
         (
             f"card: {card}",
-            f"driver: {driver}"
-            + ("" if isinstance(here, str) else f", CUDA {here[0].driver_cuda}"),
+            f"driver: {driver}{cuda}",
             f"processor: {about.cpu}, {about.cpu_count} to be used; Python {about.python}",
             "TensorRT: " + (", ".join(f"{n} {v}" for n, v in libraries.items()) or "none"),
             *documented.values(),
@@ -465,15 +465,16 @@ def _inspected(run: Run, model: Path, name: str, *more: str) -> str:
 
 
 def convolution_types(text: str) -> dict[str, int]:
-    """Convolutions by the type of their first input, in the words of polygraphy's inspect."""
+    """Convolutions by the type of their weights, in the words of polygraphy's inspect.
+
+    "hidden" where it gives none: weights that a node dequantizes, tensors without a known shape.
+    """
     found: dict[str, int] = {}
-    lines = iter(text.splitlines())
-    for line in lines:
-        if "[Op: Conv]" not in line and "[Op: ConvTranspose]" not in line:
-            continue
-        first = next(lines, "")
-        kind = first.split("dtype=")[1].split(",")[0] if "dtype=" in first else "unknown"
-        found[kind] = found.get(kind, 0) + 1
+    for node in text.split("\n    Node ")[1:]:
+        if re.search(r"\[Op: Conv(Transpose)?\]", node):
+            weights = re.search(r"Initializer \|.*?dtype=(\w+)", node)
+            kind = weights[1] if weights else "hidden"
+            found[kind] = found.get(kind, 0) + 1
     return found
 
 
@@ -485,17 +486,17 @@ def drawn_and_computed_again(run: Run) -> Found:
         films = run.pack.films(network, bundle)
         keys, stored = gate.read_reference(bundle)
         same = sum(key in set(keys) for key in films.keys)
-        some = films.arrays.images[:8]
+        graph = run.pack.half(network)
+        some = films.arrays.images[: min(8, len(graph.logits))]
         single = _answers(witness(bundle.read(GRAPH)), some)
         off = float(np.abs(single.logits - stored.logits[: len(some)]).max())
         half_graph = run.pack.bundle(network, "fp16", run.work).read(GRAPH)
-        graph = run.pack.half(network)
         there = Outputs(graph.logits[: len(some)], graph.log_density[: len(some)])
         apart = differences(_answers(witness(half_graph), some), there)
         figures[network] = {"same_films": same, "fp32_logits_max": off, "fp16": apart}
         says.append(
-            f"{network}: {same} of {len(films.keys)} phantoms drawn bit for bit; 8 films, fp32 "
-            f"logits off by {off:.2g} from the pack's reference, fp16 graph {_apart(apart)} from "
+            f"{network}: {same} of {len(films.keys)} phantoms drawn bit for bit; over "
+            f"{len(some)} of them fp32 logits off by {off:.2g} from the pack's reference, fp16 graph {_apart(apart)} from "
             "the pack's answers"
         )
     return Found(tuple(says), figures)
@@ -860,7 +861,7 @@ def _has_card(records: Sequence[StepRecord]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m cxrgaze.benchmarks.gpu_run`."""
     parser = argparse.ArgumentParser(prog="gpu_run", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("pack", type=Path, nargs="?", default=Path("gpu-pack"), metavar="PACK")
+    parser.add_argument("pack", type=Path, nargs="?", default=Path("out/gpu-pack"), metavar="PACK")
     parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
