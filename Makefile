@@ -5,6 +5,7 @@ OUT := out
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all test-lowest test-newest check format clean
+.PHONY: gpu-pack gpu
 
 # The main job on the repository's real films: export, predict, bench.
 demo: $(VENV)/export
@@ -50,3 +51,15 @@ $(VENV)/export $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
 	$(PIP) -e ".[$*]"
 	touch $@
+
+# What a machine with a card needs, made here without one: docs/benchmarks.md.
+gpu-pack: $(VENV)/export
+	$(BIN)/python -m cxrgaze.benchmarks.gpu_pack $(OUT)/gpu-pack
+
+# The pack, where the card is. Without $(VENV) it is $(PYTHON), and from the pack what that lacks.
+gpu:
+	test -x $(BIN)/python || $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile \
+	  --upgrade --target $(OUT)/gpu-site $(OUT)/gpu-pack/wheels/*.whl
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/$(OUT)/gpu-site \
+	  $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) \
+	  -m cxrgaze.benchmarks.gpu_run $(OUT)/gpu-pack --output $(or $(TO),$(OUT)/gpu)

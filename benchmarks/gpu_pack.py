@@ -26,7 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cxrgaze.bundles.bundle import GOLDEN, GRAPH, MANIFEST, REFERENCE, Bundle, fill_bundle
-from cxrgaze.bundles.manifest import Precision
+from cxrgaze.bundles.manifest import Manifest, Precision
+from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.command import Steps, say
 from cxrgaze.environment import now_utc, versions
 from cxrgaze.errors import IntegrityError, UsageError
@@ -209,7 +210,7 @@ def make(
 def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
     """The folder of one network."""
     from cxrgaze.export.network_source import source_from_checkpoint
-    from cxrgaze.export.options import ExportOptions
+    from cxrgaze.export.options import ExportOptions, GateOptions
     from cxrgaze.export.pipeline import export
     from cxrgaze.train.checkpoint import demo_path
 
@@ -219,7 +220,9 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
     exported: dict[Precision, Bundle] = {}
     for precision in PRECISIONS:
         say(f"{folder.name} {precision}")
-        options = ExportOptions(precision=precision, target="tensorrt", output=folder / "whole")
+        options = ExportOptions(
+            precision, "tensorrt", folder / "whole", gate=GateOptions(skip=True)
+        )
         exported[precision] = export(source, options, step)
     with step(f"the float32 reference, films: {asked.films}"):
         found = gate.predicted(witness(exported["fp32"].read(GRAPH)), images)
@@ -234,9 +237,11 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
     digests: dict[Precision, str] = {}
     for precision, bundle in exported.items():
         target = folder / f"{precision}.cxrgaze"
+        with step(f"the gate of the {precision} graph, on the films of the engine's"):
+            manifest = _gated(bundle, films, found)
         files = {name: bundle.read(name) for name in (GRAPH, GOLDEN)} | {REFERENCE: reference}
         target.mkdir(parents=True)
-        digests[precision] = fill_bundle(target, bundle.manifest, files).sha256
+        digests[precision] = fill_bundle(target, manifest, files).sha256
         (target / REFERENCE).unlink()
     shutil.rmtree(folder / "whole", ignore_errors=True)
     return Packed(
@@ -248,6 +253,21 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
         reference_sha256=_compressed(folder / "reference.npz.xz", reference),
         half_sha256=_compressed(folder / "half.npz.xz", half.getvalue()),
     )
+
+
+def _gated(bundle: Bundle, films: gate.GateSet, reference: gate.Predicted) -> Manifest:
+    """The manifest with the graph's verdict on the very films that the plan is judged on.
+
+    A few hundred films can tell less than the default gate's thousand: *inconclusive* is likely.
+    """
+    manifest = bundle.manifest
+    if manifest.precision == "fp32":
+        return manifest  # its own reference
+    candidate = gate.predicted(witness(bundle.read(GRAPH)), films.arrays.images)
+    names = manifest.spec.class_names
+    verdict = gate.judge(films, reference, candidate, Limits(), "graph", manifest.untrained, names)
+    say(f" {verdict.verdict}: {verdict.reason};")
+    return manifest.model_copy(update={"gate": verdict})
 
 
 def _compressed(path: Path, data: bytes) -> str:
