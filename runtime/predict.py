@@ -128,11 +128,12 @@ def _output_names(relatives: Sequence[Path]) -> list[Path]:
     plain = [r.with_suffix("") if r.suffix.lower() in SUFFIXES else r for r in relatives]
     count = Counter(plain)
     names: dict[Path, None] = {}
+    taken: Counter[Path] = Counter()  # where to go on counting: many may be named alike
     for relative, short in zip(relatives, plain, strict=True):
-        wanted = short if count[short] == 1 else relative
-        name, number = wanted, 2
+        name = wanted = short if count[short] == 1 else relative
         while name in names:
-            name, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+            taken[wanted] += 1
+            name = wanted.with_name(f"{wanted.name}-{taken[wanted] + 1}")
         names[name] = None
     return list(names)
 

@@ -242,3 +242,18 @@ def test_what_dockerignore_lets_through_is_enough_for_the_whole_wheel(tmp_path):
             str(path.relative_to(ROOT / "src")) for p in patterns for path in folder.glob(p)
         }
     assert found == expected
+
+
+_FROM_AN_INDEX = re.compile(r"pip install [^\n#]*(?<![\w/.*-])cxrgaze\b")
+_FENCE = re.compile(r"^```sh$.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_no_page_has_a_command_that_installs_cxrgaze_from_an_index():
+    """There it is not: from a clone or a wheel."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for commands in _FENCE.findall(page.read_text()):
+            assert not _FROM_AN_INDEX.search(commands), page
+    for wrong in ("pip install cxrgaze", "pip install --upgrade 'cxrgaze[cuda12]'"):
+        assert _FROM_AN_INDEX.search(wrong)
+    for right in ("pip install wheelhouse/cxrgaze-0.1.0-py3-none-any.whl", "pip install '.[sign]'"):
+        assert not _FROM_AN_INDEX.search(right)

@@ -19,6 +19,7 @@ import pydicom
 import pytest
 from PIL import Image
 
+import cxrgaze
 from cxrgaze.errors import ExitCode
 from cxrgaze.runtime.cli import main
 
@@ -240,6 +241,54 @@ def test_naming_many_films_is_fast_enough_to_finish():
 
     names = _output_names([Path(f"{i // 2}.{('png', 'dcm')[i % 2]}") for i in range(200_000)])
     assert len(set(names)) == 200_000
+    alike = _output_names([Path("film.png")] * 50_000)  # D11: 8,000 of one name took 118 s
+    assert len(set(alike)) == 50_000
+    assert [str(n) for n in alike[:3]] == ["film.png", "film.png-2", "film.png-3"]
+
+
+def test_what_an_earlier_run_left_of_a_film_goes(bundle, films, tmp_path):
+    """D9: a film that failed this time kept the overlay of the last."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    shutil.copy(films / "nih_00001507_002_512.png", source / "f.png")
+    arguments = [bundle, str(source), "--output", str(out), "--heatmap", "npy"]
+    assert main(arguments) == 0
+    (source / "f.png").write_bytes((source / "f.png").read_bytes()[:900])
+    assert main(arguments) == ExitCode.FAILURE
+    assert sorted(os.listdir(out)) == ["f.json", "readings.csv"]
+    assert json.loads((out / "f.json").read_text())["status"] == "failed"
+
+
+def test_a_second_run_into_the_same_folder_is_refused(bundle, films, tmp_path, capsys):
+    """D9."""
+    from cxrgaze.files import only_run
+
+    film = str(films / "nih_00001507_002_512.png")
+    with only_run(tmp_path):
+        assert main([bundle, film, "--output", str(tmp_path)]) == ExitCode.USAGE
+    assert "another run writes into" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_names_cannot_steer_the_terminal(bundle, films, tmp_path, capsys):
+    """D12: escape codes and newlines forged lines."""
+    name = "x\x1b[2J\nother.png\tnormal\t1.000.png"
+    shutil.copy(films / "nih_00001507_002_512.png", tmp_path / name)
+    (tmp_path / f"cut{name}").write_bytes(b"\x89PNG\r\n")
+    assert main([bundle, str(tmp_path)]) == ExitCode.FAILURE
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "\x1b" not in out + err
+    assert "\\x1b[2J\\nother" in out and "\\x1b[2J\\nother" in err
+
+
+def test_load_isolates_where_it_is_asked_to(bundle, films):
+    with cxrgaze.load(bundle, isolate=True) as reader, cxrgaze.load(bundle) as plain:
+        film = films / "nih_00001507_002_512.png"
+        assert reader._loader is not None and plain._loader is None
+        assert np.array_equal(reader.read(film).log_density, plain.read(film).log_density)
+        worker = reader._loader._nursery.worker
+        assert worker
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 def _all_of(folder, bundle, tmp_path, capsys):

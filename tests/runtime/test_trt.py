@@ -563,7 +563,7 @@ class _Pausing(HostDevice):
 
     def synchronize(self):
         self.paused = getattr(self, "paused", 0) + 1
-        time.sleep(0.02)
+        time.sleep(0.003)
         super().synchronize()
 
 
@@ -578,7 +578,7 @@ def test_threads_that_share_a_reader_get_their_own_films(
     monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: _Pausing())
     with cxrgaze.load(bundle.path, "tensorrt", cache=cache.folder) as reader:
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda n: (n % 8, reader.read(drawn[n % 8])), range(48)))
+            found = list(pool.map(lambda n: (n % 8, reader.read(drawn[n % 8])), range(8 * 50)))
     for index, reading in found:
         assert np.abs(reading.log_density - wanted[index].log_density).max() < 1e-4
 
