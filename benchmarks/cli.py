@@ -84,7 +84,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--peers",
         nargs="*",
         metavar="NAME",
-        help="also torch, plain ONNX Runtime and OpenVINO (pip install 'cxrgaze[peers]'), with "
+        help="also torch, plain ONNX Runtime and OpenVINO (the extra 'peers'), with "
         "what each changes in accuracy; with names, only those that contain one of them",
     )
     run.add_argument(

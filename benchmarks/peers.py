@@ -322,7 +322,7 @@ def _opened(stack: contextlib.ExitStack, opener: Opener, image: NDArray[np.float
         ready = time.perf_counter()
         infer(image)
     except ImportError as error:
-        return f"{error.name or 'a package'} is not installed: pip install 'cxrgaze[peers]'"
+        return f"{error.name or 'a package'} is not installed (the extra 'peers')"
     except (CxrgazeError, RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         return f"does not run here: {first[0][:300]}"

@@ -78,7 +78,7 @@ def _drawing(figures: Mapping[str, Figure], name: str) -> list[Block]:
     return [
         Paragraph(
             "A figure belongs here; matplotlib, which draws it, is not installed. Where it is "
-            "(pip install 'cxrgaze[bench]'), cxrgaze-bench render draws it from report.json."
+            "(the extra 'bench'), cxrgaze-bench render draws it from report.json."
         )
     ]
 

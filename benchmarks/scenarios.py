@@ -82,7 +82,7 @@ def loadgen(backend: Backend, canvases: NDArray[np.float32]) -> LoadGen | str:
     try:
         import mlperf_loadgen as lg
     except ImportError:
-        return "not measured: LoadGen is not installed (pip install 'cxrgaze[peers]')"
+        return "not measured: LoadGen is not installed (the extra 'peers')"
 
     issued = [0]
 

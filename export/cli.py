@@ -297,6 +297,8 @@ def _summarise(bundle: Bundle) -> None:
         f"{parity.label_flips} label flips"
     )
     print(f"gate     {manifest.gate.verdict}: {manifest.gate.reason}")
+    for warning in manifest.calibration.warnings if manifest.calibration else ():
+        print(f"warning  {warning}")
     print(f"next     cxrgaze-predict {bundle.path} FILM... --output readings")
 
 

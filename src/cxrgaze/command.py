@@ -77,7 +77,7 @@ def execute(
         extra = "sign" if error.name == "cryptography" else _EXTRA.get(arguments.prog.split()[0])
         return _fail(
             f"the package {error.name!r} is not installed, which this command needs; "
-            f"run: pip install 'cxrgaze[{extra or 'export'}]'",
+            f"install cxrgaze with its extra {extra or 'export'!r} (README, Installing)",
             ExitCode.INCOMPATIBLE,
         )
     except OSError as error:
