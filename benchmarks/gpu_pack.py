@@ -1,7 +1,7 @@
 """The pack for a machine with a card: made here without one, opened there by `gpu_run`.
 
     PACK/pack.json                       PackRecord: commit, versions, SHA-256 of the files
-    PACK/NETWORK/PRECISION.cxrgaze/      the bundles, without their reference and their pages
+    PACK/NETWORK/PRECISION.cxrgaze/      the bundles, compressed, without reference and pages
     PACK/NETWORK/reference.npz.xz        the float32 reference of all three, once
     PACK/NETWORK/half.npz.xz             the fp16 graph's answers, by ONNX Runtime where it was made
     PACK/wheels/                         what the card's Python may lack, and pycuda to compile
@@ -38,6 +38,8 @@ from cxrgaze.runtime.ort import witness
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Outputs
 
 RECORD = "pack.json"
+_STORED = (GRAPH, GOLDEN)
+"""Files of a bundle that are in the pack beside its manifest."""
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8", "fp32")
 LIMIT_BYTES = 58 << 20
 """Of the bundles and references together."""
@@ -136,8 +138,11 @@ class Pack:
         if not target.exists():
             with new_folder(target, MANIFEST) as folder:
                 source = self.folder / network / f"{precision}.cxrgaze"
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                shutil.copy(source / MANIFEST, folder)
                 reference = self._unpacked(network, "reference", packed.reference_sha256)
+                (folder / REFERENCE).parent.mkdir()
+                for name in _STORED:
+                    (folder / name).write_bytes(lzma.decompress(_xz(source / name).read_bytes()))
                 (folder / REFERENCE).write_bytes(reference)
         bundle = Bundle.open(target)
         bundle.verify()
@@ -239,10 +244,13 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
         target = folder / f"{precision}.cxrgaze"
         with step(f"the gate of the {precision} graph, on the films of the engine's"):
             manifest = _gated(bundle, films, found)
-        files = {name: bundle.read(name) for name in (GRAPH, GOLDEN)} | {REFERENCE: reference}
+        files = {name: bundle.read(name) for name in _STORED} | {REFERENCE: reference}
         target.mkdir(parents=True)
         digests[precision] = fill_bundle(target, manifest, files).sha256
         (target / REFERENCE).unlink()
+        for name in _STORED:
+            _compressed(_xz(target / name), files[name])
+            (target / name).unlink()
     shutil.rmtree(folder / "whole", ignore_errors=True)
     return Packed(
         checkpoint=asked.checkpoint,
@@ -270,9 +278,13 @@ def _gated(bundle: Bundle, films: gate.GateSet, reference: gate.Predicted) -> Ma
     return manifest.model_copy(update={"gate": verdict})
 
 
+def _xz(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xz")
+
+
 def _compressed(path: Path, data: bytes) -> str:
     """SHA-256 of the file that is written."""
-    small = lzma.compress(data, preset=1)
+    small = lzma.compress(data)
     path.write_bytes(small)
     return sha256(small)
 

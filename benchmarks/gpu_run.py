@@ -6,7 +6,7 @@ runs. After each step its record and the summary are in the output folder:
 
     OUTPUT/summary.md            all steps in a table
     OUTPUT/NN-STEP.json          one record a step (StepRecord)
-    OUTPUT/*.txt                 what polygraphy says of a graph or plan, as it says it
+    OUTPUT/*-plan.txt            what polygraphy's inspect says of a plan, as it says it
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cxrgaze.bundles.verdicts import compared_pixels
 from cxrgaze.command import say
 from cxrgaze.engines.build import BuildOptions, build, gated
 from cxrgaze.environment import now_utc, versions
-from cxrgaze.errors import CxrgazeError, GateError, IncompatibleError
+from cxrgaze.errors import CxrgazeError, ExitCode, GateError, IncompatibleError
 from cxrgaze.evidence import gate, metrics
 from cxrgaze.files import make_output_folder, render_json, write_atomic
 from cxrgaze.records import Frozen
@@ -422,7 +422,8 @@ def polygraphy_on_plans(run: Run) -> Found:
         name = f"{network}-{precision}"
         figures[name] = apart = differences(theirs, ours)
         plan = run.cache.plan_path(record.inputs)
-        text = _inspected(run, plan, f"{name}-plan", "--model-type=engine")
+        text = _inspected(run, plan, "--model-type=engine")
+        write_atomic(run.output / f"{name}-plan.txt", text.encode())
         said = {kind: text.count(kind) for kind in ("Half", "FP16", "Int8", "Float", "FP32")}
         says.append(
             f"{name}: their runner from ours, 4 films, {_apart(apart)}; types named by their "
@@ -444,7 +445,7 @@ def polygraphy_on_graphs(run: Run) -> Found:
             theirs = _answers(_polygraphy(runner), images)
         name = f"{network}-{precision}"
         apart = differences(theirs, _answers(witness(data), images))
-        types = convolution_types(_inspected(run, bundle.path / GRAPH, f"{name}-graph"))
+        types = convolution_types(_inspected(run, bundle.path / GRAPH))
         macs = bundle.manifest.convolution_macs
         figures[name] = {"differences": apart, "convolutions": types, "macs": dict(macs)}
         says.append(
@@ -462,14 +463,12 @@ def _polygraphy(runner: Any) -> Infer:
     return infer
 
 
-def _inspected(run: Run, model: Path, name: str, *more: str) -> str:
-    """What `polygraphy inspect model` says, in the output folder too."""
+def _inspected(run: Run, model: Path, *more: str) -> str:
+    """What `polygraphy inspect model` says."""
     code = "from polygraphy.tools import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "inspect", "model", str(model), "--show", "layers"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(_paths(run))}
-    text = _said([*command, *more], env).replace(str(run.work), "WORK")
-    write_atomic(run.output / f"{name}.txt", text.encode())
-    return text
+    return _said([*command, *more], env).replace(str(run.work), "WORK")
 
 
 def convolution_types(text: str) -> dict[str, int]:
@@ -747,6 +746,7 @@ STEPS: tuple[Step, ...] = (
         "the runner's part on the stand-in for TensorRT",
         ("tests", "pytest", "filelock", "onnxsim", "monai"),
         partial(stand_ins, ("tests/runtime/test_trt.py", "tests/benchmarks/test_gpu_run.py")),
+        400,
     ),
 )
 """The rarest facts first."""
@@ -894,6 +894,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CxrgazeError as error:
         say(f"error: {error}")
         return int(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted; the records so far are whole")
+        return int(ExitCode.INTERRUPTED)
     print(f"summary  {output / 'summary.md'}")
     return int(any(record.outcome == "failed" for record in records))
 
