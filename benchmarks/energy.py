@@ -2,8 +2,8 @@
 
 Sensors, in the order that they are looked for: NVML's energy counter, or else its power, of the
 card that CUDA sees first; the INA3221 rails of a Jetson, from sysfs; the RAPL counter of an x86
-processor's package. What they see differs: a card, a module with its board, a processor without its memory. The
-figure names its sensor.
+processor's package. What they see differs: a card, a module with its board, a processor without its
+memory. The figure names its sensor.
 
 Only the reading of sysfs was tested here, on files that look like it: this machine has no sensor.
 """

@@ -214,5 +214,6 @@ def find(name: str = "auto") -> Library:
         )
     raise IncompatibleError(
         "no TensorRT here: " + "; ".join(problems) + ". On a Jetson make the environment with "
-        "--system-site-packages; elsewhere install cxrgaze with its extra 'tensorrt-rtx' (README, Installing)"
+        "--system-site-packages; elsewhere install cxrgaze with its extra 'tensorrt-rtx' (README, "
+        "Installing)"
     )
