@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxsim
 import torch
 from onnx import numpy_helper
 from torch import nn
@@ -47,6 +46,8 @@ def onnx_from_module(module: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same function with constants folded (onnxsim); parity on films judges the result."""
+    import onnxsim  # the peers of a bench need it only where they export
+
     result: onnx.ModelProto = onnxsim.simplify(model, check_n=0)[0]
     return result
 
