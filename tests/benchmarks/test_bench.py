@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -291,3 +294,37 @@ def test_without_loadgen_the_report_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
     said = scenarios.loadgen(types.SimpleNamespace(), np.zeros((1, 1, 1, 4, 4), np.float32))
     assert "not installed" in said
+
+
+MOMENTS = (
+    "cold starts",
+    "warm up",
+    "steady state",
+    "after idle",
+    "one by one",
+    "energy",
+    "overhead",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_bench_leaves_nothing(bundles, tmp_path, number, moment):
+    """Moments by progress, not by the clock."""
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "cxrgaze.benchmarks.cli", "run"]
+    command += [bundles / "demo-fp16.cxrgaze", "--output", tmp_path / "out", "--seconds", "4"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )
+    seen = b""
+    while moment.encode() not in seen and (byte := process.stderr.read(1)):
+        seen += byte
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, (seen + rest).decode()
+    assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "tmp")

@@ -109,6 +109,37 @@ def test_there_is_nothing_where_there_is_no_sensor(tmp_path):
     assert find_sensor(tmp_path) is None
 
 
+class _Nvml:
+    """As much of NVML as finds a card."""
+
+    NVML_ERROR_NOT_FOUND = 6
+    uuids = ("GPU-aaaa1111-2222", "GPU-bbbb1111-2222")
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlDeviceGetHandleByIndex = staticmethod(range(2).__getitem__)  # noqa: N815 NVML's name
+
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetUUID(self, card):  # noqa: N802
+        return self.uuids[card]
+
+
+@pytest.mark.parametrize(
+    ("visible", "card"), [("", 0), ("1", 1), ("1,0", 1), ("GPU-bbbb", 1), ("GPU-aaaa1111-2222", 0)]
+)
+def test_energy_is_of_the_card_that_cuda_sees_first(visible, card):
+    """B10: it was the first card's, whichever computed."""
+    assert energy._chosen(_Nvml(), visible) == card
+
+
+def test_a_card_that_nvml_does_not_know_has_no_energy():
+    with pytest.raises(_Nvml.NVMLError):
+        energy._chosen(_Nvml(), "GPU-cccc")
+
+
 POWER = Sensor("power", lambda: 0.0, counts=False)
 COUNTER = Sensor("counter", lambda: 0.0, counts=True, wraps_at=100.0)
 

@@ -199,6 +199,29 @@ def test_a_graph_that_the_library_refuses_is_a_build_error_with_its_words(bundle
     assert not list(cache.folder.iterdir())
 
 
+def test_a_cached_build_of_an_altered_graph_is_refused(bundles, tmp_path, capsys):
+    """B12: it said "cached", exit 0."""
+    path = shutil.copytree(bundles / "demo-fp16.cxrgaze", tmp_path / "b.cxrgaze")
+    arguments = [str(path), "--cpu-only", "--sm", "86", "--cache", str(tmp_path / "plans")]
+    assert cli.main(arguments) == 0
+    graph = path / GRAPH
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    assert cli.main(arguments) == ExitCode.INTEGRITY
+    assert "was altered" in capsys.readouterr().err
+
+
+def test_an_altered_plan_is_not_listed_as_whole(bundles, tmp_path, capsys):
+    """D4."""
+    bundle, folder = str(bundles / "demo-fp16.cxrgaze"), tmp_path / "plans"
+    assert cli.main([bundle, "--cpu-only", "--sm", "86", "--cache", str(folder)]) == 0
+    (plan,) = folder.glob("*.plan")
+    plan.write_bytes(plan.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert inspect_cli.main([bundle, "--cache", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "refused" in out and "was altered" in out
+
+
 @pytest.mark.parametrize("moment", [1, 20])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_build_and_leaves_nothing(bundles, cache, monkeypatch, number, moment):

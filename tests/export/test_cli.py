@@ -178,8 +178,21 @@ def test_an_unknown_precision_lists_those_that_exist(capsys):
     assert "fp32" in (err := capsys.readouterr().err) and "fp16" in err
 
 
+SLOW = (
+    "load torch",
+    "load the checkpoint",
+    "read parity films",
+    "the gate's films",
+    "audit",
+    "typ",
+)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["load torch", "export to ONNX", "parity"])
+@pytest.mark.parametrize(
+    "moment",
+    ["export to ONNX", "parity and gate", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)],
+)
 def test_an_interrupted_export_leaves_nothing_and_the_old_bundle_untouched(
     bundles, tmp_path, number, moment
 ):

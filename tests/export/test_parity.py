@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
-from cxrgaze.errors import DataError, ExitCode, ParityError
+from cxrgaze.errors import DataError, ExitCode, IntegrityError, ParityError, UsageError
 from cxrgaze.export import fp16, graph, network_source, parity, pipeline
 from cxrgaze.export.canvases import PARITY_SEED, parity_canvases, phantom_canvases
 from cxrgaze.export.options import ExportOptions
@@ -200,3 +200,25 @@ def test_parity_films_that_cannot_be_read_are_left_out_and_counted(films, tmp_pa
     assert "left out" in capsys.readouterr().err
     with pytest.raises(DataError, match="none of the 1 films"):
         parity_canvases(spec, [tmp_path / "cut.png"])
+
+
+def test_a_network_with_weights_that_are_no_numbers_is_refused_by_the_tensors_name():
+    """B11, for anybody's network."""
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Add", ["x", "stem.bias"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", 1, [1])],
+            [helper.make_tensor_value_info("y", 1, [1])],
+            [numpy_helper.from_array(np.array([np.nan], np.float32), "stem.bias")],
+        )
+    )
+    with pytest.raises(IntegrityError, match="weights stem.bias .* NaN"):
+        graph.require_servable(model)
+    model.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(np.ones(1, np.float32), "stem.bias")
+    )
+    graph.require_servable(model)
+    model.graph.node[0].op_type = "Loop"
+    with pytest.raises(UsageError, match="cannot be served: its operator Loop"):
+        graph.require_servable(model)

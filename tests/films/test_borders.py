@@ -13,7 +13,6 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import RLELossless
 
 from cxrgaze.errors import FilmError, NotApplicableError
@@ -45,31 +44,17 @@ def _flipped(data, start, seed):
     return bytes(damaged)
 
 
-def test_a_damaged_rle_film_is_a_film_or_a_film_error(rle):
-    """Its decoder is written in Rust and raises what is no Exception."""
+def test_a_damaged_rle_film_is_a_film_or_a_film_error(rle, caplog):
+    """Decoders of it raise what is no Exception, crash, or log what they were given."""
     data, start = rle
     assert film_from_bytes(data, "whole.dcm").shape == (64, 80)
-    panics = failed = 0
+    failed = 0
     for seed in range(200):
-        flipped = _flipped(data, start, seed)
-        panics += _panics(flipped)
         try:
-            film_from_bytes(flipped, "flipped.dcm")
+            film_from_bytes(_flipped(data, start, seed), "flipped.dcm")
         except FilmError:
             failed += 1
-    assert panics and failed
-
-
-def _panics(data):
-    """Whether the Rust decoder itself raises what is no Exception."""
-    header = pydicom.dcmread(io.BytesIO(data), force=True)
-    try:
-        get_decoder(RLELossless).as_array(header, index=0, raw=True, decoding_plugin="pylibjpeg")
-    except Exception:
-        return False
-    except BaseException:
-        return True
-    return False
+    assert failed and not caplog.records
 
 
 def test_the_isolated_child_outlives_such_a_film(rle):
@@ -159,7 +144,7 @@ def _settings():
         list(warnings.filters),
         pydicom.config.settings.reading_validation_mode,
         pydicom.config.settings.writing_validation_mode,
-        logging.getLogger("pydicom").disabled,
+        logging.getLogger("pydicom").level,
     )
 
 

@@ -84,3 +84,20 @@ def test_errors_survive_pickling(kind):
     if kind is errors.NotApplicableError:
         assert again.reasons == argument
         assert str(again) == "not applicable: lateral; colour"
+
+
+def test_the_gpu_that_is_chosen_is_the_only_one_that_is_seen(monkeypatch):
+    """B10: once, for this process and its children, in nvidia-smi's order."""
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "as it was")
+    parser = command.parser("cxrgaze-test", "A test.")
+    command.add_gpu(parser)
+    seen = []
+
+    def run(args):
+        seen.append((os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]))
+        return 0
+
+    assert command.execute(parser, run, []) == 0
+    assert command.execute(parser, run, ["--gpu", "GPU-1234"]) == 0
+    assert seen == [("as it was", "as it was"), ("GPU-1234", "PCI_BUS_ID")]

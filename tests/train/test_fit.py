@@ -361,6 +361,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(small, tmp_path):
     assert card.results["stages"]["encoder"]["val_loss"] == min(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
 def test_mixed_precision_trains(small, tmp_path, precision):
     card = fit.fit(small, _config(f"precision={precision}"), tmp_path / "run")
@@ -466,6 +467,7 @@ def gradients(small, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["contrastive", "encoder", "saliency", "joint", "distill"])
 def test_two_processes_with_batch_b_take_the_step_of_one_with_2b(gradients, which):
     """Gradients of the first step; BatchNorm in evaluation mode, no dropout, films half masked."""

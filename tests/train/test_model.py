@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cxrgaze.errors import IntegrityError
+from cxrgaze.train import checkpoint
 from cxrgaze.train.model import (
     VARIANTS,
     DenseEncoder,
@@ -216,3 +220,14 @@ def test_cost_of_a_variant(variant, gmac, parameters):
         network(image)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.01)
     assert _count(network) == parameters
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value):
+    """B11: they were reported as an overflow of float16, with the wrong advice."""
+    network, _ = checkpoint.load(checkpoint.demo_path())
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    name = next(key for key, tensor in weights.items() if tensor.is_floating_point())
+    weights[name].view(-1)[0] = value
+    with pytest.raises(IntegrityError, match=f"{re.escape(name)} has NaN or infinite values"):
+        checkpoint.load_weights(network, weights, "x.safetensors")

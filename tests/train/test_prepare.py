@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -13,6 +14,7 @@ from cxrgaze.evidence import phantom
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.films.decode import film_from_bytes, load_film
 from cxrgaze.train import cli
 from cxrgaze.train.model import spec_of
 
@@ -178,3 +180,34 @@ def test_the_real_training_films(shared, tmp_path):
     made = LabelledSet.open(tmp_path / "set")
     assert len(made.rows) == 682 and len({row.patient for row in made.rows}) == 472
     assert sum(row.label == "normal" for row in made.rows) == 367
+
+
+def test_a_set_says_its_folder_and_not_the_place(folder):
+    """D8: the absolute folder of the films went into card, manifest and pages."""
+    assert _prepare(folder) == 0
+    origin = LabelledSet.open(folder / "set").info.origin
+    assert origin.startswith("films [") and str(folder) not in origin
+    for path in (folder / "set").rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".csv"):
+            assert str(folder).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_headers_of_dicom_films_are_said_or_stripped(folder, films, capsys, strip):
+    """D8: patient data was copied without a word."""
+    source = films / "dcm_rg1q_12b_mono2_j2klossless.dcm"
+    header = pydicom.dcmread(source)
+    header.PatientName = "Secret^Name"
+    header.save_as(folder / "films" / "f0.dcm")
+    rows = _rows(folder / "labels.csv")
+    rows[0]["file"] = "f0.dcm"
+    _write(folder / "labels.csv", rows)
+    assert _prepare(folder, *(["--strip"] if strip else [])) == 0
+    told = capsys.readouterr().err
+    (copied,) = (folder / "set").rglob("*.dcm")
+    assert (b"Secret" in copied.read_bytes()) is not strip
+    assert ("1 films are DICOM files" in told and "--strip" in told) is not strip
+    made = LabelledSet.open(folder / "set")
+    row = next(row for row in made.rows if row.film.endswith(".dcm"))
+    film = film_from_bytes(made.film_bytes(row), "x.dcm")
+    assert np.array_equal(film.pixels, load_film(source).pixels)

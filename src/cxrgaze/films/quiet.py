@@ -24,8 +24,9 @@ def quiet() -> Iterator[None]:
     log = logging.getLogger("pydicom")
     with _LOCK, warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")
-        before, log.disabled = log.disabled, True
+        before = log.level
+        log.setLevel(logging.CRITICAL + 1)  # of the loggers below it too
         try:
             yield
         finally:
-            log.disabled = before
+            log.setLevel(before)
