@@ -83,6 +83,7 @@ def _short_run(tmp_path, *more):
     return checkpoint.load(output / "demo.safetensors")[1].results["held_out"]
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_both_heads(tmp_path):
     found = _short_run(tmp_path)
     assert found["auc_macro"] >= 0.95
@@ -111,6 +112,7 @@ def test_targets_sum_to_one_over_the_film_and_move_with_the_geometry(sets):
         assert np.abs(np.array(found) - centre).max() < 2  # border truncation moves it a little
 
 
+@pytest.mark.slow
 def test_the_shipped_edge_network_reads_phantoms(tmp_path):
     path = checkpoint.demo_path().with_name("edge.safetensors")
     assert path.stat().st_size < 10_000_000
