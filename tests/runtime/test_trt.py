@@ -567,8 +567,9 @@ class _Pausing(HostDevice):
         super().synchronize()
 
 
+@pytest.mark.parametrize("each", [50, pytest.param(500, marks=pytest.mark.slow)])
 def test_threads_that_share_a_reader_get_their_own_films(
-    bundles, cache, bundle, beside_a_gpu, monkeypatch
+    bundles, cache, bundle, beside_a_gpu, monkeypatch, each
 ):
     """B2: the buffers are shared; without the reader's lock a reading was another film's."""
     _stored(cache, bundle)
@@ -578,7 +579,7 @@ def test_threads_that_share_a_reader_get_their_own_films(
     monkeypatch.setattr(device_layer, "open_device", lambda wanted=None: _Pausing())
     with cxrgaze.load(bundle.path, "tensorrt", cache=cache.folder) as reader:
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda n: (n % 8, reader.read(drawn[n % 8])), range(8 * 50)))
+            found = list(pool.map(lambda n: (n % 8, reader.read(drawn[n % 8])), range(8 * each)))
     for index, reading in found:
         assert np.abs(reading.log_density - wanted[index].log_density).max() < 1e-4
 
