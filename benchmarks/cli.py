@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder, write_atomic
-    from cxrgaze.runtime.host import cpu_count
+    from cxrgaze.processors import cpu_count
 
     slo = dict(map(_objective, args.slo))
     if args.beside and args.peers is None:
@@ -243,7 +243,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from cxrgaze.benchmarks import measure, paired
     from cxrgaze.errors import ExitCode, UsageError
-    from cxrgaze.runtime.host import cpu_count
+    from cxrgaze.processors import cpu_count
     from cxrgaze.runtime.reader import load
     from cxrgaze.spec import NOTICE
 

@@ -19,12 +19,13 @@ import lzma
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from cxrgaze import command
 from cxrgaze.bundles.bundle import GOLDEN, GRAPH, MANIFEST, REFERENCE, Bundle, fill_bundle
 from cxrgaze.bundles.manifest import Manifest, Precision
 from cxrgaze.bundles.verdicts import Limits
@@ -326,12 +327,15 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m cxrgaze.benchmarks.gpu_pack`."""
     parser = argparse.ArgumentParser(prog="gpu_pack", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pack", type=Path, nargs="?", default=Path("out/gpu-pack"), metavar="PACK")
     parser.add_argument("--no-wheels", action="store_true", help="reach no package index")
-    args = parser.parse_args()
+    return command.execute(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
     pack = make(args.pack, NETWORKS, Steps(), wheels=not args.no_wheels)
     whole, wheels = _size(args.pack), _size(args.pack / "wheels")
     print(f"pack     {args.pack} ({(whole - wheels) / 2**20:.1f} MiB, wheels {wheels / 2**20:.1f})")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cxrgaze import processors
 from cxrgaze.environment import versions
 from cxrgaze.records import Frozen
 from cxrgaze.runtime import host
@@ -74,7 +75,7 @@ def machine(root: Path = Path("/")) -> Machine:
     total = re.search(r"MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo") or "")
     return Machine(
         cpu=host.cpu_name(),
-        cpu_count=host.cpu_count(),
+        cpu_count=processors.cpu_count(),
         virtual=" hypervisor" in info,
         memory_bytes=int(total[1]) * 1024 if total else None,
         governor=_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),

@@ -29,7 +29,7 @@ from cxrgaze.benchmarks.record import (
 )
 from cxrgaze.benchmarks.timing import NEEDED, SMALLEST_INTERVAL, Latency, latency, warm_up
 from cxrgaze.bundles.bundle import GRAPH
-from cxrgaze.command import Steps, say
+from cxrgaze.command import Steps
 from cxrgaze.environment import now_utc
 from cxrgaze.errors import CxrgazeError, UsageError
 from cxrgaze.evidence.intervals import Interval
@@ -129,14 +129,12 @@ def measure(
 
 
 def usable_films(paths: Sequence[Path]) -> Usable:
-    """The films that can be measured; the others are told.
+    """The films that can be measured.
 
     Raises:
         UsageError: there is none.
     """
     given = usable(paths)
-    if given.left_out:
-        say(given.told())
     if not given.films:
         raise UsageError(f"none of {len(paths)} films can be read")
     return given

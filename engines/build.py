@@ -220,7 +220,8 @@ def build(
     workspace = workspace_to_give(options.workspace_bytes, len(graph), site)
     started = time.perf_counter()
     timing = cache.timing_path(inputs)
-    plan = _serialized(graph, library, options, workspace, timing, bundle)
+    with deferred_interrupts() as interrupts:  # the library swallows what is raised in callbacks
+        plan = _serialized(graph, library, options, workspace, timing, bundle, interrupts)
     seconds = time.perf_counter() - started
     record = plans.PlanRecord(
         bundle_name=bundle.manifest.name,
@@ -288,19 +289,6 @@ def inspected(
 
 
 def _serialized(
-    graph: bytes,
-    library: Library,
-    options: BuildOptions,
-    workspace: int | None,
-    timing: Path,
-    bundle: Bundle,
-) -> bytes:
-    with deferred_interrupts() as interrupts:
-        plan = _built_plan(graph, library, options, workspace, timing, bundle, interrupts)
-    return plan
-
-
-def _built_plan(
     graph: bytes,
     library: Library,
     options: BuildOptions,

@@ -72,6 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def device_facts() -> dict[str, Any]:
     """CPU, memory, GPUs, system and libraries here, and whether they go together."""
+    from cxrgaze import processors
     from cxrgaze.environment import versions
     from cxrgaze.runtime import device, host, support, trt_library
 
@@ -90,7 +91,7 @@ def device_facts() -> dict[str, Any]:
             verdicts.append(f"{'yes' if able else 'no'}, {gpu.name}: {why}")
     none = "no GPU" if isinstance(gpus, str) else "no TensorRT"
     return {
-        "cpu": f"{host.cpu_name()}, {host.cpu_count()} cores for this process",
+        "cpu": f"{host.cpu_name()}, {processors.cpu_count()} cores for this process",
         "memory": f"{available / 1e9:.1f} GB available" if available else "not known",
         "platform": host.host_platform(),
         "gpus": [asdict(gpu) for gpu in gpus] if not isinstance(gpus, str) else f"none ({gpus})",

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze import command
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import phantom
 from cxrgaze.films.ahead import usable
@@ -46,12 +45,8 @@ def parity_canvases(spec: ModelSpec, films: Sequence[Path]) -> tuple[NDArray[np.
         images = phantom_canvases(spec, count, PARITY_SEED)
         return images, f"{count} phantoms (synthetic drawings)"
     given = usable(films)
-    if given.left_out:
-        command.say(given.told())
     if not given.films:
-        raise DataError(
-            f"none of the {len(films)} films given by --films can be read:\n{given.told()}"
-        )
-    what = f"{len(given.films)} films given by --films"
+        raise DataError(f"none of the {len(films)} films given by --films can be read")
     images = canvases((film for _, film in given.films), spec)[0]
-    return images, f"{what}; {given.share}" if given.left_out else what
+    what = (f"{len(given.films)} films given by --films", given.share)
+    return images, "; ".join(filter(None, what))

@@ -224,7 +224,7 @@ def _run(args: argparse.Namespace) -> int:
         from cxrgaze.evidence.labelled_set import split_named
         from cxrgaze.export import network_source, pipeline
         from cxrgaze.export.options import ExportOptions, GateOptions, Int8Options, read_limits
-        from cxrgaze.runtime.host import cpu_count
+        from cxrgaze.processors import cpu_count
     torch.set_num_threads(args.threads or cpu_count())
     with step("make random weights" if args.random_weights else "load the checkpoint"):
         source = (

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.bundles.manifest import Arithmetic, Manifest, Precision, Target
 from cxrgaze.errors import IncompatibleError, IntegrityError, OutOfMemoryError
+from cxrgaze.processors import cpu_count, is_confined
 from cxrgaze.runtime import graph_look
 from cxrgaze.runtime.backend import ANY_TARGET, Backend
-from cxrgaze.runtime.host import cpu_count, is_confined
 from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, SPEC_KEY, Infer, Outputs
 
 
@@ -26,7 +26,7 @@ def open_session(
 
     Args:
         threads: intra-op threads; None leaves the choice to ONNX Runtime (one per core), which
-            knows no container's quota: there it is `host.cpu_count`.
+            knows no container's quota: there it is `processors.cpu_count`.
         spinning: threads spin between films, which wins on an idle machine only.
         optimized: False runs the nodes as they are written.
 

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     __version__: str
 
 # Nothing phones out, from here or from a child: ONNX Runtime (1.29 and later, on Linux) asks
-# the environment once, as it is imported; OpenVINO and NNCF do without the package.
+# the environment once, as it is imported. OpenVINO and NNCF import a package of their own, which
+# has no switch, and do without it where that fails: a module that is None cannot be imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # its import fails
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # typed as a module
 
 __all__ = ["CxrgazeError", "Film", "Reader", "Reading", "__version__", "load"]
 

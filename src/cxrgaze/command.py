@@ -59,7 +59,8 @@ def execute(
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
         signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = run(args)
+        with _own_matplotlib_folder():
+            code = run(args)
         sys.stdout.flush()
         return code
     except CxrgazeError as error:
@@ -215,10 +216,33 @@ class Steps:
         say(f" {time.perf_counter() - started:.1f} s")
 
 
+@contextlib.contextmanager
+def _own_matplotlib_folder() -> Iterator[None]:
+    """Matplotlib's settings and caches in a folder that ends with the command.
+
+    It would fill the home folder as soon as anybody imports it, as MONAI does; nor are figures of
+    ours drawn by somebody's settings. It makes the folder itself, if it is imported at all.
+    """
+    import secrets
+    import shutil
+    import tempfile
+
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    folder = Path(tempfile.gettempdir(), f"cxrgaze-matplotlib-{secrets.token_hex(8)}")
+    os.environ["MPLCONFIGDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["MPLCONFIGDIR"]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _fail(message: str, code: ExitCode) -> int:
-    say(f"error: {chr(10).join(map(shown, message.splitlines()))}")
+    say("error: " + "\n".join(map(shown, message.splitlines())))
     return code

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import base64
 import html
 import io
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -122,11 +118,7 @@ class Figure:
 
 
 def new_plot(width: float, height: float) -> Plot:
-    """A plot of so many inches; matplotlib's caches go to a folder that ends with the process."""
-    if "matplotlib" not in sys.modules and "MPLCONFIGDIR" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="cxrgaze-matplotlib-")
-        atexit.register(folder.cleanup)
-        os.environ["MPLCONFIGDIR"] = folder.name
+    """A plot of so many inches."""
     from matplotlib.figure import Figure as Plot
 
     return Plot(figsize=(width, height), layout="constrained")

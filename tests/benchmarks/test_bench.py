@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import types
 
@@ -310,21 +308,13 @@ MOMENTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_an_interrupted_bench_leaves_nothing(bundles, tmp_path, number, moment):
+def test_an_interrupted_bench_leaves_nothing(bundles, tmp_path, interrupted, number, moment):
     """Moments by progress, not by the clock."""
-    (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "cxrgaze.benchmarks.cli", "run"]
-    command += [bundles / "demo-fp16.cxrgaze", "--output", tmp_path / "out", "--seconds", "4"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = ["run", bundles / "demo-fp16.cxrgaze", "--output", tmp_path / "out", "--seconds", "4"]
+    code, said = interrupted(
+        "cxrgaze.benchmarks.cli", command, moment, number, TMPDIR=str(temporary)
     )
-    seen = b""
-    while moment.encode() not in seen and (byte := process.stderr.read(1)):
-        seen += byte
-    process.send_signal(number)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == ExitCode.INTERRUPTED, (seen + rest).decode()
+    assert code == ExitCode.INTERRUPTED, said
     assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "tmp")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxrgaze.benchmarks import gpu_pack, gpu_run
-from cxrgaze.benchmarks.gpu_run import Found, Run, Step
+from cxrgaze.benchmarks import gpu_pack, gpu_run, gpu_steps
+from cxrgaze.benchmarks.gpu_steps import Found, Run, Step
 from cxrgaze.bundles.bundle import REFERENCE, Bundle
 from cxrgaze.command import Steps
 from cxrgaze.engines.build import Built
@@ -155,6 +155,19 @@ def test_figures_that_are_no_numbers_fail_their_step_alone(run):
     assert [one.outcome for one in records] == ["failed", "done"]
 
 
+def test_a_record_names_no_place_of_this_machine(run):
+    """It may be committed: errors and pip's last words hold paths."""
+
+    def broken(run):
+        places = (run.work / "plans", run.pack.folder, Path.home() / ".cache", gpu_steps._ROOT)
+        raise BuildError(f"not found: {', '.join(map(str, places))}")
+
+    (record,) = gpu_run.run_all(run, [_step("one", broken)], gpu_run.in_process)
+    assert record.reason == "BuildError: not found: WORK/plans, PACK, HOME/.cache, ROOT"
+    for path in run.output.iterdir():
+        assert str(run.work) not in path.read_text() and str(Path.home()) not in path.read_text()
+
+
 DIES = {
     "dies": ("import os; os.abort()", 60.0, "its process ended with -6"),
     "says why": ("raise SystemExit('no room')", 60.0, "ended with 1: no room"),
@@ -176,7 +189,7 @@ def test_a_step_whose_process_dies_or_hangs_is_a_record(run, monkeypatch, how):
 
 
 def test_the_table_names_each_step_once_and_the_stand_ins_last():
-    names = [step.name for step in gpu_run.STEPS]
+    names = [step.name for step in gpu_steps.STEPS]
     assert len(set(names)) == len(names) and names[0] == "machine"
     assert all(name.startswith("stand-in") for name in names[-2:])
 
@@ -184,7 +197,7 @@ def test_the_table_names_each_step_once_and_the_stand_ins_last():
 def test_without_a_card_the_command_writes_every_record(pack, tmp_path):
     """Each in a process of its own, but for those that run tests, and the slow ones."""
     if not isinstance(device.gpus(), str):
-        pytest.skip("there is a GPU here")
+        pytest.skip("there is a GPU here, on which these steps would run")
     output = tmp_path / "out"
     wanted = ["machine", "contract-cuda-bindings", "tensorrt-tiny-fp16", "drawn-again"]
     assert gpu_run.main([str(pack.folder), "--output", str(output), "--only", *wanted]) == 0
@@ -202,20 +215,20 @@ def test_without_a_card_the_command_writes_every_record(pack, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(gpu_run, "PART_S", 0.1)
-    monkeypatch.setattr(gpu_run, "SAMPLES", 30)
+    monkeypatch.setattr(gpu_steps, "PART_S", 0.1)
+    monkeypatch.setattr(gpu_steps, "SAMPLES", 30)
 
 
 def test_the_runners_part_runs_on_the_stand_in(run, beside_a_gpu, monkeypatch, quick):
     """All but the build: proof, self-test, parity, stages, throughput, memory, gate."""
-    beside_a_gpu.batch = (1, 1, gpu_run.LARGEST_BATCH)
+    beside_a_gpu.batch = (1, 1, gpu_steps.LARGEST_BATCH)
 
     def build(bundle, library, options, cache):
         assert options.batch == beside_a_gpu.batch
         return Built(stand_in._stored(cache, bundle, options.batch), was_cached=False)
 
-    monkeypatch.setattr(gpu_run, "build", build)
-    step = next(step for step in gpu_run.STEPS if step.name == "tensorrt-tiny-fp16")
+    monkeypatch.setattr(gpu_steps, "build", build)
+    step = next(step for step in gpu_steps.STEPS if step.name == "tensorrt-tiny-fp16")
     step = step._replace(needs=("a card",))
     (record,) = gpu_run.run_all(run, [step], gpu_run.in_process)
     assert record.outcome == "done", record.reason
@@ -232,24 +245,24 @@ def test_the_runners_part_runs_on_the_stand_in(run, beside_a_gpu, monkeypatch, q
 
 
 def test_a_plan_that_fails_its_gate_still_has_its_figures(run, beside_a_gpu, monkeypatch, quick):
-    beside_a_gpu.batch = (1, 1, gpu_run.LARGEST_BATCH)
+    beside_a_gpu.batch = (1, 1, gpu_steps.LARGEST_BATCH)
 
     def stored(bundle, library, options, cache):
         return Built(stand_in._stored(cache, bundle, options.batch), was_cached=False)
 
     def lost(*arguments):
-        raise gpu_run.GateError("gate of the plan on Stand-in: lost. The plan was deleted")
+        raise gpu_steps.GateError("gate of the plan on Stand-in: lost. The plan was deleted")
 
-    monkeypatch.setattr(gpu_run, "build", stored)
-    monkeypatch.setattr(gpu_run, "gated", lost)
-    found = gpu_run.plan_of("tiny", "fp16", "tensorrt", run)
+    monkeypatch.setattr(gpu_steps, "build", stored)
+    monkeypatch.setattr(gpu_steps, "gated", lost)
+    found = gpu_steps.plan_of("tiny", "fp16", "tensorrt", run)
     assert found.figures["timed"]["films_per_s"] > 0
     assert found.says[-1].startswith("gate of the plan")
 
 
 def test_half_arithmetic_is_compared_with_the_graphs_answers(run):
     """On the CPU here, which says nothing of a card's arithmetic."""
-    found = gpu_run.half_of("tiny", run, on="cpu", films=2)
+    found = gpu_steps.half_of("tiny", run, on="cpu", films=2)
     apart = found.figures["differences"]
     assert apart["cpu float32 from host float32"]["logits_max"] == 0
     assert 0 < apart["fp16 graph from host float32"]["logits_max"] < 0.1
@@ -260,8 +273,8 @@ def test_half_arithmetic_is_compared_with_the_graphs_answers(run):
 
 def test_polygraphy_is_another_witness(run, monkeypatch):
     pytest.importorskip("polygraphy", reason="polygraphy is not installed here")
-    monkeypatch.setattr(gpu_run, "_pairs", lambda names: [("tiny", "fp16"), ("tiny", "fp32")])
-    found = gpu_run.polygraphy_on_graphs(run)
+    monkeypatch.setattr(gpu_steps, "_pairs", lambda names: [("tiny", "fp16"), ("tiny", "fp32")])
+    found = gpu_steps.polygraphy_on_graphs(run)
     half, single = (found.figures[name] for name in ("tiny-fp16", "tiny-fp32"))
     assert half["differences"]["logits_max"] == single["differences"]["logits_max"] == 0
     assert list(single["convolutions"]) == ["float32"] and list(half["convolutions"]) == ["float16"]
@@ -270,7 +283,7 @@ def test_polygraphy_is_another_witness(run, monkeypatch):
 def test_differences_see_what_is_not_finite():
     one = Outputs(np.zeros((1, 3), np.float32), np.zeros((1, 1, 4, 4), np.float32))
     broken = Outputs(one.logits, np.full_like(one.log_density, np.nan))
-    assert gpu_run.differences(broken, one) == {"not_finite": 1.0}
+    assert gpu_steps.differences(broken, one) == {"not_finite": 1.0}
 
 
 def test_plans_of_a_run_lie_in_its_work_folder(run):

@@ -194,24 +194,15 @@ SLOW = (
     ["export to ONNX", "parity and gate", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)],
 )
 def test_an_interrupted_export_leaves_nothing_and_the_old_bundle_untouched(
-    bundles, tmp_path, number, moment
+    bundles, tmp_path, interrupted, number, moment
 ):
     import shutil
 
     old = shutil.copytree(bundles / "demo-fp16.cxrgaze", tmp_path / "demo-fp16.cxrgaze")
     before = Bundle.open(old).sha256
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cxrgaze.export.cli", "--precision", "fp16", "--output", tmp_path],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    seen = b""
-    while moment.encode() not in seen and (byte := process.stderr.read(1)):
-        seen += byte
-    process.send_signal(number)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == ExitCode.INTERRUPTED, (seen + rest).decode()
+    command = ["--precision", "fp16", "--output", tmp_path]
+    code, said = interrupted("cxrgaze.export.cli", command, moment, number)
+    assert code == ExitCode.INTERRUPTED, said
     assert os.listdir(tmp_path) == [old.name]
     Bundle.open(old).verify()
     assert Bundle.open(old).sha256 == before

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundles import npz
@@ -93,9 +92,7 @@ class Bundle:
     def _records(self) -> dict[str, FileRecord]:
         return {record.path: record for record in self.manifest.files}
 
-    def read_arrays(
-        self, name: str, expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
-    ) -> dict[str, NDArray[Any]]:
+    def read_arrays(self, name: str, expected: npz.Expected) -> dict[str, NDArray[Any]]:
         """The arrays of a listed `.npz` file, verified; nothing in it is unpickled.
 
         Args:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cxrgaze.command import shown
+from cxrgaze.command import say, shown
 from cxrgaze.errors import FilmError, unforeseen
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film
@@ -24,18 +24,8 @@ class Usable(NamedTuple):
     """Films, apart from those that cannot be read or must not be."""
 
     films: list[tuple[Path, Film]]
-    left_out: list[tuple[Path, str]]
-    """And why."""
-
-    def told(self) -> str:
-        """Those that were left out, a line each."""
-        return "\n".join(f"left out: {shown(path)}: {shown(why)}" for path, why in self.left_out)
-
-    @property
-    def share(self) -> str:
-        """How many were left out, of how many; empty where none was."""
-        count = len(self.left_out)
-        return f"{count} of {count + len(self.films)} films were left out" if count else ""
+    share: str
+    """How many were left out, of how many; empty where none was."""
 
 
 def decode_ahead(
@@ -61,18 +51,18 @@ def decode_ahead(
 
 
 def usable(paths: Iterable[Path], decode: Decode = load_film) -> Usable:
-    """The films that a network may be applied to, and why it may not be to the others."""
+    """The films that a network may be applied to; a line for each of the others says why not."""
     listed = list(paths)
     films: list[tuple[Path, Film]] = []
-    left_out: list[tuple[Path, str]] = []
     for path, film in zip(listed, decode_ahead(listed, decode), strict=True):
         if isinstance(film, FilmError):
-            left_out.append((path, str(film)))
+            say(f"left out: {shown(path)}: {shown(film)}")
         elif film.reasons:
-            left_out.append((path, f"not applicable: {'; '.join(film.reasons)}"))
+            say(f"left out: {shown(path)}: not applicable: {shown('; '.join(film.reasons))}")
         else:
             films.append((path, film))
-    return Usable(films, left_out)
+    out = len(listed) - len(films)
+    return Usable(films, f"{out} of {len(listed)} films were left out" if out else "")
 
 
 def _outcome(decode: Decode, path: Path) -> Film | FilmError:

@@ -6,7 +6,6 @@ docs/dicom.md#decoders.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from pydicom.uid import (
 
 from cxrgaze.films.codestream import rle_segments
 from cxrgaze.films.quiet import quiet
+from cxrgaze.processors import cpu_count
 
 Values = NDArray[np.integer]
 
@@ -127,7 +127,7 @@ def _of_pydicom(syntax: str, plugin: str) -> Callable[[bytes, Layout], Values]:
 ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
 JPEG_XL = "1.2.840.10008.1.2.4.11"
 """What begins the UIDs of JPEG XL (DICOM Supplement 232), which pydicom 3.0 does not know."""
-_THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 4)
+_THREADS = min(cpu_count(), 4)
 
 _JPEG_2000 = Decoder("OpenJPEG", _openjpeg)
 _JPEG_LS = Decoder("CharLS", _charls)

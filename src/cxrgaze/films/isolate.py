@@ -45,9 +45,7 @@ _BASE = 256 << 20
 _BYTES_A_SAMPLE = 32
 """A worker may take `_BASE`, twice the file and this much a sample that the header promises."""
 
-_LENGTHS = struct.Struct(
-    "<IIII"
-)  # bytes of the JSON header, the pixels, the stored values, identity
+_LENGTHS = struct.Struct("<IIII")  # bytes of JSON header, pixels, stored values and identity
 _NUMBER = struct.Struct("<i")  # what the nursery answers: a process or how one ended
 _START, _END = b"s", b"e"  # what the nursery is asked for
 _START_S = 60.0  # for its imports on a slow device

@@ -13,14 +13,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+import pydicom
+
 _LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Warnings, and pydicom's validation and log, are off inside the block; a thread at a time."""
-    import pydicom
-
     log = logging.getLogger("pydicom")
     with _LOCK, warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")

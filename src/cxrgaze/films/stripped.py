@@ -1,8 +1,9 @@
 """A DICOM film without what identifies its patient: only what its pixels need is kept.
 
 A list of what stays, not of what goes: private attributes, texts and whatever a later edition adds
-are gone too. That is stricter than the profiles of PS3.15 annex E, and keeps no burned-in text from
-being there: `BurnedInAnnotation` stays, and makes such a film not applicable.
+are gone too. What stays is as it was written: a body part, a view and the meaning of a code are
+words of a device, and what is burned into the pixels is there still (`BurnedInAnnotation` stays,
+and makes such a film not applicable).
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ from __future__ import annotations
 import io
 
 import pydicom
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import write_dataset, write_file_meta_info
-from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    PYDICOM_IMPLEMENTATION_UID,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from cxrgaze.errors import FilmError
 from cxrgaze.files import sha256
@@ -36,8 +45,8 @@ _INNER = frozenset(
     "ViewModifierCodeSequence".split()
 )
 """And within sequences."""
-_TEXTS = frozenset("LO LT PN SH ST UC UN UR UT".split())
-"""Kinds of value in which anything may be written."""
+_TEXTS = frozenset("LO LT PN SH ST UC UI UN UR UT".split())
+"""Kinds of value in which anything may be written, or that name something elsewhere."""
 
 
 def stripped(data: bytes, name: str) -> bytes:
@@ -57,6 +66,8 @@ def stripped(data: bytes, name: str) -> bytes:
 def _stripped(data: bytes) -> bytes:
     full = pydicom.dcmread(io.BytesIO(data), force=True)
     syntax = transfer_syntax(full)
+    if syntax == DeflatedExplicitVRLittleEndian:  # what is written here is not deflated
+        syntax = ExplicitVRLittleEndian
     kept = _only(full, _KEPT, of_pixels=True)
     kept.SOPInstanceUID = UID(f"2.25.{int(sha256(data)[:30], 16)}")
     meta = FileMetaDataset()
@@ -78,13 +89,16 @@ def _stripped(data: bytes) -> bytes:
 
 def _only(dataset: Dataset, keywords: frozenset[str], *, of_pixels: bool = False) -> Dataset:
     kept = Dataset()
-    for element in dataset:
-        is_of_pixels = element.tag.group in (0x0028, 0x7FE0) and element.VR not in _TEXTS
-        if not (element.keyword in keywords or (of_pixels and is_of_pixels)):
+    for tag in dataset.keys():
+        is_wanted = keyword_for_tag(tag) in keywords
+        if not is_wanted and not (of_pixels and tag.group in (0x0028, 0x7FE0)):
+            continue
+        try:
+            element = dataset[tag]
+        except Exception:  # a malformed one is a missing one, as in `header.attribute`
             continue
         if element.VR == "SQ":
-            items = [_only(item, _INNER) for item in element.value]
-            kept.add_new(element.tag, "SQ", items)
-        else:
+            kept.add_new(tag, "SQ", [_only(item, _INNER) for item in element.value])
+        elif is_wanted or element.VR not in _TEXTS:
             kept.add(element)
     return kept

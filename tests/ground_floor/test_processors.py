@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cxrgaze.runtime import host
+from cxrgaze import processors
 
 
 def _root(tmp_path, groups, files):
@@ -40,14 +40,14 @@ def _root(tmp_path, groups, files):
 )
 def test_the_quota_is_the_smallest_of_all_groups(tmp_path, monkeypatch, groups, files, quota):
     root = _root(tmp_path, groups, files)
-    assert host.cpu_quota(root) == quota
+    assert processors.cpu_quota(root) == quota
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert host.cpu_count(root) == (max(int(quota), 1) if quota else 8)
-    assert host.is_confined(root) == (quota is not None)
+    assert processors.cpu_count(root) == (max(int(quota), 1) if quota else 8)
+    assert processors.is_confined(root) == (quota is not None)
 
 
 def test_affinity_counts_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert host.cpu_count(tmp_path) == 2 and host.is_confined(tmp_path)
+    assert processors.cpu_count(tmp_path) == 2 and processors.is_confined(tmp_path)
