@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from cxrgaze.bundles.bundle import GRAPH, Bundle
+from cxrgaze.command import Deferred
 from cxrgaze.engines import build as engine
 from cxrgaze.engines import cli, inspect_cli
 from cxrgaze.errors import BuildError, ExitCode, IncompatibleError, UsageError
@@ -360,7 +361,9 @@ def recorded_device(bundles, monkeypatch):
     rtx = trt_library.find("tensorrt_rtx")
     bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
     options = engine.BuildOptions(capabilities=("86",))
-    plan = engine._serialized(bundle.read(GRAPH), rtx, options, None, Path("unused"), bundle)
+    plan = engine._serialized(
+        bundle.read(GRAPH), rtx, options, None, Path("unused"), bundle, Deferred()
+    )
     card = Gpu("NVIDIA A100-SXM4-40GB", "86", 40 << 30, False, "13.0")
     monkeypatch.setattr(engine, "this_site", lambda: engine.Site(card, "", 16 << 30, None))
     monkeypatch.setattr(engine, "_serialized", lambda *arguments: plan)
