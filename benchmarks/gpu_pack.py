@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cxrgaze import command
+from cxrgaze.bundles import npz
 from cxrgaze.bundles.bundle import GOLDEN, GRAPH, MANIFEST, REFERENCE, Bundle, fill_bundle
 from cxrgaze.bundles.manifest import Manifest, Precision
 from cxrgaze.bundles.verdicts import Limits
@@ -36,7 +37,7 @@ from cxrgaze.evidence import gate
 from cxrgaze.files import new_folder, read_verified, sha256
 from cxrgaze.records import Frozen, Record, parse_record
 from cxrgaze.runtime.ort import witness
-from cxrgaze.spec import LOG_DENSITY, LOGITS, Outputs
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, Outputs
 
 RECORD = "pack.json"
 _STORED = (GRAPH, GOLDEN)
@@ -164,7 +165,8 @@ class Pack:
         """
         data = self._unpacked(network, "half", self.record.networks[network].half_sha256)
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            return Outputs(stored[LOGITS], stored[LOG_DENSITY])
+            heads: tuple[Head, ...] = (LOGITS, LOG_DENSITY)
+            return {head: stored[head] for head in heads}
 
     def _unpacked(self, network: str, name: str, digest: str) -> bytes:
         path = self.folder / network / f"{name}.npz.xz"
@@ -236,10 +238,9 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
     with step(f"the fp16 graph's answers, films: {asked.half_films}"):
         infer = witness(exported["fp16"].read(GRAPH))
         answers = [infer(image[None]) for image in images[: asked.half_films]]
-        half = io.BytesIO()
-        logits = np.concatenate([one.logits for one in answers])
-        log_density = np.concatenate([one.log_density for one in answers])
-        np.savez(half, logits=logits, log_density=log_density)
+        half = npz.written(
+            {head: np.concatenate([one[head] for one in answers]) for head in answers[0]}
+        )
     digests: dict[Precision, str] = {}
     for precision, bundle in exported.items():
         target = folder / f"{precision}.cxrgaze"
@@ -260,7 +261,7 @@ def _packed(folder: Path, asked: Contents, step: Steps) -> Packed:
         half_films=asked.half_films,
         bundles=digests,
         reference_sha256=_compressed(folder / "reference.npz.xz", reference),
-        half_sha256=_compressed(folder / "half.npz.xz", half.getvalue()),
+        half_sha256=_compressed(folder / "half.npz.xz", half),
     )
 
 
@@ -273,8 +274,7 @@ def _gated(bundle: Bundle, films: gate.GateSet, reference: gate.Predicted) -> Ma
     if manifest.precision == "fp32":
         return manifest  # its own reference
     candidate = gate.predicted(witness(bundle.read(GRAPH)), films.arrays.images)
-    names = manifest.spec.class_names
-    verdict = gate.judge(films, reference, candidate, Limits(), "graph", manifest.untrained, names)
+    verdict = gate.judge(films, reference, candidate, Limits(), "graph", manifest.served)
     say(f" {verdict.verdict}: {verdict.reason};")
     return manifest.model_copy(update={"gate": verdict})
 

@@ -39,7 +39,7 @@ from cxrgaze.runtime.host import host_platform, l4t_release
 from cxrgaze.runtime.ort import witness
 from cxrgaze.runtime.reader import load
 from cxrgaze.runtime.trt_library import Library
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, Infer, Outputs
+from cxrgaze.spec import HEADS, IMAGE, LOG_DENSITY, LOGITS, Infer, Outputs
 
 BUDGET_S = 450.0
 """Seconds for all steps; what has not begun by then is left out, what runs is stopped."""
@@ -311,8 +311,8 @@ def half_of(network: str, run: Run, on: str = "cuda", films: int | None = None) 
     module, card = load_network(demo_path().with_name(packed.checkpoint))
     images = gate.phantom_set(card.spec, packed.films, packed.first_seed).arrays.images
     graph = run.pack.half(network)
-    count = min(len(graph.logits), films or len(graph.logits))
-    stored = Outputs(graph.logits[:count], graph.log_density[:count])
+    count = min(len(graph[LOGITS]), films or len(graph[LOGITS]))
+    stored = {head: array[:count] for head, array in graph.items()}
     return _half(module, images, count, on, stored)
 
 
@@ -327,7 +327,7 @@ def half_of_paper(run: Run, on: str = "cuda") -> Found:
         "paper", model_version=f"random-{_PAPER_SEED}", pixel_source="image-8bit", domain="none"
     )
     calibration = torch.from_numpy(phantom_canvases(spec, 2, CALIBRATION_SEED))
-    module = random_network("paper", calibration, _PAPER_SEED)
+    module = random_network(spec, calibration, _PAPER_SEED)
     images = gate.phantom_set(spec, LARGEST_BATCH).arrays.images
     return _half(module, images, 2, on, None)
 
@@ -372,7 +372,7 @@ def _torch(module: Any, on: str, *, autocast: bool = False) -> Infer:
     def infer(image: NDArray[np.float32]) -> Outputs:
         with torch.inference_mode(), torch.autocast(on, dtype=torch.float16, enabled=autocast):
             heads = module(torch.from_numpy(image).to(on, kind))
-        return Outputs(heads.logits.float().cpu().numpy(), heads.log_density.float().cpu().numpy())
+        return {head: tensor.float().cpu().numpy() for head, tensor in heads.items()}
 
     return infer
 
@@ -431,7 +431,7 @@ def polygraphy_on_graphs(run: Run) -> Found:
 def _polygraphy(runner: Any) -> Infer:
     def infer(image: NDArray[np.float32]) -> Outputs:
         heads = runner.infer({IMAGE: image})
-        return Outputs(np.array(heads[LOGITS]), np.array(heads[LOG_DENSITY]))
+        return {head: np.array(heads[head]) for head in HEADS}
 
     return infer
 
@@ -467,11 +467,11 @@ def drawn_and_computed_again(run: Run) -> Found:
         keys, stored = gate.read_reference(bundle)
         same = sum(key in set(keys) for key in films.keys)
         graph = run.pack.half(network)
-        some = films.arrays.images[: min(8, len(graph.logits))]
+        some = films.arrays.images[: min(8, len(graph[LOGITS]))]
         single = _answers(witness(bundle.read(GRAPH)), some)
-        off = float(np.abs(single.logits - stored.logits[: len(some)]).max())
+        off = float(np.abs(single[LOGITS] - stored[LOGITS][: len(some)]).max())
         half_graph = run.pack.bundle(network, "fp16", run.work).read(GRAPH)
-        there = Outputs(graph.logits[: len(some)], graph.log_density[: len(some)])
+        there = {head: array[: len(some)] for head, array in graph.items()}
         apart = differences(_answers(witness(half_graph), some), there)
         figures[network] = {"same_films": same, "fp32_logits_max": off, "fp16": apart}
         says.append(
@@ -506,17 +506,16 @@ def differences(found: Outputs, wanted: Outputs) -> dict[str, float]:
 
     Log-densities are compared where the wanted one is not negligible (`compared_pixels`).
     """
-    finite = bool(np.isfinite(found.logits).all() and np.isfinite(found.log_density).all())
-    if not finite:
+    if not all(np.isfinite(array).all() for array in found.values()):
         return {"not_finite": 1.0}
     density, agreement = [], []
-    for one, other in zip(found.log_density[:, 0], wanted.log_density[:, 0], strict=True):
+    for one, other in zip(found[LOG_DENSITY][:, 0], wanted[LOG_DENSITY][:, 0], strict=True):
         compared = compared_pixels(other)
         density.append(float(np.abs(one - other)[compared].max()))
         agreement.append(metrics.cc(np.exp(one), np.exp(other)))
-    flips = int((found.logits.argmax(1) != wanted.logits.argmax(1)).sum())
+    flips = int((found[LOGITS].argmax(1) != wanted[LOGITS].argmax(1)).sum())
     return {
-        "logits_max": float(np.abs(found.logits - wanted.logits).max()),
+        "logits_max": float(np.abs(found[LOGITS] - wanted[LOGITS]).max()),
         "log_density_max": max(density),
         "agreement_cc_min": min(agreement),
         "label_flips": flips,
@@ -592,10 +591,7 @@ def _rates(times: Mapping[str, Any]) -> list[str]:
 def _answers(infer: Infer, images: NDArray[np.float32]) -> Outputs:
     """Both heads, film by film."""
     each = [infer(np.ascontiguousarray(image[None])) for image in images]
-    return Outputs(
-        np.concatenate([one.logits for one in each]),
-        np.concatenate([one.log_density for one in each]),
-    )
+    return {head: np.concatenate([one[head] for one in each]) for head in each[0]}
 
 
 def _apart(one: Mapping[str, float]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import numpy as np
+
 from cxrgaze import children
 from cxrgaze.benchmarks import energy, paired, scenarios
 from cxrgaze.benchmarks.machine import Watch, machine
@@ -187,14 +189,15 @@ class _Work:
         film = load_film(path)
         reading = self._reader.read(film)
         read = time.perf_counter()
-        reading.heatmap()
+        if reading.log_density is not None:
+            reading.heatmap()
         mapped = time.perf_counter()
         write_atomic(self._folder / "film.overlay.png", overlay.png(reading, film.pixels))
         write_atomic(self._folder / "film.json", render_json(reading.to_json()))
         done = time.perf_counter()
         return {
             **reading.timings_ms,
-            "heatmap": (mapped - read) * 1e3,
+            **({} if reading.log_density is None else {"heatmap": (mapped - read) * 1e3}),
             "write": (done - mapped) * 1e3,
             "end_to_end": (done - start) * 1e3,
         }
@@ -285,7 +288,14 @@ def _overhead(reader: Reader, films: Sequence[Film], config: Config) -> Overhead
     manifest = reader.bundle.manifest
     size = (manifest.spec.height, manifest.spec.width)
     graph = reader.bundle.read(GRAPH)
-    plain = Plain(graph, size, manifest.decision.temperature, config.threads)
+    served = reader.served
+    if served.classes != manifest.spec.class_names:
+        return "not measured: the script by hand serves classes that nothing taught, we do not"
+    decision = manifest.decision
+    exclusive = manifest.spec.class_kind == "exclusive"
+    each = [decision.temperatures.get(name, 1.0) for name in manifest.spec.class_names]
+    temperature = decision.temperature if exclusive else np.array(each)
+    plain = Plain(graph, size, temperature, config.threads, exclusive=exclusive)
     ours_ms: list[dict[str, float]] = []
     plain_ms: list[dict[str, float]] = []
 

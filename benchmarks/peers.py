@@ -34,11 +34,11 @@ from cxrgaze.evidence import gate
 from cxrgaze.export import graph
 from cxrgaze.export.canvases import CALIBRATION_SEED, is_large
 from cxrgaze.export.network_source import source_from_checkpoint, source_from_random
-from cxrgaze.export.source import TorchSource
+from cxrgaze.export.source import TorchSource, served_of
 from cxrgaze.export.targets import TARGETS
-from cxrgaze.runtime.ort import both_heads
+from cxrgaze.runtime.ort import heads_of
 from cxrgaze.runtime.reader import load
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, Infer, ModelSpec, Outputs
+from cxrgaze.spec import IMAGE, LOGITS, Infer, ModelSpec, Outputs
 from cxrgaze.train.checkpoint import demo_path
 
 CALIBRATION_FILMS = 64
@@ -133,7 +133,7 @@ def contenders(
     threads = weights.threads
     on = "cuda" if torch.cuda.is_available() else "cpu"
     half = "float16" if on == "cuda" else "bfloat16"
-    rewritten = TARGETS["cpu"].rewrites
+    rewritten = tuple(n for n in TARGETS["cpu"].rewrites if n in weights.source.rewrites)
     peers: dict[str, Opener] = {
         "ONNX Runtime fp32, no rewrites": lambda: _onnxruntime(weights, ()),
         f"ONNX Runtime fp32, rewrites {', '.join(rewritten)}": lambda: _onnxruntime(
@@ -172,7 +172,7 @@ def _bundle(bundle: Bundle, device: str, threads: int) -> Iterator[Infer]:
 def _onnxruntime(weights: Weights, names: Sequence[str]) -> Iterator[Infer]:
     spec = weights.source.spec
     model = graph.finished(weights.exported(names, spec), spec) if names else weights.plain
-    yield both_heads(plain_session(model, weights.threads))
+    yield heads_of(plain_session(model, weights.threads))
 
 
 Forward = Callable[[torch.Tensor], Any]
@@ -213,9 +213,14 @@ def _torch(
 
     def infer(image: NDArray[np.float32]) -> Outputs:
         with torch.inference_mode():
-            heads = forward(torch.from_numpy(image).to(device))
-            return Outputs(
-                heads.logits.float().cpu().numpy(), heads.log_density.float().cpu().numpy()
+            given = forward(torch.from_numpy(image).to(device))
+            heads = graph.heads_in_order(given, weights.source.spec)
+            return dict(
+                zip(
+                    weights.source.spec.heads,
+                    (tensor.float().cpu().numpy() for tensor in heads),
+                    strict=True,
+                )
             )
 
     yield infer
@@ -241,7 +246,7 @@ def _openvino(weights: Weights, precision: str) -> Iterator[Infer]:
 
     def infer(image: NDArray[np.float32]) -> Outputs:
         heads = request.infer({IMAGE: image})
-        return Outputs(heads[LOGITS].copy(), heads[LOG_DENSITY].copy())
+        return {head: heads[head].copy() for head in spec.heads}
 
     yield infer
 
@@ -361,22 +366,23 @@ def _accuracies(
             candidate,
             Limits(),
             "graph",
-            source.facts.untrained,
-            source.spec.class_names,
+            served_of(source),
         )
-        off = np.abs(candidate.logits - reference.logits).max()
+        off = None
+        if LOGITS in source.spec.heads:
+            off = float(np.abs(candidate[LOGITS] - reference[LOGITS]).max())
         assert judged.comparison is not None
         loss = {q.name: q.loss for q in judged.comparison.quantities}
         trained = source.spec.domain == "phantom"
         accuracies[name] = Accuracy(
             set_name=films.name,
             films=len(images),
-            logits_max=float(min(off, np.finfo(np.float32).max)),
+            logits_max=None if off is None else min(off, float(np.finfo(np.float32).max)),
             agreement_cc_min=judged.agreement_cc_min,
             agreement_cc_mean=judged.agreement_cc_mean,
             flips=judged.comparison.flipped_films,
-            macro_auc_loss=loss["macro AUC"] if trained else None,
-            cc_loss=loss["CC"] if trained else None,
+            macro_auc_loss=loss.get("macro AUC") if trained else None,
+            cc_loss=loss.get("CC") if trained else None,
             verdict=judged.verdict if trained else "not_gated",
         )
     return accuracies
@@ -384,8 +390,5 @@ def _accuracies(
 
 def _predicted(infer: Infer, images: NDArray[np.float32]) -> gate.Predicted:
     """Film by film, as they are timed."""
-    outputs = [infer(image[None]) for image in images]
-    return gate.Predicted(
-        np.concatenate([o.logits for o in outputs]),
-        np.concatenate([o.log_density[:, 0] for o in outputs]).astype(np.float16),
-    )
+    outputs = [gate.stored(infer(image[None])) for image in images]
+    return {head: np.concatenate([one[head] for one in outputs]) for head in outputs[0]}

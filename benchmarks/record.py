@@ -23,7 +23,7 @@ STAGES = {
     "h2d": "device events: canvas, host to device",
     "compute": "device events: the engine alone",
     "d2h": "device events: both heads, device to host",
-    "infer": "canvas to both heads, host memory to host memory, h2d to d2h among it",
+    "infer": "canvas to heads, host memory to host memory, h2d to d2h among it",
     "postprocess": "logits to probabilities; the map stays on the canvas",
     "heatmap": "map on the canvas to a density in pixels of the film",
     "write": "overlay PNG and JSON made and written to disk, as cxrgaze-predict does",
@@ -126,11 +126,13 @@ class Accuracy(Frozen):
 
     set_name: str
     films: int
-    logits_max: float
-    agreement_cc_min: float
-    agreement_cc_mean: float
-    flips: int
-    """Films with another label."""
+    logits_max: float | None
+    """None without a diagnosis, as flips."""
+    agreement_cc_min: float | None
+    """None without a map, as the mean."""
+    agreement_cc_mean: float | None
+    flips: int | None
+    """Films with another decision."""
     macro_auc_loss: float | None
     """None for weights that have no accuracy on these films."""
     cc_loss: float | None
@@ -139,7 +141,7 @@ class Accuracy(Frozen):
 
 
 class Peer(Frozen):
-    """One way to run the network; canvas to both heads, host memory to host memory."""
+    """One way to run the network; canvas to heads, host memory to host memory."""
 
     name: str
     not_measured: str | None = None

@@ -273,10 +273,10 @@ def _peers(peers: Sequence[Peer], figures: Mapping[str, Figure]) -> list[Block]:
             accuracy.append(
                 (
                     peer.name,
-                    f"{a.logits_max:.2g}",
-                    f"{a.agreement_cc_min:.6f}",
-                    f"{a.agreement_cc_mean:.6f}",
-                    f"{a.flips} of {a.films}",
+                    "no diagnosis" if a.logits_max is None else f"{a.logits_max:.2g}",
+                    "no map" if a.agreement_cc_min is None else f"{a.agreement_cc_min:.6f}",
+                    "no map" if a.agreement_cc_mean is None else f"{a.agreement_cc_mean:.6f}",
+                    "no diagnosis" if a.flips is None else f"{a.flips} of {a.films}",
                     _signed(a.macro_auc_loss),
                     _signed(a.cc_loss),
                     a.verdict,
@@ -401,9 +401,8 @@ def _csv(report: Report) -> str:
         if peer.accuracy:
             a = peer.accuracy
             for quantity in ("logits_max", "agreement_cc_min", "flips"):
-                writer.writerow(
-                    ("peers", peer.name, quantity, getattr(a, quantity), "", "", a.films)
-                )
+                if (value := getattr(a, quantity)) is not None:
+                    writer.writerow(("peers", peer.name, quantity, value, "", "", a.films))
     for sweep in report.sweeps:
         for point in sweep.points:
             put(f"sweep {sweep.name}", point.at, point.latency)

@@ -27,7 +27,7 @@ from cxrgaze.export import graph, int8
 from cxrgaze.export.canvases import is_large
 from cxrgaze.export.forms import Forms
 from cxrgaze.export.targets import TARGETS
-from cxrgaze.runtime.ort import both_heads
+from cxrgaze.runtime.ort import heads_of
 from cxrgaze.spec import STRIDE, Infer, ModelSpec
 
 Name = Literal["batch", "threads", "canvas", "precision"]
@@ -120,7 +120,7 @@ def _point(weights: Weights, name: Name, value: str, seconds: float) -> Point:
         spec = spec.model_copy(update={"height": height, "width": width})
     precision = cast(Precision, value) if name == "precision" else "fp32"
     model, macs = _graph(weights, spec, precision)
-    infer = both_heads(plain_session(model, threads))
+    infer = heads_of(plain_session(model, threads))
     shape = (batch, 1, spec.height, spec.width)
     image = np.random.default_rng(0).random(shape, dtype=np.float32)
     times = list(_calls(infer, image, seconds))

@@ -135,15 +135,17 @@ def bundle_facts(
 
     bundle.verify()
     manifest = bundle.manifest
-    facts = {
+    facts: dict[str, Any] = {
         "name": manifest.name,
         "sha256": bundle.sha256,
         "network": f"{manifest.spec.variant}, {manifest.spec.height} x {manifest.spec.width}",
+        "heads": ", ".join(manifest.spec.heads),
+        "classes": ", ".join(manifest.spec.class_names) or "none",
         "trained on": manifest.provenance.trained_on,
         "precision": f"{manifest.precision} for target {manifest.target}",
         "parity": manifest.parity.verdict,
         "gate": f"{manifest.gate.verdict} ({manifest.gate.level}): {manifest.gate.reason}",
-        "temperature": manifest.decision.temperature,
+        "temperature": manifest.decision.temperatures or manifest.decision.temperature,
         "operating points": manifest.decision.operating_points or "none",
         "caution": manifest.spec.caution or "none",
         "signature": (
@@ -153,6 +155,10 @@ def bundle_facts(
         ),
         "notice": manifest.notice,
     }
+    if manifest.spec.classes:
+        facts["classes"] = f"{facts['classes']} ({manifest.spec.class_kind})"
+    if untaught := (*manifest.untrained, *manifest.untaught):
+        facts["nothing taught"] = ", ".join(untaught)
     gpus, libraries = device.gpus(), trt_library.versions()
     listed = []
     kept = plans.Cache(cache)

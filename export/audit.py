@@ -15,11 +15,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from cxrgaze.bundles.verdicts import Audit, Histogram, compared_pixels
+from cxrgaze.bundles.verdicts import Audit, Histogram, differences
 from cxrgaze.errors import ParityError
 from cxrgaze.export.fp16 import HALF_MAX, KEEP, float_tensors
 from cxrgaze.export.ranges import Tally, collect
 from cxrgaze.runtime.ort import witness
+from cxrgaze.spec import Head
 
 
 def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain: str) -> Audit:
@@ -37,7 +38,7 @@ def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain:
     worst = max(tallies, key=lambda name: tallies[name].subnormal_share)
     some = {name: tally.nonzero for name, tally in tallies.items()}
     small = sum(tallies[name].subnormal_share * count for name, count in some.items())
-    finite, logits, log_density = _rounding(model, images)
+    rounding = _rounding(model, images)
     return Audit(
         films=len(images),
         domain=domain,
@@ -51,9 +52,8 @@ def audit(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]], domain:
         subnormal_share=small / max(sum(some.values()), 1),
         worst_subnormal_share=tallies[worst].subnormal_share,
         worst_subnormal_tensor=worst,
-        rounding_finite=finite,
-        rounding_logits=logits,
-        rounding_log_density=log_density,
+        rounding_finite=min(rounding.values()) >= 0,
+        rounding=rounding,
         magnitudes=_magnitudes(list(tallies.values())),
     )
 
@@ -113,20 +113,17 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _rounding(
-    model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]
-) -> tuple[bool, float, float]:
-    """Whether all is finite, and the largest differences of both outputs to the float32 run."""
+def _rounding(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]) -> dict[Head, float]:
+    """The largest difference of each head to the float32 run; -1 where something is not finite."""
     plain, rough = (
         witness(m.SerializeToString(), optimized=False) for m in (model, rounded(model))
     )
-    logits_off, density_off = [0.0], [0.0]
+    off: dict[Head, float] = {}
     for image in images:
-        want, rounded_heads = (infer(image[None]) for infer in (plain, rough))
-        if not all(np.isfinite(array).all() for array in rounded_heads):
-            return False, -1.0, -1.0
-        logits_off.append(float(np.abs(want.logits - rounded_heads.logits).max()))
-        compared = compared_pixels(want.log_density)
-        difference = np.abs(want.log_density - rounded_heads.log_density)[compared]
-        density_off.append(float(difference.max()))
-    return True, max(logits_off), max(density_off)
+        want, found = (infer(image[None]) for infer in (plain, rough))
+        if not all(np.isfinite(array).all() for array in found.values()):
+            return dict.fromkeys(found, -1.0)
+        for head, array in found.items():
+            largest = float(differences(head, array[0], want[head][0]).max())
+            off[head] = max(off.get(head, 0.0), largest)
+    return off

@@ -288,14 +288,9 @@ def _summarise(bundle: Bundle) -> None:
     manifest = bundle.manifest
     size = next(record.size for record in manifest.files if record.path == GRAPH)
     total = sum(record.size for record in manifest.files)
-    parity = manifest.parity
     print(f"bundle   {bundle.path}")
     print(f"size     {size / 1e6:.2f} MB graph ({manifest.precision}), {total / 1e6:.2f} MB in all")
-    print(
-        f"parity   {parity.verdict} on {parity.domain}: logits off by {parity.logits.max:.2g}, "
-        f"log-density by {parity.log_density.max:.2g}, agreement CC {parity.agreement_cc_min:.6f}, "
-        f"{parity.label_flips} label flips"
-    )
+    print(f"parity   {manifest.parity}")
     print(f"gate     {manifest.gate.verdict}: {manifest.gate.reason}")
     for warning in manifest.calibration.warnings if manifest.calibration else ():
         print(f"warning  {warning}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from cxrgaze.bundles.manifest import DataType
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.runtime import graph_look
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, NOTICE, SPEC_KEY, ModelSpec
+from cxrgaze.spec import IMAGE, NOTICE, SPEC_KEY, ModelSpec
 
 OPSET = 18
 IR_VERSION = 10  # onnxruntime 1.23, the last for JetPack 6, reads at most 11; onnx writes 13
@@ -25,23 +26,48 @@ IR_VERSION = 10  # onnxruntime 1.23, the last for JetPack 6, reads at most 11; o
 def onnx_from_module(module: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """The float32 graph of a module in evaluation mode.
 
-    `image` `(N, 1, H, W)` to `logits` `(N, C)` and `log_density` `(N, 1, H, W)`, N dynamic. Made by
-    torch's TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
+    `image` `(N, 1, H, W)` to the heads of the spec (`ModelSpec.shapes`), N dynamic. Made by torch's
+    TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
     """
     buffer: Any = io.BytesIO()  # the exporter writes to files of any kind, its types do not say so
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter's own age
-        torch.onnx.export(
-            module.eval(),
-            (torch.zeros(1, 1, spec.height, spec.width),),
-            buffer,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[IMAGE],
-            output_names=[LOGITS, LOG_DENSITY],
-            dynamic_axes={name: {0: "N"} for name in (IMAGE, LOGITS, LOG_DENSITY)},
-        )
+    # On the module itself: a module around it would be in the names of all nodes.
+    hook = module.register_forward_hook(lambda _, given, out: heads_in_order(out, spec))
+    try:
+        with warnings.catch_warnings():
+            # The exporter's own age.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            torch.onnx.export(
+                module.eval(),
+                (torch.zeros(1, 1, spec.height, spec.width),),
+                buffer,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[IMAGE],
+                output_names=list(spec.heads),
+                dynamic_axes={name: {0: "N"} for name in (IMAGE, *spec.heads)},
+            )
+    finally:
+        hook.remove()
     return onnx.load_from_string(buffer.getvalue())
+
+
+def heads_in_order(output: Any, spec: ModelSpec) -> tuple[torch.Tensor, ...]:
+    """The heads of a module's output, in the order of the spec.
+
+    Args:
+        output: tensors by name of the head, in the order of the spec, or one tensor alone.
+
+    Raises:
+        UsageError: another number of them, or other names.
+    """
+    if isinstance(output, Mapping):
+        if set(output) != set(spec.heads):
+            raise UsageError(f"the network gives {sorted(output)}, its spec says {spec.heads}")
+        return tuple(output[head] for head in spec.heads)
+    heads = (output,) if isinstance(output, torch.Tensor) else tuple(output)
+    if len(heads) != len(spec.heads):
+        raise UsageError(f"the network gives {len(heads)} outputs, its spec says {spec.heads}")
+    return heads
 
 
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:

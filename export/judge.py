@@ -19,7 +19,7 @@ from cxrgaze.export.canvases import CALIBRATION_SEED
 from cxrgaze.export.forms import Form
 from cxrgaze.export.options import ExportOptions
 from cxrgaze.export.search import JudgedForm
-from cxrgaze.export.source import Answers, Source
+from cxrgaze.export.source import Answers, Source, served_of
 from cxrgaze.export.targets import TARGETS
 from cxrgaze.files import sha256
 from cxrgaze.runtime.ort import witness
@@ -41,7 +41,7 @@ class Gated:
     def first(self, count: int) -> Gated:
         """The first so many films."""
         some = range(min(count, len(self.films.keys)))
-        return Gated(self.films.chosen(some), self.reference.chosen(some))
+        return Gated(self.films.chosen(some), gate.some_of(self.reference, some))
 
 
 def gate_films(source: Source, options: ExportOptions, model: onnx.ModelProto) -> Gated | None:
@@ -122,14 +122,14 @@ class FormJudge:
     def __call__(self, form: Form) -> JudgedForm:
         """The form with both verdicts."""
         data = graph.finished(form.model, self.source.spec)
-        agreement = parity.compare(self.answers, data, self.options.precision, self.domain)
+        served, precision = served_of(self.source), self.options.precision
+        agreement = parity.compare(self.answers, data, precision, self.domain, served)
         verdict = self._gate(data)
         record = FormRecord(
             form=form.name,
             kept=form.kept,
             macs=graph.convolution_macs(form.model),
-            logits_max=agreement.logits.max,
-            log_density_max=agreement.log_density.max,
+            off={head: of.max for head, of in agreement.outputs.items()},
             agreement_cc_min=agreement.agreement_cc_min,
             parity=agreement.verdict,
             gate=verdict.verdict,
@@ -150,7 +150,8 @@ class FormJudge:
         def distance(form: Form) -> float:
             infer = witness(graph.finished(form.model, self.source.spec))
             candidate = gate.predicted(infer, some.films.arrays.images)
-            return gate.distance(some.films, some.reference, candidate, head)
+            served = served_of(self.source)
+            return gate.distance(some.films, some.reference, candidate, head, served)
 
         return distance
 
@@ -172,6 +173,5 @@ class FormJudge:
             gate.predicted(witness(data), films.arrays.images),
             self.options.gate.limits,
             "graph",
-            self.source.facts.untrained,
-            spec.class_names,
+            served_of(self.source),
         )

@@ -14,8 +14,8 @@ from cxrgaze.export.source import Facts, Layout, TorchSource
 from cxrgaze.files import sha256
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint
-from cxrgaze.train.model import KEPT, Network, block_of, random_network, spec_of
-from cxrgaze.train.rewrites import REWRITES, rewritten
+from cxrgaze.train.model import Network, block_of, kept_in, random_network, spec_of
+from cxrgaze.train.rewrites import rewrites_of, rewritten
 
 
 def source_from_checkpoint(path: Path) -> TorchSource:
@@ -28,6 +28,7 @@ def source_from_checkpoint(path: Path) -> TorchSource:
         card.trained_on,
         card.decision,
         card.untrained,
+        card.untaught,
         card.lineage[-1].split_sha256 if card.lineage else "",
         card.config.get("heatmap"),
     )
@@ -40,7 +41,7 @@ def source_from_random(variant: str, seed: int) -> TorchSource:
         variant, model_version=f"random-{seed}", pixel_source="image-8bit", domain="none"
     )
     images = phantom_canvases(spec, 2, CALIBRATION_SEED)
-    network = random_network(variant, torch.from_numpy(images), seed)
+    network = random_network(spec, torch.from_numpy(images), seed)
     weights = b"".join(v.numpy().tobytes() for v in network.state_dict().values())
     facts = Facts(
         f"{variant}-random",
@@ -53,7 +54,8 @@ def source_from_random(variant: str, seed: int) -> TorchSource:
 
 
 def _source(network: Network, spec: ModelSpec, facts: Facts) -> TorchSource:
-    return TorchSource(network, spec, facts, Layout(KEPT, block_of), REWRITES, _rewritten)
+    layout = Layout(kept_in(spec), block_of)
+    return TorchSource(network, spec, facts, layout, rewrites_of(spec), _rewritten)
 
 
 def _rewritten(module: nn.Module, names: Collection[str]) -> nn.Module:

@@ -6,17 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundles.manifest import Arithmetic, Precision
-from cxrgaze.bundles.verdicts import OutputParity, Parity, Tolerance, compared_pixels
+from cxrgaze.bundles.served import Served
+from cxrgaze.bundles.verdicts import HEAD_WORDS, OutputParity, Parity, Tolerance, differences
 from cxrgaze.errors import ParityError
 from cxrgaze.evidence import metrics
 from cxrgaze.export.fp16 import HALF_MAX
 from cxrgaze.export.source import Answers
 from cxrgaze.runtime.ort import witness
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head
 
 LIMITS: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(logits=1e-3, log_density=1e-3),
-    "fp16": Tolerance(logits=0.05, log_density=0.15),
-    "int8": Tolerance(logits=5.0, log_density=10.0),
+    "fp32": {LOGITS: 1e-3, LOG_DENSITY: 1e-3},
+    "fp16": {LOGITS: 0.05, LOG_DENSITY: 0.15},
+    "int8": {LOGITS: 5.0, LOG_DENSITY: 10.0},
 }
 """Largest differences that pass.
 
@@ -27,10 +29,10 @@ int8's are a check for a broken graph; what it may lose is the gate's to say.
 """
 
 BY_ARITHMETIC: dict[Arithmetic, Tolerance] = {
-    "float32": Tolerance(logits=5e-3, log_density=5e-3),
-    "tf32": Tolerance(logits=0.1, log_density=0.3),
-    "float16": Tolerance(logits=0.1, log_density=0.3),
-    "bfloat16": Tolerance(logits=0.8, log_density=2.4),
+    "float32": {LOGITS: 5e-3, LOG_DENSITY: 5e-3},
+    "tf32": {LOGITS: 0.1, LOG_DENSITY: 0.3},
+    "float16": {LOGITS: 0.1, LOG_DENSITY: 0.3},
+    "bfloat16": {LOGITS: 0.8, LOG_DENSITY: 2.4},
 }
 """The self-test's tolerances of a float32 graph, by what a backend computes it in.
 
@@ -52,39 +54,45 @@ _WITNESS: dict[Precision, str] = {
 }
 
 
-def compare(wanted: Answers, graph: bytes, precision: Precision, domain: str) -> Parity:
-    """Differences of both outputs to the network's answers, film by film, and a verdict.
+def compare(
+    wanted: Answers, graph: bytes, precision: Precision, domain: str, served: Served
+) -> Parity:
+    """Differences of each head to the network's answers, film by film, and a verdict.
 
     Args:
         domain: what the films are, for the record.
+        served: what is served of the network; its decisions are compared too.
     """
     infer = witness(graph)
-    logit_diffs, density_diffs, logit_cosines, density_cosines, agreements = [], [], [], [], []
+    heads = served.spec.heads
+    off: dict[Head, list[NDArray[np.floating]]] = {head: [] for head in heads}
+    cosines: dict[Head, list[float]] = {head: [] for head in heads}
+    agreements: list[float] = []
     flips, finite = 0, True
-    for image, want_logits, want_density in zip(
-        wanted.images, wanted.logits, wanted.log_density, strict=True
-    ):
-        outputs = infer(image[None])
-        logits, density = outputs.logits[0], outputs.log_density[0, 0]
-        if not (np.isfinite(logits).all() and np.isfinite(density).all()):
+    for index, image in enumerate(wanted.images):
+        found = {head: array[0] for head, array in infer(image[None]).items()}
+        want = {head: wanted.outputs[head][index] for head in heads}
+        if not all(np.isfinite(array).all() for array in found.values()):
             finite = False
             continue
-        compared = compared_pixels(want_density)
-        logit_diffs.append(np.abs(logits - want_logits))
-        density_diffs.append(np.abs(density - want_density)[compared])
-        logit_cosines.append(_cosine(logits, want_logits))
-        density_cosines.append(_cosine(density, want_density))
-        agreements.append(metrics.cc(np.exp(density), np.exp(want_density)))
-        flips += int(logits.argmax() != want_logits.argmax())
-    limits = LIMITS[precision]
-    of_logits = _summary(logit_diffs, logit_cosines)
-    of_density = _summary(density_diffs, density_cosines)
+        for head in heads:
+            off[head].append(differences(head, found[head], want[head]))
+            cosines[head].append(_cosine(found[head], want[head]))
+        if LOG_DENSITY in heads:
+            agreements.append(
+                metrics.cc(np.exp(found[LOG_DENSITY][0]), np.exp(want[LOG_DENSITY][0]))
+            )
+        if served.classes:
+            one, other = (served.probabilities(said[LOGITS][None]) for said in (found, want))
+            flips += bool((served.decisions(one) != served.decisions(other)).any())
+    limits = {head: LIMITS[precision][head] for head in heads}
+    outputs = {head: _summary(off[head], cosines[head]) for head in heads}
     # The network itself may be broken: a peak of NaN or infinity is no number to compare with.
     finite = finite and bool(np.isfinite(wanted.peak))
+    agreement = min(agreements, default=0.0) if LOG_DENSITY in heads else None
     within = (
-        of_logits.max <= limits.logits
-        and of_density.max <= limits.log_density
-        and min(agreements, default=0.0) >= AGREEMENT[precision]
+        all(outputs[head].max <= limits[head] for head in heads)
+        and (agreement is None or agreement >= AGREEMENT[precision])
         and (precision == "fp32" or wanted.peak <= HALF_MAX)
     )
     return Parity(
@@ -92,12 +100,11 @@ def compare(wanted: Answers, graph: bytes, precision: Precision, domain: str) ->
         films=len(wanted.images),
         domain=domain,
         limits=limits,
-        logits=of_logits,
-        log_density=of_density,
-        agreement_cc_min=min(agreements, default=0.0),
-        worst_film=int(np.argmin(agreements)) if agreements else 0,
-        agreement_cc_mean=float(np.mean(agreements)) if agreements else 0.0,
-        label_flips=flips,
+        outputs=outputs,
+        agreement_cc_min=agreement,
+        agreement_cc_mean=float(np.mean(agreements)) if agreements else agreement,
+        worst_film=int(np.argmin(agreements)) if agreements else None,
+        flips=flips if served.classes else None,
         peak_activation=wanted.peak if np.isfinite(wanted.peak) else -1.0,
         witness=_WITNESS[precision],
     )
@@ -110,21 +117,21 @@ def self_test_tolerances(precision: Precision, parity: Parity) -> dict[Arithmeti
     float32 too, so its tolerance follows what its own parity found: three times the largest
     difference over all films, and never less than float16's.
     """
-    if precision == "fp32":
-        return dict(BY_ARITHMETIC)
-    if precision == "fp16":
-        half = LIMITS["fp16"]
-        return {name: _larger(tolerance, half) for name, tolerance in BY_ARITHMETIC.items()}
-    own = Tolerance(logits=3 * parity.logits.max, log_density=3 * parity.log_density.max)
-    floor = _larger(own, BY_ARITHMETIC["float16"])
-    float_part = {name: _larger(tolerance, floor) for name, tolerance in BY_ARITHMETIC.items()}
-    return {"int8": floor, **float_part}
-
-
-def _larger(one: Tolerance, other: Tolerance) -> Tolerance:
-    return Tolerance(
-        logits=max(one.logits, other.logits), log_density=max(one.log_density, other.log_density)
-    )
+    own: dict[Precision, Tolerance] = {
+        "fp32": dict.fromkeys(parity.outputs, 0.0),
+        "fp16": LIMITS["fp16"],
+        "int8": {
+            head: max(3 * found.max, BY_ARITHMETIC["float16"][head])
+            for head, found in parity.outputs.items()
+        },
+    }
+    tolerances: dict[Arithmetic, Tolerance] = {
+        name: {head: max(of[head], own[precision][head]) for head in parity.outputs}
+        for name, of in BY_ARITHMETIC.items()
+    }
+    if precision == "int8":
+        tolerances = {"int8": own["int8"], **tolerances}
+    return tolerances
 
 
 def require_pass(parity: Parity, precision: Precision) -> None:
@@ -139,12 +146,17 @@ def require_pass(parity: Parity, precision: Precision) -> None:
         raise ParityError(
             "NaN or infinity in the outputs or inside the network; nothing was written"
         )
+    found = [
+        f"{HEAD_WORDS[head]} off by {of.max:.3g} (limit {parity.limits[head]:g})"
+        for head, of in parity.outputs.items()
+    ]
+    if parity.agreement_cc_min is not None:
+        limit = AGREEMENT[precision]
+        found.append(f"agreement CC {parity.agreement_cc_min:.6f} (limit {limit})")
     raise ParityError(
-        f"{precision} graph and network disagree over {parity.films} films: logits off by "
-        f"{parity.logits.max:.3g} (limit {parity.limits.logits:g}), log-density by "
-        f"{parity.log_density.max:.3g} (limit {parity.limits.log_density:g}), agreement CC "
-        f"{parity.agreement_cc_min:.6f} (limit {AGREEMENT[precision]}), largest activation "
-        f"{parity.peak_activation:.4g} (float16 ends at {HALF_MAX:.0f}); nothing was written"
+        f"{precision} graph and network disagree over {parity.films} films: {', '.join(found)}, "
+        f"largest activation {parity.peak_activation:.4g} (float16 ends at {HALF_MAX:.0f}); "
+        "nothing was written"
     )
 
 

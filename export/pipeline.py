@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from cxrgaze.bundles import signature
+from cxrgaze.bundles import npz, signature
 from cxrgaze.bundles.bundle import (
     GOLDEN,
     GRAPH,
@@ -43,6 +41,7 @@ from cxrgaze.export.report import pages
 from cxrgaze.export.source import Source
 from cxrgaze.export.targets import TARGETS
 from cxrgaze.files import new_folder, sha256
+from cxrgaze.spec import IMAGE
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _judged(
     if not failed or not options.fallback_trials or gated is None:
         return judged
     say("  blocks go back to higher precision:")
-    head = search.weakest_head(best)
+    head = search.weakest_head(best, judge.source.spec)
     key = search.log_key(
         f"cxrgaze {version('cxrgaze')}, each block alone, {head}, {RANKING_FILMS} films",
         sha256(graph.finished(forms.model, judge.source.spec)),
@@ -196,6 +195,7 @@ def _manifest(source: Source, options: ExportOptions, made: _Made) -> Manifest:
         convolution_macs=chosen.record.macs,
         decision=facts.decision,
         untrained=facts.untrained,
+        untaught=facts.untaught,
         self_test=parity.self_test_tolerances(options.precision, chosen.parity),
         parity=chosen.parity,
         gate=chosen.gate,
@@ -234,11 +234,4 @@ def _files(
 def _golden(source: Source) -> bytes:
     """The golden input and its float32 outputs, as `cxrgaze.runtime.reader.read_golden` reads."""
     answers = source.answers(phantom_canvases(source.spec, 1, GOLDEN_SEED))
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        image=answers.images,
-        logits=answers.logits,
-        log_density=answers.log_density[:, None],
-    )
-    return buffer.getvalue()
+    return npz.written({IMAGE: answers.images, **answers.outputs})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cxrgaze.bundles.manifest import DataType, FormRecord, Manifest, Precision
-from cxrgaze.bundles.verdicts import Histogram
+from cxrgaze.bundles.verdicts import HEAD_WORDS, Histogram
 from cxrgaze.export.source import Answers
 from cxrgaze.files import render_json
 from cxrgaze.report import (
@@ -24,6 +24,7 @@ from cxrgaze.report import (
     new_plot,
 )
 from cxrgaze.runtime.ort import witness
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,45 +86,46 @@ def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
         *drawing("differences"),
         *_trials(manifest.forms_tried),
         *drawing("search"),
-        Heading("Maps"),
+        *([Heading("Maps")] if "maps" in figures else []),
         *drawing("maps"),
     ]
 
 
 def _parity(manifest: Manifest) -> list[Block]:
     parity = manifest.parity
+    rows = [
+        (
+            _SHOWN[head],
+            f"{of.max:.3g}",
+            f"{of.p99:.3g}",
+            f"{parity.limits[head]:g}",
+            f"{of.cosine:.7f}",
+        )
+        for head, of in parity.outputs.items()
+    ]
+    said = []
+    if parity.agreement_cc_min is not None and parity.worst_film is not None:
+        said.append(
+            f"Agreement CC of the two maps: smallest {parity.agreement_cc_min:.6f} (film "
+            f"{parity.worst_film + 1} of {parity.films}), mean {parity.agreement_cc_mean:.6f}."
+        )
+    if parity.flips is not None:
+        said.append(f"Films with another decision: {parity.flips} of {parity.films}.")
+    peak = f"{parity.peak_activation:.4g} (float16 ends at 65504)"
     return [
         Paragraph(
             f"Films: {parity.domain}. Reference: the network in torch float32. Verdict: "
             f"{parity.verdict}. {parity.witness}"
         ),
-        Table(
-            ("output", "max", "p99", "limit of max", "smallest cosine"),
-            [
-                (
-                    name,
-                    f"{output.max:.3g}",
-                    f"{output.p99:.3g}",
-                    f"{limit:g}",
-                    f"{output.cosine:.7f}",
-                )
-                for name, output, limit in (
-                    ("logits", parity.logits, parity.limits.logits),
-                    (
-                        "log-density (nats, where density is at least 1 % of its peak)",
-                        parity.log_density,
-                        parity.limits.log_density,
-                    ),
-                )
-            ],
-        ),
-        Paragraph(
-            f"Agreement CC of the two maps: smallest {parity.agreement_cc_min:.6f} (film "
-            f"{parity.worst_film + 1} of {parity.films}), mean {parity.agreement_cc_mean:.6f}. "
-            f"Label flips: {parity.label_flips} of {parity.films}. Largest activation in float32: "
-            f"{parity.peak_activation:.4g} (float16 ends at 65504)."
-        ),
+        Table(("output", "max", "p99", "limit of max", "smallest cosine"), rows),
+        Paragraph(" ".join([*said, f"Largest activation in float32: {peak}."])),
     ]
+
+
+_SHOWN: dict[Head, str] = {
+    LOGITS: "logits",
+    LOG_DENSITY: "log-density (nats, where density is at least 1 % of its peak)",
+}
 
 
 def _audit(manifest: Manifest) -> list[Block]:
@@ -139,8 +141,10 @@ def _audit(manifest: Manifest) -> list[Block]:
                 f"values that lose bits for being small: {100 * audit.subnormal_share:.3f} %; "
                 f"worst {100 * audit.worst_subnormal_share:.2f} %, in "
                 f"{audit.worst_subnormal_tensor}",
-                "every operation's output rounded to float16, computed in float32: logits off by "
-                f"{audit.rounding_logits:.3g}, log-density by {audit.rounding_log_density:.3g}",
+                "every operation's output rounded to float16, computed in float32: "
+                + ", ".join(
+                    f"{HEAD_WORDS[h]} off by {off:.3g}" for h, off in audit.rounding.items()
+                ),
             ]
         ),
     ]
@@ -170,13 +174,15 @@ def _gate(manifest: Manifest) -> list[Block]:
     if (comparison := gate.comparison) is None:
         return blocks
     synthetic = " Synthetic figures: drawings." if gate.domain == "phantom" else ""
+    agreement = ""
+    if gate.agreement_cc_min is not None and gate.worst_film_sha256:
+        agreement = (
+            f" Agreement CC with fp32: smallest {gate.agreement_cc_min:.6f}, mean "
+            f"{gate.agreement_cc_mean:.6f}. Worst film: {gate.worst_film_sha256[:12]}."
+        )
     return [
         *blocks,
-        Paragraph(
-            f"Films: {gate.set_name}.{synthetic} Agreement CC with fp32: smallest "
-            f"{gate.agreement_cc_min:.6f}, mean {gate.agreement_cc_mean:.6f}. Worst film: "
-            f"{gate.worst_film_sha256[:12]}."
-        ),
+        Paragraph(f"Films: {gate.set_name}.{synthetic}{agreement}"),
         Table(comparison.header(), comparison.rows()),
     ]
 
@@ -189,8 +195,8 @@ def _trials(trials: Sequence[FormRecord]) -> list[Block]:
             trial.form,
             ", ".join(trial.kept) or "none",
             _work(trial.macs),
-            f"{trial.logits_max:.3g}",
-            f"{trial.agreement_cc_min:.6f}",
+            ", ".join(f"{HEAD_WORDS[head]} {off:.3g}" for head, off in trial.off.items()),
+            "no map" if trial.agreement_cc_min is None else f"{trial.agreement_cc_min:.6f}",
             trial.parity,
             f"{trial.gate}: {trial.gate_reason}",
         )
@@ -200,7 +206,7 @@ def _trials(trials: Sequence[FormRecord]) -> list[Block]:
         "form",
         "went back",
         "work",
-        "logits off by",
+        "off by",
         "smallest agreement CC",
         "parity",
         "gate",
@@ -213,13 +219,15 @@ def _work(macs: Mapping[DataType, int]) -> str:
     return ", ".join(f"{100 * part / total:.1f} % {kind}" for kind, part in macs.items())
 
 
-def _maps(reference: Answers, graphs: Mapping[Precision, bytes]) -> Figure:
+def _maps(reference: Answers, graphs: Mapping[Precision, bytes]) -> Figure | None:
     """A row a phantom: the film, the network's map, the map of each graph."""
+    if LOG_DENSITY not in reference.outputs:
+        return None
     phantoms = reference.images
-    by_name = {"network, float32": list(reference.log_density)}
+    by_name = {"network, float32": list(reference.outputs[LOG_DENSITY][:, 0])}
     for precision, graph in graphs.items():
         infer = witness(graph)
-        maps = [infer(image[None]).log_density[0, 0] for image in phantoms]
+        maps = [infer(image[None])[LOG_DENSITY][0, 0] for image in phantoms]
         by_name[f"graph, {precision}"] = maps
     plot = new_plot(2.2 * (1 + len(by_name)), 2.3 * len(phantoms))
     axes = plot.subplots(len(phantoms), 1 + len(by_name), squeeze=False)
@@ -256,11 +264,16 @@ def _activations(manifest: Manifest) -> Figure | None:
 def _differences(manifest: Manifest) -> Figure | None:
     """Film by film, how far the graph that ships is from float32, where a gate was run."""
     gate = manifest.gate
-    if gate.agreement_loss is None or gate.probability_change is None:
+    measured = {
+        "map: 1 - agreement CC with fp32": gate.agreement_loss,
+        "diagnosis: change of a probability": gate.probability_change,
+    }
+    histograms = {label: found for label, found in measured.items() if found}
+    if not histograms:
         return None
-    plot, axes = _axes("1 - agreement CC; largest change of a probability", "films (%)")
-    _bars(axes, gate.agreement_loss, label="map: 1 - agreement CC with fp32", alpha=0.6)
-    _bars(axes, gate.probability_change, label="diagnosis: change of a probability", alpha=0.6)
+    plot, axes = _axes("difference to float32", "films (%)")
+    for label, histogram in histograms.items():
+        _bars(axes, histogram, label=label, alpha=0.6)
     axes.legend(fontsize=7)
     caption = (
         f"Differences to float32, film by film ({gate.set_name}); what is below the first decade "
@@ -284,18 +297,20 @@ def _bars(axes: Axes, histogram: Histogram, **look: Any) -> None:
 
 
 def _search(manifest: Manifest) -> Figure | None:
-    """Smallest agreement CC against the share of work in low precision, where blocks went back."""
+    """Distance to float32 against the share of work in low precision, where blocks went back."""
     if not any(trial.kept for trial in manifest.forms_tried):
         return None
+    has_map = LOG_DENSITY in manifest.spec.heads
     plot = new_plot(6, 3.5)
     axes = plot.add_subplot(
         xlabel=f"convolution work in {manifest.precision} (%)",
-        ylabel="smallest agreement CC with fp32",
+        ylabel="smallest agreement CC with fp32" if has_map else "logits off by at most",
     )
     for trial in manifest.forms_tried:
         share = trial.macs.get(manifest.precision, 0) / (sum(trial.macs.values()) or 1)
         marker = "o" if trial.gate == "pass" else "x"
-        axes.plot(100 * share, trial.agreement_cc_min, marker, color="C0")
-        axes.annotate(f" {len(trial.kept)}", (100 * share, trial.agreement_cc_min))
+        off = trial.off[LOGITS] if trial.agreement_cc_min is None else trial.agreement_cc_min
+        axes.plot(100 * share, off, marker, color="C0")
+        axes.annotate(f" {len(trial.kept)}", (100 * share, off))
     caption = "Blocks that went back (their number); a circle passed the gate, a cross did not."
     return drawn("fallback.png", plot, caption)

@@ -15,7 +15,7 @@ from cxrgaze.command import say
 from cxrgaze.errors import ParityError
 from cxrgaze.export.forms import Form
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
-from cxrgaze.spec import LOGITS, Head
+from cxrgaze.spec import Head, ModelSpec
 
 _LOG_LIMIT = 1 << 24
 
@@ -64,12 +64,12 @@ def best(judged: Sequence[JudgedForm]) -> JudgedForm:
     return min(judged, key=lambda a: (a.parity.verdict != "pass", _ORDER[a.gate.verdict]))
 
 
-def weakest_head(judged: JudgedForm) -> Head:
+def weakest_head(judged: JudgedForm, spec: ModelSpec) -> Head:
     """The output behind the gated quantity that is furthest outside its limit."""
     comparison = judged.gate.comparison
     measured = [q for q in comparison.quantities if q.loss is not None] if comparison else []
     if not measured:
-        return LOGITS
+        return spec.heads[0]
     return max(measured, key=lambda q: (q.loss or 0.0) / (q.limit or 1e-9)).head
 
 

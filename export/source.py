@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.export import graph
-from cxrgaze.spec import Head, ModelSpec
+from cxrgaze.spec import Head, ModelSpec, Outputs
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Facts:
     trained_on: str
     decision: Decision = Decision()
     untrained: tuple[Head, ...] = ()
+    """Heads that nothing taught."""
+    untaught: tuple[str, ...] = ()
+    """Classes that nothing taught."""
     training_split_sha256: str = ""
     heatmap: str | None = None
     """Preset of the human maps that it was trained with."""
@@ -63,10 +66,8 @@ class Answers:
 
     images: NDArray[np.float32]
     """`(n, 1, H, W)`."""
-    logits: NDArray[np.float32]
-    """`(n, C)`."""
-    log_density: NDArray[np.float32]
-    """`(n, H, W)`."""
+    outputs: Outputs
+    """Its heads for all of them."""
     peak: float
     """Largest absolute value that any layer takes or gives."""
 
@@ -95,7 +96,7 @@ class Source(Protocol):
         ...
 
     def graph(self, rewrites: Collection[str] = ()) -> onnx.ModelProto:
-        """Its float32 graph, simplified: `image` to `logits` and `log_density`, N dynamic.
+        """Its float32 graph, simplified: `image` to the heads of the spec, N dynamic.
 
         Args:
             rewrites: of `self.rewrites`.
@@ -109,7 +110,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TorchSource:
-    """A torch module from `(N, 1, H, W)` to logits and log-density, as a `Source`."""
+    """A torch module from `(N, 1, H, W)` to its heads (`graph.heads_in_order`), as a `Source`."""
 
     module: nn.Module
     spec: ModelSpec
@@ -126,14 +127,22 @@ class TorchSource:
 
     def answers(self, images: NDArray[np.float32]) -> Answers:
         """See `Source`."""
-        logits, log_density = [], []
+        parts: dict[Head, list[NDArray[np.float32]]] = {head: [] for head in self.spec.heads}
         self.module.eval()
         with _peak_of(self.module) as peak, torch.inference_mode():
             for image in images:
-                heads = self.module(torch.from_numpy(image[None]))
-                logits.append(heads[0][0].numpy())
-                log_density.append(heads[1][0, 0].numpy())
-        return Answers(images, np.stack(logits), np.stack(log_density), peak[0])
+                given = self.module(torch.from_numpy(image[None]))
+                for head, tensor in zip(
+                    self.spec.heads, graph.heads_in_order(given, self.spec), strict=True
+                ):
+                    parts[head].append(tensor.numpy())
+        return Answers(images, {h: np.concatenate(part) for h, part in parts.items()}, peak[0])
+
+
+def served_of(source: Source) -> Served:
+    """What is served of a network."""
+    facts = source.facts
+    return Served(source.spec, facts.decision, facts.untrained, facts.untaught)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Backend(ABC):
 
     @abstractmethod
     def infer(self, image: NDArray[np.float32]) -> Outputs:
-        """Both heads of `image` `(N, 1, H, W)` float32 in [0, 1], any N >= 1."""
+        """The heads of `image` `(N, 1, H, W)` float32 in [0, 1], any N >= 1, those of the spec."""
 
     @abstractmethod
     def deactivate(self) -> None:

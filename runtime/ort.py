@@ -16,7 +16,7 @@ from cxrgaze.errors import IncompatibleError, IntegrityError, OutOfMemoryError
 from cxrgaze.processors import cpu_count, is_confined
 from cxrgaze.runtime import graph_look
 from cxrgaze.runtime.backend import ANY_TARGET, Backend
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, SPEC_KEY, Infer, Outputs
+from cxrgaze.spec import HEADS, IMAGE, SPEC_KEY, Infer, Outputs
 
 
 def open_session(
@@ -47,17 +47,19 @@ def open_session(
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def both_heads(session: onnxruntime.InferenceSession) -> Infer:
-    """What a session says of images.
+def heads_of(session: onnxruntime.InferenceSession) -> Infer:
+    """What a session says of images: the heads that its graph has.
 
     What it returns raises:
         IncompatibleError: this ONNX Runtime cannot run the graph on it.
         OutOfMemoryError: no room for it.
     """
+    there = {output.name for output in session.get_outputs()}
+    heads = [head for head in HEADS if head in there]
 
     def infer(image: NDArray[np.float32]) -> Outputs:
         with _errors_are_ours():
-            return Outputs(*session.run([LOGITS, LOG_DENSITY], {IMAGE: image}))
+            return dict(zip(heads, session.run(heads, {IMAGE: image}), strict=True))
 
     return infer
 
@@ -67,7 +69,7 @@ def witness(graph: bytes, *, optimized: bool = True) -> Infer:
 
     Threads that spin between films cost more than they win where other work goes on.
     """
-    return both_heads(open_session(graph, spinning=False, optimized=optimized))
+    return heads_of(open_session(graph, spinning=False, optimized=optimized))
 
 
 class OnnxRuntime(Backend):
@@ -118,10 +120,14 @@ class OnnxRuntime(Backend):
                 f"{bundle.path / GRAPH} takes {image.name} {image.shape}, expected "
                 f"{IMAGE} (N, 1, {spec.height}, {spec.width})"
             )
-        self._infer = both_heads(session)
+        shapes = {head: list(shape[1:]) for head, shape in spec.shapes(1).items()}
+        found = {output.name: list(output.shape[1:]) for output in session.get_outputs()}
+        if found != shapes:
+            raise IntegrityError(f"{bundle.path / GRAPH} gives {found}, expected {shapes}")
+        self._infer = heads_of(session)
 
     def infer(self, image: NDArray[np.float32]) -> Outputs:
-        """Both heads of `image` `(N, 1, H, W)`; the outputs belong to the caller."""
+        """The heads of `image` `(N, 1, H, W)`; the outputs belong to the caller."""
         if self._infer is None:
             raise RuntimeError("infer before activate")
         return self._infer(image)

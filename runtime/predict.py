@@ -25,6 +25,7 @@ from cxrgaze.runtime import overlay
 from cxrgaze.runtime.outcomes import Outcome, outcomes
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
+from cxrgaze.spec import LOG_DENSITY
 
 Heatmap = Literal["npy", "png16"]
 Record = dict[str, Any]
@@ -59,7 +60,15 @@ def predict(reader: Reader, found: Found, decode: Decode, options: PredictOption
 
     Returns:
         The JSON of each file; neither pixels nor maps are kept.
+
+    Raises:
+        UsageError: heatmaps of a network without a map; a result that would overwrite a film.
     """
+    if options.heatmap and LOG_DENSITY not in reader.served.heads:
+        raise UsageError(
+            f"--heatmap {options.heatmap}: {reader.bundle.manifest.name} gives no map, it has the "
+            "diagnosis alone; leave --heatmap out"
+        )
     paths = [path for path, _ in found.films]
     names = _output_names([relative for _, relative in found.films])
     if options.output:
@@ -155,26 +164,40 @@ def _summary(record: Record) -> str:
     film = shown(record["film"])
     if record["status"] != "read":
         return f"{film}\t{record['status']}\t{shown(record['reason'])}"
-    peak = record["peak_px"]
-    return (
-        f"{film}\t{record['label']}\t{record['probabilities'][record['label']]:.3f}\t"
-        f"peak ({peak['x']:.0f}, {peak['y']:.0f})"
-    )
+    said = [film]
+    if record.get("label"):
+        said += [record["label"], f"{record['probabilities'][record['label']]:.3f}"]
+    elif "flags" in record:
+        said.append(_raised(record) or "no flag")
+    if "peak_px" in record:
+        said.append(f"peak ({record['peak_px']['x']:.0f}, {record['peak_px']['y']:.0f})")
+    return "\t".join(said)
+
+
+def _raised(record: Record) -> str:
+    return ", ".join(name for name, raised in record["flags"].items() if raised)
 
 
 def _table(records: Sequence[Record], reader: Reader) -> str:
-    classes = reader.bundle.manifest.spec.class_names
-    probabilities = [f"p_{name}" for name in classes]
+    served = reader.served
+    has_map = LOG_DENSITY in served.heads
+    columns = ["film", "status"]
+    columns += ["label"] if served.classes and served.spec.class_kind == "exclusive" else []
+    columns += [f"p_{name}" for name in served.classes]
+    columns += [f"flag_{name}" for name in served.decided]
+    columns += ["peak_x_px", "peak_y_px"] if has_map else []
+    columns += ["reason", "warnings", *_MODEL, "notice"]
     text = io.StringIO()
-    columns = ["film", "status", "label", *probabilities, "peak_x_px", "peak_y_px", "reason"]
-    columns += ["warnings", *_MODEL, "notice"]
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for record in records:
-        row = {key: record.get(key) for key in ("film", "status", "label", "reason", "notice")}
+        row = {key: record.get(key) for key in ("film", "status", "reason", "notice")}
         if record["status"] == "read":
-            row |= {f"p_{name}": record["probabilities"][name] for name in classes}
-            row |= {"peak_x_px": record["peak_px"]["x"], "peak_y_px": record["peak_px"]["y"]}
+            row |= {"label": record["label"]} if "label" in columns else {}
+            row |= {f"p_{name}": record["probabilities"][name] for name in served.classes}
+            row |= {f"flag_{name}": int(record["flags"][name]) for name in served.decided}
+            if has_map:
+                row |= {"peak_x_px": record["peak_px"]["x"], "peak_y_px": record["peak_px"]["y"]}
             row["warnings"] = " | ".join(record["warnings"])
             row |= {key: record["model"].get(key) for key in _MODEL}
         table.writerow(row)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cxrgaze.bundles.bundle import GOLDEN, GRAPH, Bundle
 from cxrgaze.bundles.signature import require_signature
-from cxrgaze.bundles.verdicts import compared_pixels
+from cxrgaze.bundles.verdicts import differences
 from cxrgaze.errors import (
     FilmError,
     GateError,
@@ -30,7 +30,7 @@ from cxrgaze.films.isolate import IsolatedLoader
 from cxrgaze.runtime.backend import Backend, BackendOptions
 from cxrgaze.runtime.backends import choose
 from cxrgaze.runtime.reading import Reading, mass_in_pad
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, PREPROCESSING
+from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, PREPROCESSING, Outputs
 
 MAX_BATCH = 16
 LARGE_PAD_MASS = 0.2
@@ -126,6 +126,8 @@ class Reader(AbstractContextManager["Reader"]):
         bundle.verify(leave=(GRAPH, GOLDEN))  # these two are verified as they are loaded
         self.bundle = bundle
         self.backend = backend
+        self.served = manifest.served
+        """What is served of the network: heads, classes, decisions."""
         self._closed = False
         self._lock = threading.Lock()
         self._loader = IsolatedLoader() if isolate else None
@@ -216,16 +218,19 @@ class Reader(AbstractContextManager["Reader"]):
         readings = []
         for index, (film, geometry, times) in enumerate(prepared):
             start = time.perf_counter()
-            probabilities = self._probabilities(outputs.logits[index])
-            points = self.bundle.manifest.decision.operating_points
+            log_density = self._map(outputs, index)
+            probabilities = self._probabilities(outputs, index)
+            pad = () if log_density is None else _pad_warning(log_density, geometry)
             readings.append(
                 Reading(
                     film=film.name,
                     film_sha256=film.sha256,
                     pixel_source=film.pixel_source,
                     probabilities=probabilities,
-                    flags={name: probabilities[name] >= at for name, at in points.items()},
-                    log_density=outputs.log_density[index, 0],
+                    label=self.served.label(probabilities),
+                    flags=self.served.flags(probabilities),
+                    operating_points=self._points,
+                    log_density=log_density,
                     geometry=geometry,
                     timings_ms={
                         **times,
@@ -235,19 +240,19 @@ class Reader(AbstractContextManager["Reader"]):
                     },
                     model=self._identity(),
                     forced=film.reasons,
-                    warnings=(
-                        *self.standing_warnings,
-                        *self._film_warnings(film),
-                        *_pad_warning(outputs.log_density[index, 0], geometry),
-                    ),
+                    warnings=(*self.standing_warnings, *self._film_warnings(film), *pad),
                 )
             )
         return readings
 
-    def _probabilities(self, logits: NDArray[np.float32]) -> dict[str, float]:
-        manifest = self.bundle.manifest
-        shares = manifest.decision.probabilities(logits).tolist()
-        return dict(zip(manifest.spec.class_names, shares, strict=True))
+    def _map(self, outputs: Outputs, index: int) -> NDArray[np.float32] | None:
+        return outputs[LOG_DENSITY][index, 0] if LOG_DENSITY in self.served.heads else None
+
+    def _probabilities(self, outputs: Outputs, index: int) -> dict[str, float]:
+        if not self.served.classes:
+            return {}
+        shares = self.served.probabilities(outputs[LOGITS][index]).tolist()
+        return dict(zip(self.served.classes, shares, strict=True))
 
     def _identity(self) -> dict[str, str]:
         manifest = self.bundle.manifest
@@ -269,11 +274,19 @@ class Reader(AbstractContextManager["Reader"]):
         """What every reading of this bundle must say."""
         manifest = self.bundle.manifest
         warnings = [manifest.spec.caution] if manifest.spec.caution else []
-        warnings += [f"nothing taught the output {head}: ignore it" for head in manifest.untrained]
+        untaught = [f"the output {head}" for head in manifest.untrained]
+        if LOGITS in self.served.heads:
+            untaught += [f"the class {name}" for name in manifest.untaught]
+        warnings += [f"nothing taught {what}: it is left out" for what in untaught]
         warnings += manifest.calibration.warnings if manifest.calibration else ()
         if self._gate.verdict != "pass":
             warnings.append(f"gate: {self._gate.verdict} ({self._gate.reason})")
         return tuple(warnings)
+
+    @property
+    def _points(self) -> dict[str, float]:
+        points = self.served.decision.operating_points
+        return {name: points[name] for name in self.served.decided}
 
     def _film_warnings(self, film: Film) -> tuple[str, ...]:
         trained = self.bundle.manifest.spec.pixel_source
@@ -296,28 +309,32 @@ class Reader(AbstractContextManager["Reader"]):
                 f"{self.backend.name} computes in {arithmetic}, for which the bundle has no "
                 "self-test tolerance; export again, or choose another backend"
             )
-        outputs = self.backend.infer(golden["image"])
-        off_logits = float(np.abs(outputs.logits - golden["logits"]).max())
-        differences = np.abs(outputs.log_density - golden["log_density"])
-        off_density = float(differences[compared_pixels(golden["log_density"])].max())
+        outputs = self.backend.infer(golden[IMAGE])
+        off = {
+            head: float(differences(head, outputs[head], golden[head]).max())
+            for head in manifest.spec.heads
+        }
         # Written so that NaN fails.
-        if not (off_logits <= tolerance.logits and off_density <= tolerance.log_density):
+        if not all(off[head] <= tolerance[head] for head in off):
+            found = ", ".join(f"{h} by {off[h]:.3g} (limit {tolerance[h]:g})" for h in off)
             raise IncompatibleError(
-                f"self-test failed on {self.backend.name}: golden logits off by {off_logits:.3g} "
-                f"(limit {tolerance.logits:g}), log-density by {off_density:.3g} (limit "
-                f"{tolerance.log_density:g}); this backend does not compute this bundle's network"
+                f"self-test failed on {self.backend.name}: golden outputs are off, {found}; this "
+                "backend does not compute this bundle's network"
             )
 
 
 def read_golden(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
-    """The golden input (a phantom) and its fp32 outputs: image, logits, log_density.
+    """The golden input (a phantom) and its fp32 outputs: image, and a head each.
 
     Raises:
         IntegrityError: not the arrays that the ModelSpec asks for.
     """
     spec = bundle.manifest.spec
-    canvas = (1, 1, spec.height, spec.width)
-    shapes = {IMAGE: canvas, LOGITS: (1, len(spec.classes)), LOG_DENSITY: canvas}
+    image = {IMAGE: (1, 1, spec.height, spec.width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        **image,
+        **{str(head): shape for head, shape in spec.shapes(1).items()},
+    }
     expected = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
     return bundle.read_arrays(GOLDEN, expected)
 

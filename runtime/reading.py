@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.errors import UsageError
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.spec import NOTICE, PixelSource
 
@@ -22,11 +23,18 @@ class Reading:
     film_sha256: str
     pixel_source: PixelSource
     probabilities: dict[str, float]
-    """By class name, sum 1; softmax of the logits over the temperature."""
+    """By class name: of exclusive classes the softmax of the logits over the temperature, sum 1; of
+    findings a sigmoid each. Empty without a diagnosis; never of a class that nothing taught."""
+    label: str | None
+    """Name of the most probable of exclusive classes; None of findings, where flags decide."""
     flags: dict[str, bool]
-    """Probability at or above the class's operating point; only for classes that have one."""
-    log_density: NDArray[np.float32]
-    """`(H, W)` on the canvas, natural log, sums to 1 over the canvas (pad included)."""
+    """Whether a class's probability reaches its operating point; only for classes that have one.
+    Not the label: a flag looks at one class, the label at which is the most probable."""
+    operating_points: dict[str, float]
+    """The thresholds of the flags."""
+    log_density: NDArray[np.float32] | None
+    """`(H, W)` on the canvas, natural log, sums to 1 over the canvas (pad included); None where the
+    network has no map."""
     geometry: Geometry
     timings_ms: dict[str, float]
     """Wall-clock milliseconds per stage; in a batch, `infer` is the batch's share."""
@@ -37,21 +45,26 @@ class Reading:
     """Why the film is not applicable although it was read by force; empty when it is applicable."""
     notice: str = NOTICE
 
-    @property
-    def label(self) -> str:
-        """Name of the most probable class."""
-        return max(self.probabilities, key=lambda name: self.probabilities[name])
-
     @cached_property
     def film_density(self) -> NDArray[np.float32]:
-        """`(h, w)`: the density over the film's area of the canvas, sum 1."""
-        inside = np.exp(self.geometry.crop(self.log_density).astype(np.float64))
+        """`(h, w)`: the density over the film's area of the canvas, sum 1.
+
+        Raises:
+            UsageError: the network has no map; so do all properties of it.
+        """
+        inside = np.exp(self.geometry.crop(self._map).astype(np.float64))
         return np.asarray(inside / inside.sum(), dtype=np.float32)
+
+    @property
+    def _map(self) -> NDArray[np.float32]:
+        if self.log_density is None:
+            raise UsageError(f"{self.model['name']} gives no map: it has the diagnosis alone")
+        return self.log_density
 
     @property
     def pad_mass(self) -> float:
         """Mass that the network put outside the film, dropped from every map; in [0, 1]."""
-        return mass_in_pad(self.log_density, self.geometry)
+        return mass_in_pad(self._map, self.geometry)
 
     @property
     def peak(self) -> tuple[float, float]:
@@ -69,16 +82,30 @@ class Reading:
         return np.asarray(large / total, dtype=np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON; the map is left out (`heatmap`)."""
+        """Plain values for JSON; the map is left out (`heatmap`).
+
+        What the network does not have is not there: nothing of a diagnosis without classes, no peak
+        without a map. The label of findings is null.
+        """
+        diagnosis, gaze = {}, {}
+        if self.probabilities:
+            diagnosis = {
+                "label": self.label,
+                "probabilities": {name: round(p, 6) for name, p in self.probabilities.items()},
+                "flags": self.flags,
+                "operating_points": self.operating_points,
+            }
+        if self.log_density is not None:
+            gaze = {
+                "peak_px": {"x": round(self.peak[0], 1), "y": round(self.peak[1], 1)},
+                "pad_mass": round(self.pad_mass, 6),
+            }
         return {
             "film": self.film,
             "film_sha256": self.film_sha256,
             "status": "read",
-            "label": self.label,
-            "probabilities": {name: round(p, 6) for name, p in self.probabilities.items()},
-            "flags": self.flags,
-            "peak_px": {"x": round(self.peak[0], 1), "y": round(self.peak[1], 1)},
-            "pad_mass": round(self.pad_mass, 6),
+            **diagnosis,
+            **gaze,
             "film_px": {"width": self.geometry.film_width, "height": self.geometry.film_height},
             "pixel_source": self.pixel_source,
             "model": self.model,

@@ -22,7 +22,7 @@ from cxrgaze.runtime import plans
 from cxrgaze.runtime.backend import ANY_TARGET, Backend
 from cxrgaze.runtime.device import Device, open_device
 from cxrgaze.runtime.trt_library import Library
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, ModelSpec, Outputs
+from cxrgaze.spec import IMAGE, ModelSpec, Outputs
 
 _STAGES = ("h2d", "compute", "d2h")
 
@@ -156,10 +156,11 @@ class TensorRT(Backend):
                 f"{device.free_bytes() / 1e6:.0f} MB free: {self._library.said(self._loaded.log)}"
             )
         largest = self._record.inputs.batch[2]
-        shapes = {
-            IMAGE: (largest, 1, spec.height, spec.width),
-            LOGITS: (largest, len(spec.classes)),
-            LOG_DENSITY: (largest, 1, spec.height, spec.width),
+        self._heads = spec.heads
+        image = {IMAGE: (largest, 1, spec.height, spec.width)}
+        shapes: dict[str, tuple[int, ...]] = {
+            **image,
+            **{str(head): shape for head, shape in spec.shapes(largest).items()},
         }
         self._host = {n: device.pinned(s, np.float32) for n, s in shapes.items()}
         self._address = {n: device.allocate(a.nbytes) for n, a in self._host.items()}
@@ -169,7 +170,7 @@ class TensorRT(Backend):
         self._events = [device.event() for _ in range(len(_STAGES) + 1)]
 
     def infer(self, image: NDArray[np.float32]) -> Outputs:
-        """Both heads of `image` `(N, 1, H, W)`, any N >= 1; the outputs belong to the caller.
+        """The heads of `image` `(N, 1, H, W)`, any N >= 1; the outputs belong to the caller.
 
         More films than the plan's largest batch go through in parts; fewer than its smallest are
         filled up with empty ones.
@@ -181,15 +182,15 @@ class TensorRT(Backend):
             raise RuntimeError("infer before activate")
         largest = self._record.inputs.batch[2]
         outputs = {
-            name: np.empty((len(image), *self._host[name].shape[1:]), np.float32)
-            for name in (LOGITS, LOG_DENSITY)
+            head: np.empty((len(image), *self._host[head].shape[1:]), np.float32)
+            for head in self._heads
         }
         self.stages_ms = dict.fromkeys(_STAGES, 0.0)
         with self._device.current():
             for start in range(0, len(image), largest):
                 part = slice(start, start + largest)
                 self._run(self._device, image[part], {n: a[part] for n, a in outputs.items()})
-        return Outputs(outputs[LOGITS], outputs[LOG_DENSITY])
+        return outputs
 
     def _run(
         self, device: Device, part: NDArray[np.float32], outputs: dict[str, NDArray[np.float32]]
@@ -271,11 +272,9 @@ def check_engine(engine: Any, trt: Any, spec: ModelSpec, inputs: plans.PlanInput
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         is_float = engine.get_tensor_dtype(name) == trt.DataType.FLOAT
         tensors[name] = (is_input, is_float, tuple(engine.get_tensor_shape(name))[1:])
-    map_shape = (1, spec.height, spec.width)
-    expected = {
-        IMAGE: (True, True, map_shape),
-        LOGITS: (False, True, (len(spec.classes),)),
-        LOG_DENSITY: (False, True, map_shape),
+    expected: dict[str, tuple[bool, bool, tuple[int, ...]]] = {
+        IMAGE: (True, True, (1, spec.height, spec.width)),
+        **{head: (False, True, shape[1:]) for head, shape in spec.shapes(1).items()},
     }
     if tensors != expected:
         raise IntegrityError(

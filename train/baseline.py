@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,22 @@ from cxrgaze.evidence.labelled_set import FilmRow
 
 
 def view_and_age(
-    training: Sequence[FilmRow], films: Sequence[FilmRow], classes: Sequence[str]
+    training: Sequence[tuple[FilmRow, Mapping[str, bool]]],
+    films: Sequence[FilmRow],
+    classes: Sequence[str],
 ) -> NDArray[np.float64] | str:
-    """Class probabilities of `films` `(N, C)` from view and age alone, fitted on `training`.
+    """Scores of `films` `(N, C)` for each class from view and age alone, fitted on `training`.
 
-    View is one column a value; age is centred, its absence a column of its own. A class that no
-    training film has gets probability zero. A text says why there is no baseline.
+    View is one column a value; age is centred, its absence a column of its own. Exclusive classes
+    share one regression, findings have one each. A class that no training film has gets
+    probability zero. A text says why there is no baseline.
+
+    Args:
+        training: films, and of each whether it has a class, by name, where that is known.
     """
-    labelled = [row for row in training if row.label]
-    if len({row.label for row in labelled}) < 2:
+    labelled = [row for row, known in training if known]
+    targets = _targets([known for _, known in training if known], classes)
+    if not targets:
         return "the training films have fewer than two classes"
     views = sorted({row.view or "" for row in labelled})
     ages = [row.age for row in labelled if row.age is not None]
@@ -41,9 +48,27 @@ def view_and_age(
             dtype=np.float64,
         )
 
-    regression = LogisticRegression(max_iter=1000)
-    regression.fit(columns(labelled), [row.label for row in labelled])
     probabilities = np.zeros((len(films), len(classes)))
-    for column, name in enumerate(regression.classes_):
-        probabilities[:, classes.index(name)] = regression.predict_proba(columns(films))[:, column]
+    for index, answers in targets:
+        regression = LogisticRegression(max_iter=1000)
+        regression.fit(columns([labelled[i] for i in index]), answers)
+        found = regression.predict_proba(columns(films))
+        for column, name in enumerate(regression.classes_):
+            if name in classes:
+                probabilities[:, classes.index(name)] = found[:, column]
     return probabilities
+
+
+def _targets(
+    known: Sequence[Mapping[str, bool]], classes: Sequence[str]
+) -> list[tuple[list[int], list[str]]]:
+    """Films and their answers of each regression: one of all classes, or one a finding."""
+    having = [[name for name, has in one.items() if has] for one in known]
+    if all(len(names) == 1 and len(one) > 1 for names, one in zip(having, known, strict=True)):
+        regressions = [(list(range(len(known))), [names[0] for names in having])]
+    else:
+        regressions = []
+        for name in classes:
+            index = [i for i, one in enumerate(known) if name in one]
+            regressions.append((index, [name if known[i][name] else "" for i in index]))
+    return [(index, answers) for index, answers in regressions if len(set(answers)) > 1]

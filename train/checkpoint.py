@@ -14,10 +14,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import model_validator
 from safetensors import SafetensorError
 from torch import nn
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.environment import versions
 from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
 from cxrgaze.files import read_regular, sha256, write_atomic
@@ -60,7 +61,9 @@ class Card(Record):
     lineage: tuple[Origin, ...]
     """All sets that these weights descend from: initial weights, teachers, the run's own films."""
     untrained: tuple[Head, ...] = ()
-    """Outputs that nothing has taught; they mean nothing."""
+    """Heads that nothing has taught; they are not served."""
+    untaught: tuple[str, ...] = ()
+    """Classes that nothing has taught; they are not served."""
     centre_prior: bool = False
     """Whether the network has the learnable centre prior."""
     decision: Decision = Decision()
@@ -71,6 +74,16 @@ class Card(Record):
     results: dict[str, Any]
     """Figures on held-out films, each with its centre-prior CC; says synthetic where it is."""
     environment: dict[str, str]
+
+    @model_validator(mode="after")
+    def _all_of_it_is_of_this_network(self) -> Card:
+        _ = self.served
+        return self
+
+    @property
+    def served(self) -> Served:
+        """What is served of the network."""
+        return Served(self.spec, self.decision, self.untrained, self.untaught)
 
     @property
     def descent(self) -> tuple[Origin, ...]:

@@ -75,6 +75,12 @@ def _add_fit(commands: Any) -> None:
         help="take weights that may have seen the set's test films",
     )
     fit.add_argument(
+        "--allow-untaught",
+        action="store_true",
+        help="train although no training film has some of the classes: they are recorded, never "
+        "served, and named in every reading",
+    )
+    fit.add_argument(
         "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="(default auto)"
     )
     fit.add_argument(
@@ -197,6 +203,7 @@ def _fit(args: argparse.Namespace) -> int:
             origin=args.init_origin,
             teacher=args.teacher and Path(_absolute(args.teacher)),
             allow_leakage=args.allow_leakage,
+            allow_untaught=args.allow_untaught,
         )
     if start.teacher and not start.teacher.is_file():
         raise UsageError(f"--teacher {start.teacher} does not exist")
@@ -287,8 +294,9 @@ def _command_of(args: argparse.Namespace, *words: str) -> str:
         value = getattr(args, flag, "")
         if value and value != "random":
             line += [f"--{flag.replace('_', '-')}", str(value)]
-    if getattr(args, "allow_leakage", False):
-        line.append("--allow-leakage")
+    for flag in ("allow_leakage", "allow_untaught"):
+        if getattr(args, flag, False):
+            line.append(f"--{flag.replace('_', '-')}")
     return shlex.join(line)
 
 

@@ -18,10 +18,11 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.files import parse_toml, read_toml
 from cxrgaze.records import Frozen, complaint
-from cxrgaze.spec import STRIDE
+from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     FILM_LOSSES,
+    NEED_LABELS,
     NEED_TEACHER,
     NETWORK,
     TEACH_DIAGNOSIS,
@@ -109,6 +110,26 @@ class Stage(Frozen):
             raise ValueError("uncertainty weighting is for cross_entropy with saliency_kl")
         return self
 
+    def of_heads(self, heads: Sequence[Head]) -> Stage | None:
+        """The stage of a network with these heads; None where it has nothing to learn there."""
+        absent = {
+            *(TEACH_DIAGNOSIS if LOGITS not in heads else ()),
+            *(TEACH_SALIENCY if LOG_DENSITY not in heads else ()),
+        }
+        parts = {
+            *(("classifier",) if LOGITS not in heads else ()),
+            *(("skips", "decoder", "saliency") if LOG_DENSITY not in heads else ()),
+        }
+        loss = {name: weight for name, weight in self.loss.items() if name not in absent}
+        train = tuple(part for part in self.train if part not in parts)
+        if LOGITS not in heads and set(loss) <= NEED_LABELS:
+            loss = {}  # no class is known without the diagnosis
+        if not loss or not train:
+            return None
+        weighting = self.weighting if loss.keys() == self.loss.keys() else "sum"
+        update = {"loss": loss, "train": train, "weighting": weighting}
+        return Stage.model_validate({**self.model_dump(), **update})
+
     @property
     def teaches_diagnosis(self) -> bool:
         """Whether a loss looks at the network's logits."""
@@ -142,6 +163,9 @@ class TrainConfig(Frozen):
     """One run; saved in the checkpoint's card and as `config.toml` in the run's folder."""
 
     name: str = Field(pattern=_NAME)
+    heads: tuple[Head, ...] = HEADS
+    """What the network gives: `logits` (the diagnosis), `log_density` (the map) or both; in text
+    with commas between. Losses and parts of a head that it does not have are left out."""
     variant: Annotated[str, _one_of("variant", VARIANTS)]
     canvas: tuple[int, int] | None = None
     """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
@@ -159,6 +183,15 @@ class TrainConfig(Frozen):
     operating_sensitivity: float | None = Field(default=None, gt=0, lt=1)
     """Operating points reach this sensitivity on validation; none: Youden's J is largest."""
     stages: dict[Annotated[str, Field(pattern=_NAME)], Stage] = Field(min_length=1)
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _heads_are_known(cls, value: Any) -> Any:
+        asked = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+        heads = tuple(head for head in HEADS if head in asked)
+        if not heads or set(asked) != set(heads):
+            raise ValueError(f"expected one or both of {', '.join(HEADS)}, found {value!r}")
+        return heads
 
     @field_validator("name")
     @classmethod

@@ -48,6 +48,8 @@ def train_demo(
             Path(folder, "hard"), {"test": HELD_OUT}, difficulty=HARD, first_seed=HARD_FIRST_SEED
         )
         training = _shuffled(easy, Path(folder, "shuffled"), config.seed) if shuffle else easy
+        # A stage may be left out for a trial: what it would have taught is recorded as untaught.
+        start = start.model_copy(update={"allow_untaught": True})
         fit(training, config, run, start=start, command=command)
         path = run / f"{config.name}.safetensors"
         network, card = checkpoint.load(path)
@@ -56,14 +58,15 @@ def train_demo(
             load_arrays(part, card.spec, preset)
             for part in (easy.split("train"), easy.split("test"), hard)
         )
-        prior = heatmaps.centre_prior(train.densities[:, 0])
-    names = card.spec.class_names
+        gazed = train.densities[train.has_gaze, 0]
+        prior = heatmaps.centre_prior(gazed) if len(gazed) else None
+    served = card.served
     results: dict[str, Any] = {
         **card.results,
-        "held_out": point_figures(network, test, prior, preset, names),
+        "held_out": point_figures(network, test, prior, preset, served),
         "held_out_hard": {
             "difficulty": HARD,
-            **point_figures(network, test_hard, prior, preset, names),
+            **point_figures(network, test_hard, prior, preset, served),
         },
         "note": "synthetic (phantom) figures: they say nothing of clinical performance",
     }

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.errors import DataError
+from cxrgaze.evidence.class_presets import PRESETS
 from cxrgaze.evidence.csv_table import csv_rows
 from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.films.film import Film
@@ -93,7 +94,7 @@ def read_egd(folder: Path, films: Path) -> Source:
     notes = [f"{count} gaze rows dropped: {why}" for why, count in sorted(dropped.items())]
     if without:
         notes.append(f"{without} films have no gaze")
-    return Source(entries, gaze, tuple(notes), collection="mimic-cxr")
+    return Source(entries, gaze, tuple(notes), collection="mimic-cxr", classes=PRESETS["paper"])
 
 
 class _Rows:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Served
 from cxrgaze.errors import DataError, ParityError
 from cxrgaze.evidence import heatmaps
-from cxrgaze.evidence.arrays import UNLABELLED, Arrays, load_arrays
+from cxrgaze.evidence.arrays import Arrays, load_arrays
 from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet, Split
-from cxrgaze.spec import ModelSpec
+from cxrgaze.evidence.truth import UNKNOWN, Truth, any_known
+from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec, Outputs
 from cxrgaze.train.evaluated_model import EvaluatedModel
 from cxrgaze.train.figures import saliency_by_film
 
@@ -26,43 +27,60 @@ class EvaluatedFilms:
 
     rows: Sequence[FilmRow]
     arrays: Arrays
-    classes: tuple[str, ...]
-    decision: Decision
-    """Of the model."""
-    logits: NDArray[np.float32]
-    """`(N, C)`."""
-    log_density: NDArray[np.float32]
-    """`(N, H, W)`."""
+    served: Served
+    """What is served of the model."""
+    outputs: Outputs
+    """Its heads for all films."""
     saliency: Mapping[int, Mapping[str, float]]
     """Metrics of each film with gaze, by its index (`saliency_by_film`)."""
     left_out: tuple[str, ...]
     """What there is nothing to compute from."""
+    known_of: Callable[[FilmRow], Mapping[str, bool]]
+    """What is known of the classes of any film of the set (`LabelledSet.known`)."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the K classes that something taught."""
+        return self.served.classes
+
+    @property
+    def truth(self) -> Truth:
+        """`(N, K)`, of these classes."""
+        return self.arrays.truth[:, self.served.columns]
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
-        """`(N, C)`, at the fitted temperature."""
-        return self.decision.probabilities(self.logits)
+        """`(N, K)`, at the fitted temperature."""
+        return self.served.probabilities(self.outputs[LOGITS])
 
     @property
     def has_label(self) -> NDArray[np.bool_]:
-        """`(N,)`, whether a film has a label."""
-        return np.asarray(self.arrays.labels != UNLABELLED)
+        """`(N,)`, whether something is known of a film's classes."""
+        return any_known(self.truth)
 
     def table(self) -> bytes:
-        """A row a film as CSV: label, prediction, probabilities, saliency metrics."""
+        """A row a film as CSV: label, prediction, probabilities, saliency metrics.
+
+        Of findings a column of each: 1, 0, empty where it is not known.
+        """
         keys = list(next(iter(self.saliency.values()), {}))
+        exclusive = self.served.spec.class_kind == "exclusive"
+        columns: list[str] = []
+        if self.classes:
+            columns = ["label", "predicted"] if exclusive else [f"has_{n}" for n in self.classes]
+        p = self.probabilities if self.classes else np.zeros((len(self.rows), 0))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = (f"p_{name}" for name in self.classes)
-        writer.writerow(["film", "patient", "label", "predicted", *columns, *keys])
-        for index, (row, p) in enumerate(zip(self.rows, self.probabilities, strict=True)):
+        writer.writerow(["film", "patient", *columns, *(f"p_{n}" for n in self.classes), *keys])
+        for index, row in enumerate(self.rows):
+            said: list[str] = []
+            if self.classes and exclusive:
+                said = [row.label or "", self.classes[int(p[index].argmax())]]
+            elif self.classes:
+                said = ["" if cell == UNKNOWN else str(cell) for cell in self.truth[index]]
             values = [self.saliency.get(index, {}).get(key, np.nan) for key in keys]
             cells = (f"{v:.6f}" if np.isfinite(v) else "" for v in values)
-            predicted = self.classes[int(p.argmax())]
-            probabilities = (f"{v:.6f}" for v in p)
-            writer.writerow(
-                [row.film, row.patient, row.label or "", predicted, *probabilities, *cells]
-            )
+            writer.writerow([row.film, row.patient, *said, *(f"{v:.6f}" for v in p[index]), *cells])
         return text.getvalue().encode()
 
 
@@ -83,35 +101,45 @@ def evaluate_films(
     if not part.rows:
         raise DataError(f"{labelled.folder}: no films in split {split}")
     arrays = load_arrays(part, model.spec, preset)
-    logits, log_density = model.predict(arrays.images)
-    if not (np.isfinite(logits).all() and np.isfinite(log_density).all()):
+    outputs = model.predict(arrays.images)
+    if not all(np.isfinite(array).all() for array in outputs.values()):
         raise ParityError(
             f"{model.path} gives NaN or infinity on these films: its weights are damaged"
         )
-    left_out = [f"a meaning of {head}: nothing taught this output" for head in model.untrained]
+    served = model.served
+    left_out = [f"a meaning of {head}: nothing taught this output" for head in served.untrained]
+    if served.classes:
+        left_out += [f"the class {name}: nothing taught it" for name in served.untaught]
     prior = None
-    if arrays.has_gaze.any():
+    if LOG_DENSITY in served.heads and arrays.has_gaze.any():
         prior = _training_prior(labelled, model.spec, preset)
         if prior is None:
             left_out.append("centre prior: the set has no training film with gaze")
-    saliency = saliency_by_film(arrays, log_density[:, 0], prior, preset)
-    unlabelled = int((arrays.labels == UNLABELLED).sum())
-    total = len(part.rows)
-    if unlabelled == total and not saliency:
-        raise DataError(f"{labelled.folder}: no film of split {split} has a label or gaze")
-    for lacking, what in ((unlabelled, "label"), (total - len(saliency), "gaze")):
-        if lacking:
-            left_out.append(f"{lacking} of {total} films have no {what}")
-    return EvaluatedFilms(
+    saliency: Mapping[int, Mapping[str, float]] = {}
+    if LOG_DENSITY in served.heads:
+        saliency = saliency_by_film(arrays, outputs[LOG_DENSITY][:, 0], prior, preset)
+    films = EvaluatedFilms(
         rows=part.rows,
         arrays=arrays,
-        classes=model.spec.class_names,
-        decision=model.decision,
-        logits=logits,
-        log_density=log_density[:, 0],
+        served=served,
+        outputs=outputs,
         saliency=saliency,
-        left_out=tuple(left_out),
+        left_out=(),
+        known_of=labelled.known,
     )
+    total, labelled_films = len(part.rows), int(films.has_label.sum())
+    if not labelled_films and not saliency:
+        raise DataError(
+            f"{labelled.folder}: no film of split {split} has a label or gaze that this network "
+            "can be judged by"
+        )
+    for some, head, what in (
+        (labelled_films, LOGITS, "label"),
+        (len(saliency), LOG_DENSITY, "gaze"),
+    ):
+        if head in served.heads and some < total:
+            left_out.append(f"{total - some} of {total} films have no {what}")
+    return replace(films, left_out=tuple(left_out))
 
 
 def _training_prior(

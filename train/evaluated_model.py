@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from cxrgaze.bundles.bundle import MANIFEST, Bundle
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Served
 from cxrgaze.errors import UsageError
 from cxrgaze.runtime.ort import OnnxRuntime
-from cxrgaze.spec import Head, Infer, ModelSpec, Outputs
+from cxrgaze.spec import Infer, ModelSpec, Outputs
 from cxrgaze.train import checkpoint
 from cxrgaze.train.evaluation_record import ModelIdentity
 from cxrgaze.train.figures import predict
@@ -25,16 +25,18 @@ class EvaluatedModel:
     """A network that can be run, and what is known of it."""
 
     path: Path
-    spec: ModelSpec
-    decision: Decision
+    served: Served
     identity: ModelIdentity
     heatmap: str | None
     """Preset that its gaze densities were made with; None where it does not say."""
     origins: tuple[Origin, ...]
     """What it was trained on; of a bundle, the last set alone is known."""
-    untrained: tuple[Head, ...]
-    """Outputs that nothing taught."""
     predict: Infer
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its interface."""
+        return self.served.spec
 
 
 def open_model(path: Path, threads: int | None = None) -> EvaluatedModel:
@@ -61,13 +63,12 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
 
     def predict_one_by_one(images: NDArray[np.float32]) -> Outputs:
         films = [backend.infer(image[None]) for image in images]
-        return Outputs(*(np.concatenate(head) for head in zip(*films, strict=True)))
+        return {head: np.concatenate([film[head] for film in films]) for head in films[0]}
 
     manifest, source = bundle.manifest, bundle.manifest.provenance
     return EvaluatedModel(
         path=path,
-        spec=manifest.spec,
-        decision=manifest.decision,
+        served=manifest.served,
         identity=ModelIdentity(
             kind="bundle",
             name=manifest.name,
@@ -78,7 +79,6 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
         ),
         heatmap="phantom" if manifest.spec.domain == "phantom" else None,
         origins=(Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256),),
-        untrained=manifest.untrained,
         predict=predict_one_by_one,
     )
 
@@ -89,8 +89,7 @@ def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:
     network, card = checkpoint.load(path)
     return EvaluatedModel(
         path=path,
-        spec=card.spec,
-        decision=card.decision,
+        served=card.served,
         identity=ModelIdentity(
             kind="checkpoint",
             name=card.name,
@@ -101,6 +100,5 @@ def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:
         ),
         heatmap=card.config.get("heatmap"),
         origins=card.lineage,
-        untrained=card.untrained,
         predict=lambda images: predict(network, images),
     )

@@ -16,6 +16,7 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, Split
 from cxrgaze.files import make_output_folder, render_json, write_atomic
+from cxrgaze.spec import LOG_DENSITY
 from cxrgaze.train.diagnosis_figures import diagnosis_of
 from cxrgaze.train.evaluated_films import EvaluatedFilms, evaluate_films
 from cxrgaze.train.evaluated_model import EvaluatedModel, open_model
@@ -73,7 +74,7 @@ def evaluate_model(options: EvaluationOptions) -> Evaluation:
 def _heatmap(options: EvaluationOptions, model: EvaluatedModel, labelled: LabelledSet) -> str:
     """The preset that makes densities of the set's gaze."""
     heatmap = options.heatmap or model.heatmap
-    if heatmap is None and labelled.gaze:
+    if heatmap is None and labelled.gaze and LOG_DENSITY in model.served.heads:
         raise UsageError(
             f"{options.model} does not say how its gaze densities were made; give --heatmap "
             f"({', '.join(PRESETS)})"

@@ -78,14 +78,22 @@ class Diagnosis(Frozen):
     """Figures of the diagnosis head over the films with a label."""
 
     films: dict[str, int]
-    """By class."""
+    """That have each class."""
+    known: dict[str, int] | None
+    """Of which each finding is known; None of exclusive classes, which are known together."""
     auc: dict[str, AucIntervals] | None
     """One versus rest by class, "macro" and "micro", of the classes that some and not all films
     have; None where there is no such class."""
-    accuracy: Interval
-    temperature: float
+    accuracy: Interval | None
+    """None of findings, as temperature and ECE."""
+    temperature: float | None
     """Fitted on validation films."""
-    ece: CalibrationError
+    temperatures: dict[str, float] | None
+    """Of the findings that have one; None of exclusive classes."""
+    ece: CalibrationError | None
+    """Of the label's probability."""
+    ece_by_finding: dict[str, CalibrationError] | None
+    """Of each finding's probability; None of exclusive classes."""
     operating_points: dict[str, OperatingPoint]
     """By class."""
     view_and_age: dict[str, AucIntervals] | None
@@ -136,7 +144,7 @@ class Look(Frozen):
 class Evaluation(Digested):
     """Content of `report.json`."""
 
-    VERSION = 2
+    VERSION = 3
     WHAT = "evaluation"
     REMEDY = "evaluate again, or use the version that wrote it"
 

@@ -8,6 +8,7 @@ from sklearn.metrics import roc_curve
 from cxrgaze.evidence import metrics
 from cxrgaze.evidence.intervals import Interval
 from cxrgaze.evidence.labelled_set import LOOKS
+from cxrgaze.evidence.truth import HAS, UNKNOWN, columns, present_classes
 from cxrgaze.report import (
     Block,
     Bullets,
@@ -20,10 +21,13 @@ from cxrgaze.report import (
     markdown_page,
     new_plot,
 )
+from cxrgaze.spec import LOG_DENSITY
 from cxrgaze.train.evaluated_films import EvaluatedFilms
 from cxrgaze.train.evaluation_record import AucIntervals, Diagnosis, Evaluation, Saliency
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without colour vision (Okabe & Ito)
+# Told apart without colour vision (Okabe & Ito), then by the line.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_LINES = ("-", "--", ":")
 _SALIENCY = {"cc": "CC", "sim": "SIM", "kld": "KLD", "nss": "NSS", "auc_judd": "AUC-Judd"}
 
 
@@ -57,14 +61,16 @@ def summary(evaluation: Evaluation) -> list[str]:
     )
     diagnosis, saliency = evaluation.diagnosis, evaluation.saliency
     if diagnosis and diagnosis.auc:
-        lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}, accuracy {diagnosis.accuracy}")
+        accuracy = f", accuracy {diagnosis.accuracy}" if diagnosis.accuracy else ""
+        lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}{accuracy}")
         if diagnosis.view_and_age:
             baseline = diagnosis.view_and_age["macro"].bootstrap
             lines.append(f"view and age alone: macro AUC {baseline}")
-        lines.append(
-            f"ECE {diagnosis.ece.before.value:.3f} before, "
-            f"{diagnosis.ece.after.value:.3f} after scaling"
-        )
+        if diagnosis.ece:
+            lines.append(
+                f"ECE {diagnosis.ece.before.value:.3f} before, "
+                f"{diagnosis.ece.after.value:.3f} after scaling"
+            )
     if saliency:
         prior = saliency.centre_prior.cc
         beside = f"centre prior {prior}" if prior else "no centre prior"
@@ -105,11 +111,13 @@ def _identity(evaluation: Evaluation) -> Table:
 
 
 def _diagnosis_blocks(diagnosis: Diagnosis, films: EvaluatedFilms) -> list[Block]:
-    counts = ", ".join(f"{count} {name}" for name, count in diagnosis.films.items())
-    blocks: list[Block] = [
-        Heading("Diagnosis"),
-        Paragraph(f"Films: {counts}. Accuracy {diagnosis.accuracy}."),
-    ]
+    known = diagnosis.known
+    counts = ", ".join(
+        f"{count} {name}" + (f" (of {known[name]} known)" if known else "")
+        for name, count in diagnosis.films.items()
+    )
+    accuracy = f" Accuracy {diagnosis.accuracy}." if diagnosis.accuracy else ""
+    blocks: list[Block] = [Heading("Diagnosis"), Paragraph(f"Films: {counts}.{accuracy}")]
     if diagnosis.auc:
         blocks += [_auc_table(diagnosis.auc, diagnosis.view_and_age), _roc(films)]
     if diagnosis.within_view:
@@ -125,14 +133,23 @@ def _diagnosis_blocks(diagnosis: Diagnosis, films: EvaluatedFilms) -> list[Block
             for name, point in diagnosis.operating_points.items()
         ]
         blocks.append(Table(("operating point", "threshold", "sensitivity", "specificity"), rows))
-    ece = diagnosis.ece
-    blocks.append(
-        Paragraph(
-            f"ECE (15 bins) {ece.before} before and {ece.after} after scaling with temperature "
-            f"{diagnosis.temperature:.3f}, which was fitted on validation films. "
-            "ECE is biased upwards on few films, and its bootstrap more so."
+    biased = "ECE is biased upwards on few films, and its bootstrap more so."
+    if ece := diagnosis.ece:
+        blocks.append(
+            Paragraph(
+                f"ECE (15 bins) {ece.before} before and {ece.after} after scaling with temperature "
+                f"{diagnosis.temperature:.3f}, which was fitted on validation films. {biased}"
+            )
         )
-    )
+    if by_finding := diagnosis.ece_by_finding:
+        temperatures = diagnosis.temperatures or {}
+        rows = [
+            [name, f"{temperatures.get(name, 1.0):.3f}", str(ece.before), str(ece.after)]
+            for name, ece in by_finding.items()
+        ]
+        header = ("ECE (15 bins)", "temperature", "before scaling", "after")
+        fitted = "Temperatures were fitted on validation films."
+        blocks += [Table(header, rows), Paragraph(f"{fitted} {biased}")]
     blocks.append(_reliability(films))
     return blocks
 
@@ -176,28 +193,37 @@ def _text(interval: Interval | None) -> str:
 
 
 def _roc(films: EvaluatedFilms) -> Figure:
-    labels = films.arrays.labels[films.has_label]
-    p = films.probabilities[films.has_label]
+    p, parts = films.probabilities, list(columns(films.truth))
     plot = new_plot(4.6, 4.2)
     axes = plot.add_subplot(
         xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", title="ROC"
     )
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle=":")
-    for c in metrics.present_classes(labels, p.shape[1]):
-        false_positive, true_positive, _ = roc_curve(labels == c, p[:, c])
-        area = metrics.auc(p[:, c], labels == c)
-        name = f"{films.classes[c]} ({area:.3f})"
-        axes.plot(false_positive, true_positive, color=_COLOURS[c % 3], label=name)
-    axes.legend(loc="lower right", fontsize=8)
+    present = present_classes(films.truth)
+    for c in present:
+        known, has = parts[c]
+        false_positive, true_positive, _ = roc_curve(has, p[known, c])
+        line, colour = divmod(c, len(_COLOURS))
+        axes.plot(
+            false_positive,
+            true_positive,
+            color=_COLOURS[colour],
+            linestyle=_LINES[line % len(_LINES)],
+            label=f"{films.classes[c]} ({metrics.auc(p[known, c], has):.3f})",
+        )
+    axes.legend(loc="lower right", fontsize=8 if len(present) < 6 else 5)
     return drawn("roc.svg", plot, "ROC of each class against the rest, with its AUC.")
 
 
 def _reliability(films: EvaluatedFilms) -> Figure:
-    labels = films.arrays.labels[films.has_label]
-    confidence, hits, counts = metrics.reliability(films.probabilities[films.has_label], labels)
+    p, truth = films.probabilities, films.truth
+    exclusive = films.served.spec.class_kind == "exclusive"
+    known = truth != UNKNOWN
+    pairs = metrics.top_label(p, truth) if exclusive else (p[known], truth[known] == HAS)
+    confidence, hits, counts = metrics.reliability(*pairs)
     plot = new_plot(4.6, 4.2)
     axes = plot.add_subplot(
-        xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
+        xlabel="probability", ylabel="share", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
     )
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle=":")
     axes.scatter(confidence, hits, s=8 + 200 * counts / counts.sum(), color=_COLOURS[0])
@@ -206,7 +232,8 @@ def _reliability(films: EvaluatedFilms) -> Figure:
     return drawn(
         "reliability.svg",
         plot,
-        "Accuracy by confidence after temperature scaling; the numbers are films in each bin.",
+        f"{'Accuracy' if exclusive else 'Share that has the finding, all findings together,'} by "
+        "probability after temperature scaling; the numbers are films in each bin.",
     )
 
 
@@ -220,9 +247,13 @@ def _maps(films: EvaluatedFilms) -> Figure:
         crop = films.arrays.geometries[index].crop
         film = crop(films.arrays.images[index, 0])
         truth = crop(films.arrays.densities[index, 0])
-        predicted = np.exp(crop(films.log_density[index]))
+        predicted = np.exp(crop(films.outputs[LOG_DENSITY][index, 0]))
         line[0].imshow(film, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(f"{films.rows[index].label or 'no label'}", fontsize=8)
+        known = films.known_of(films.rows[index])
+        has = [name for name, there in known.items() if there]
+        line[0].set_title(
+            ", ".join(has) or ("no class" if known else "no label"), fontsize=8, wrap=True
+        )
         for axis, density, name in ((line[1], truth, "readers"), (line[2], predicted, "predicted")):
             axis.imshow(film, cmap="gray", vmin=0, vmax=1)
             axis.imshow(density, cmap="viridis", alpha=0.6)

@@ -1,37 +1,37 @@
-"""Point figures of both heads: AUC beside accuracy, CC beside the centre prior."""
+"""Point figures of the heads: AUC beside accuracy, CC beside the centre prior."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import heatmaps, metrics
-from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density
+from cxrgaze.evidence.arrays import Arrays, canvas_density
 from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.truth import present_classes
 from cxrgaze.films.canvas import Geometry
-from cxrgaze.spec import Outputs
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, Outputs
 from cxrgaze.train.model import Network
 
 
 def predict(network: Network, images: NDArray[np.float32], batch: int = 16) -> Outputs:
-    """Both heads of the network in evaluation mode for `images` `(N, 1, H, W)`."""
+    """The heads of the network in evaluation mode for `images` `(N, 1, H, W)`."""
     network.eval()
-    logits, densities = [], []
+    parts: dict[Head, list[NDArray[np.float32]]] = {head: [] for head in network.heads}
     with torch.inference_mode():
         starts = range(0, len(images), batch)
         for start in counted(starts, len(starts), "batch"):
-            out = network(torch.tensor(images[start : start + batch]))
-            logits.append(out.logits.numpy())
-            densities.append(out.log_density.numpy())
-    return Outputs(np.concatenate(logits), np.concatenate(densities))
+            for head, tensor in network(torch.tensor(images[start : start + batch])).items():
+                parts[head].append(tensor.numpy())
+    return {head: np.concatenate(arrays) for head, arrays in parts.items()}
 
 
 def point_figures(
@@ -39,35 +39,36 @@ def point_figures(
     arrays: Arrays,
     prior: NDArray[np.floating] | None,
     preset: heatmaps.HeatmapPreset,
-    classes: Sequence[str],
+    served: Served,
 ) -> dict[str, Any]:
-    """Metrics of both heads on `arrays`, without intervals.
+    """Metrics of the heads on `arrays`, without intervals.
 
     Args:
         prior: centre prior `(H, W)` of the *training* films on the canvas; None where they have
             no gaze.
         preset: how the readers' own maps are made, for the inter-reader CC.
-        classes: names in the order of the logits.
+        served: what is served of the network; classes that nothing taught have no figure.
 
     Returns:
         Plain numbers: films; where there are labels, auc_per_class (of the classes that some and
-        not all films have), auc_macro (their mean), auc_micro, accuracy; where there is
-        gaze, means over films of `saliency_by_film`.
+        not all films have), auc_macro (their mean), auc_micro, of exclusive classes accuracy; where
+        there is gaze, means over films of `saliency_by_film`.
     """
-    logits, log_density = predict(network, arrays.images)
+    outputs = predict(network, arrays.images)
     figures: dict[str, Any] = {"films": len(arrays.films)}
-    has_label = arrays.labels != UNLABELLED
-    labels = arrays.labels[has_label]
-    present = metrics.present_classes(labels, logits.shape[1])
-    if present:
+    truth = arrays.truth[:, served.columns]
+    if present_classes(truth):
         # Softmax is monotone per class only up to its denominator: AUC needs probabilities.
-        probabilities = Decision().probabilities(logits[has_label])
-        aucs = {classes[c]: metrics.auc(probabilities[:, c], labels == c) for c in present}
-        figures["auc_per_class"] = aucs
-        figures["auc_macro"] = metrics.macro_auc(probabilities, labels, present)
-        figures["auc_micro"] = metrics.micro_auc(probabilities, labels, present)
-        figures["accuracy"] = metrics.accuracy(probabilities, labels)
-    by_film = saliency_by_film(arrays, log_density[:, 0], prior, preset)
+        probabilities = replace(served, decision=Decision()).probabilities(outputs[LOGITS])
+        aucs = metrics.auc_per_class(probabilities, truth)
+        figures["auc_per_class"] = {served.classes[c]: area for c, area in aucs.items()}
+        figures["auc_macro"] = metrics.macro_auc(probabilities, truth)
+        figures["auc_micro"] = metrics.micro_auc(probabilities, truth)
+        if served.spec.class_kind == "exclusive":
+            figures["accuracy"] = metrics.accuracy(probabilities, truth)
+    if LOG_DENSITY not in served.heads:
+        return figures
+    by_film = saliency_by_film(arrays, outputs[LOG_DENSITY][:, 0], prior, preset)
     for key in next(iter(by_film.values()), {}):
         values = np.array([saliency[key] for saliency in by_film.values()])
         if not np.isnan(values).all():

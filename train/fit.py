@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.command import say
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import heatmaps
-from cxrgaze.evidence.arrays import UNLABELLED, Arrays, load_arrays
+from cxrgaze.evidence.arrays import Arrays, load_arrays
+from cxrgaze.evidence.class_presets import Classes
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
-from cxrgaze.spec import ModelSpec
+from cxrgaze.evidence.truth import UNKNOWN, any_known, present_classes
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec
 from cxrgaze.train import checkpoint, initial
 from cxrgaze.train.config import Stage, TrainConfig
 from cxrgaze.train.decision import fit_decision
@@ -23,6 +27,7 @@ from cxrgaze.train.losses import (
     CONTRASTIVE,
     NEED_GAZE,
     NEED_LABELS,
+    NEED_TEACHER,
     TEACH_DIAGNOSIS,
     TEACH_SALIENCY,
 )
@@ -73,9 +78,17 @@ def fit(
     train, val = (
         _arrays(labelled, name, spec, preset, machine.cache, teacher) for name in ("train", "val")
     )
-    reasons = {name: _nothing_to_learn(stage, train, val) for name, stage in config.stages.items()}
-    if all(reasons.values()):
+    asked = {name: stage.of_heads(spec.heads) for name, stage in config.stages.items()}
+    reasons = {
+        name: _nothing_to_learn(stage, train, val) if stage else f"for heads {spec.heads} alone"
+        for name, stage in asked.items()
+    }
+    stages = {name: stage for name, stage in asked.items() if stage and not reasons[name]}
+    if not stages:
         raise DataError(f"{labelled.folder}: no stage has anything to learn from: {reasons}")
+    taught_heads = before.heads.union(*(_heads(s, train, teacher) for s in stages.values()))
+    taught_classes = before.classes | _classes(stages.values(), train, spec, teacher)
+    untaught = _untaught(taught_classes, spec, start)
     first = _is_first_process()
     if first:
         record = RunRecord(
@@ -87,27 +100,31 @@ def fit(
             command=command,
         )
         command = open_run(run, record, resume).command
-        _announce(config, reasons, train, labelled)
+        _announce(config, stages, reasons, train, labelled)
     gazed = train.densities[train.has_gaze, 0]
     prior = heatmaps.centre_prior(gazed) if len(gazed) else None
     if network.prior and prior is not None:
         network.prior.start_from(torch.from_numpy(prior))
-    done, taught_heads = {}, before.trained_heads
-    for number, (name, stage) in enumerate(config.stages.items(), 1):
+    done = {}
+    for number, name in enumerate(config.stages, 1):
         if reasons[name]:
             done[name] = {"left_out": reasons[name]}
             continue
-        done[name] = run_stage(
-            network, stage, Films(train, val), run, number, name, config, machine
-        )
-        taught_heads |= _heads(stage, train)
+        films = Films(train, val, spec)
+        done[name] = run_stage(network, stages[name], films, run, number, name, config, machine)
     if not first:
         return None
     if config.store == "float16":
         checkpoint.round_to_half(network)
-    untrained = tuple(head for head in ("logits", "log_density") if head not in taught_heads)
-    for head in untrained:
-        say(f"note: nothing taught the output {head}; every reading of this network will say so")
+    if not Served(spec, untaught=untaught).classes:
+        taught_heads -= {LOGITS}
+    untrained = tuple(head for head in spec.heads if head not in taught_heads)
+    named = [f"output {head}" for head in untrained]
+    named += [f"class {name}" for name in untaught if LOGITS not in untrained]
+    for what in named:
+        say(f"note: nothing taught the {what}; it is not served, and every reading will say so")
+    served = Served(spec, untrained=untrained, untaught=untaught)
+    decision = _decision(network, val, served, config)
     return checkpoint.save(
         run / f"{config.name}.safetensors",
         network,
@@ -117,12 +134,13 @@ def fit(
         lineage=(*origins, Origin.of_set(labelled.info)),
         centre_prior=config.centre_prior,
         untrained=untrained,
-        decision=_decision(network, val, spec, config),
+        untaught=untaught,
+        decision=decision,
         command=command,
         config=config.model_dump(mode="json"),
         results={
             "stages": done,
-            "validation": point_figures(network, val, prior, preset, spec.class_names),
+            "validation": point_figures(network, val, prior, preset, served),
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
     )
@@ -141,16 +159,48 @@ def _arrays(
     if not part.rows:
         raise DataError(f"{labelled.folder}: no films in split {split}; prepare makes one")
     arrays = load_arrays(part, spec, preset, cache)
-    return taught(arrays, part, teacher[0], teacher[1].spec) if teacher else arrays
+    return taught(arrays, part, spec, teacher[0], teacher[1].spec) if teacher else arrays
 
 
-def _decision(network: Network, val: Arrays, spec: ModelSpec, config: TrainConfig) -> Decision:
+def _decision(network: Network, val: Arrays, served: Served, config: TrainConfig) -> Decision:
     """Temperature and operating points from the labelled validation films."""
-    logits, _ = predict(network, val.images)
-    has_label = val.labels != UNLABELLED
-    return fit_decision(
-        logits[has_label], val.labels[has_label], spec.class_names, config.operating_sensitivity
-    )
+    if not served.classes:
+        return Decision()
+    logits = predict(network, val.images)[LOGITS]
+    return fit_decision(logits, val.truth, served, config.operating_sensitivity)
+
+
+def _classes(
+    stages: Iterable[Stage],
+    train: Arrays,
+    spec: ModelSpec,
+    teacher: tuple[Network, checkpoint.Card] | None,
+) -> frozenset[str]:
+    """Classes that the stages teach: those that some training films have and some have not."""
+    losses = {loss for stage in stages for loss in stage.loss if "classifier" in stage.train}
+    taught: set[str] = set()
+    if losses & TEACH_DIAGNOSIS & NEED_LABELS:
+        taught |= {spec.class_names[column] for column in present_classes(train.truth)}
+    if teacher and losses & TEACH_DIAGNOSIS & NEED_TEACHER:
+        taught |= set(teacher[1].served.classes)
+    return frozenset(taught)
+
+
+def _untaught(taught: frozenset[str], spec: ModelSpec, start: Start) -> tuple[str, ...]:
+    """Classes that nothing teaches.
+
+    Raises:
+        DataError: there are such, and they were not asked for.
+    """
+    untaught = tuple(name for name in spec.class_names if name not in taught)
+    if untaught and not start.allow_untaught:
+        raise DataError(
+            f"nothing would teach {', '.join(untaught)}: a class needs training films that have it "
+            "and training films that have it not, with a loss on labels; prepare the set with "
+            "--classes for those that it has, train with --set heads=log_density for the map "
+            "alone, or give --allow-untaught: such classes are recorded and never served"
+        )
+    return untaught
 
 
 def _is_first_process() -> bool:
@@ -160,12 +210,20 @@ def _is_first_process() -> bool:
 
 def _spec(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
     sources = [row.pixel_source for row in labelled.rows if row.split == "train"] or ["array"]
+    info, heads = labelled.info, config.heads
+    if LOGITS in heads and not info.classes:
+        if heads == (LOGITS,):
+            raise DataError(f"{labelled.folder} has no classes: no film has a label")
+        say("note: the set has no classes; the network gives the map alone")
+        heads = (LOG_DENSITY,)
     return spec_of(
         config.variant,
         model_version=f"{config.name}-{config.seed}",
         pixel_source=max(sorted(set(sources)), key=sources.count),
-        domain=labelled.info.domain,
+        domain=info.domain,
         canvas=config.canvas,
+        heads=heads,
+        classes=Classes(info.classes, info.class_kind),
     )
 
 
@@ -178,7 +236,11 @@ def _teacher(config: TrainConfig, start: Start) -> tuple[Network, checkpoint.Car
 
 
 def _announce(
-    config: TrainConfig, reasons: dict[str, str | None], train: Arrays, labelled: LabelledSet
+    config: TrainConfig,
+    stages: Mapping[str, Stage],
+    reasons: Mapping[str, str | None],
+    train: Arrays,
+    labelled: LabelledSet,
 ) -> None:
     """What the run should know before it waits for hours."""
     for text in config.not_evaluated:
@@ -186,23 +248,23 @@ def _announce(
     sources = sorted({row.pixel_source for row in labelled.rows if row.split == "train"})
     if len(sources) > 1:
         say(f"note: training films have mixed pixel sources: {', '.join(sources)}")
-    for name, stage in config.stages.items():
-        if reasons[name]:
-            say(f"stage {name} left out: {reasons[name]}")
+    for name, reason in reasons.items():
+        if reason:
+            say(f"stage {name} left out: {reason}")
             continue
-        for loss in stage.loss:
+        for loss in stages[name].loss:
             if _missing(loss, train):
                 say(f"note: loss {loss} of stage {name} has no target: {_missing(loss, train)}")
 
 
 def _missing(loss: str, arrays: Arrays) -> str | None:
     """What films lack for a loss, or None."""
-    labels = arrays.labels[arrays.labels != UNLABELLED]
-    if loss in NEED_LABELS and not len(labels):
+    if loss in NEED_LABELS and not any_known(arrays.truth).any():
         return "film has a label"
     if loss in CONTRASTIVE:
-        counts = [int((labels == c).sum()) for c in set(labels.tolist())]
-        if len(counts) < 2 or max(counts) < 2:
+        complete = arrays.truth[(arrays.truth != UNKNOWN).all(axis=1)]
+        counts = np.unique(complete, axis=0, return_counts=True)[1]
+        if len(counts) < 2 or counts.max() < 2:
             return "two films share a class that others do not have"
     if loss in NEED_GAZE and not arrays.has_gaze.any():
         return "film has gaze"
@@ -218,12 +280,19 @@ def _nothing_to_learn(stage: Stage, train: Arrays, val: Arrays) -> str | None:
     return None
 
 
-def _heads(stage: Stage, train: Arrays) -> frozenset[str]:
-    """Outputs of the network that a stage with targets has taught."""
+def _heads(
+    stage: Stage, train: Arrays, teacher: tuple[Network, checkpoint.Card] | None
+) -> frozenset[Head]:
+    """Outputs of the network that a stage with targets teaches; a teacher's own must be taught."""
     losses = {loss for loss in stage.loss if not _missing(loss, train)}
-    heads = set()
-    if losses & TEACH_DIAGNOSIS and "classifier" in stage.train:
-        heads.add("logits")
-    if losses & TEACH_SALIENCY and "saliency" in stage.train:
-        heads.add("log_density")
-    return frozenset(heads)
+    taught: set[Head] = set()
+    sources_of: dict[Head, tuple[str, set[str]]] = {
+        LOGITS: ("classifier", TEACH_DIAGNOSIS),
+        LOG_DENSITY: ("saliency", TEACH_SALIENCY),
+    }
+    for head, (part, teach) in sources_of.items():
+        knows = teacher is not None and head in teacher[1].served.heads
+        sources = losses & teach if knows else losses & teach - NEED_TEACHER
+        if sources and part in stage.train:
+            taught.add(head)
+    return frozenset(taught)

@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from cxrgaze.command import say
 from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
 from cxrgaze.files import read_regular, sha256
-from cxrgaze.spec import ModelSpec
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec, same_diagnosis
 from cxrgaze.train import checkpoint
 from cxrgaze.train.model import VARIANTS, Network, imagenet_to_dense
 from cxrgaze.train.origin import Origin
@@ -30,8 +31,10 @@ class Before(NamedTuple):
 
     origins: tuple[Origin, ...] = ()
     """What they descend from."""
-    trained_heads: frozenset[str] = frozenset()
+    heads: frozenset[Head] = frozenset()
     """Outputs of the network that were taught before."""
+    classes: frozenset[str] = frozenset()
+    """Classes of the diagnosis that were taught before."""
 
 
 def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> Before:
@@ -74,8 +77,30 @@ def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> Before:
             f"{path} is of variant {card.spec.variant!r}, this run trains {spec.variant!r}; "
             "choose the same variant, or another --init"
         )
-    checkpoint.load_weights(network, loaded.state_dict(), str(path))
-    return Before(card.descent, frozenset({"logits", "log_density"}) - set(card.untrained))
+    weights, own = loaded.state_dict(), network.state_dict()
+    heads = frozenset(card.served.heads) & set(spec.heads)
+    gone = {_part(name) for name in weights} - {_part(name) for name in own}
+    if spec.heads != card.spec.heads or not same_diagnosis(spec, card.spec):
+        # What another head or other classes gave its shape or its meaning begins anew.
+        heads -= {LOGITS}
+        begun = {n for n in own if n not in weights or own[n].shape != weights[n].shape}
+        begun |= {name for name in own if _part(name) == "classifier"}
+        if LOG_DENSITY in spec.heads:
+            gone -= {"prior"}  # without it the map would be another: refused below
+        weights = {n: tensor for n, tensor in weights.items() if _part(n) not in gone}
+        weights |= {name: own[name] for name in begun}
+        for what, parts in (("begun at random", set(map(_part, begun))), ("left out", gone)):
+            if parts:
+                listed = ", ".join(sorted(parts))
+                say(f"note: {path.name} has other heads or classes; {what}: {listed}")
+    checkpoint.load_weights(network, weights, str(path))
+    taught = card.served.classes if LOGITS in heads else ()
+    return Before(card.descent, heads, frozenset(taught))
+
+
+def _part(name: str) -> str:
+    """The part of the network that a tensor is of."""
+    return name.split(".")[0]
 
 
 def _imagenet(spec: ModelSpec) -> bytes:

@@ -1,9 +1,9 @@
 """Losses, by the names that a training stage gives them.
 
-A loss over films returns the values of a batch's films and which of them count: films without the
-label or the gaze that it needs do not. A contrastive loss looks at all embeddings of a batch at
-once. Sums and counts are reduced over all processes before one is divided by the other, so that a
-loss does not depend on how a batch is dealt out.
+A loss over films returns the values of a batch's films and how much of each counts: films without
+the label or the gaze that it needs do not, nor findings that are not known. A contrastive loss
+looks at all embeddings of a batch at once. Sums and counts are reduced over all processes before
+one is divided by the other, so that a loss does not depend on how a batch is dealt out.
 
 Differs from the authors' code at 6873ddf: the triplet loss takes pooled, L2-normalised features
 and averages over the triplets that violate the margin, where theirs takes unpooled maps, a norm
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cxrgaze.evidence.arrays import UNLABELLED
+from cxrgaze.evidence.truth import HAS, UNKNOWN
+from cxrgaze.spec import LOG_DENSITY, LOGITS, ClassKind
 from cxrgaze.train.model import HeadTensors
 
 MARGIN = 1.0
@@ -37,8 +38,8 @@ class Batch(NamedTuple):
     """`(N,)`, index of each film in its split."""
     image: Tensor
     """`(N, 1, H, W)`, in [0, 1]."""
-    label: Tensor
-    """`(N,)`, `UNLABELLED` where there is none."""
+    truth: Tensor
+    """`(N, C)`, int8 (`cxrgaze.evidence.truth`)."""
     density: Tensor
     """`(N, 1, H, W)`, sum 1; all zero where there is no gaze."""
     teacher_logits: Tensor
@@ -48,20 +49,29 @@ class Batch(NamedTuple):
 
 
 class PerFilm(NamedTuple):
-    """Values of one loss, and which films they count for."""
+    """Values of one loss, and how much they count for."""
 
     value: Tensor
     """`(N,)`; zero where a film does not count."""
     counts: Tensor
-    """`(N,)`, 1 or 0, in the type of `value`."""
+    """`(N,)`, in the type of `value`: 1 or 0, or how many findings of the film are known."""
 
 
 def cross_entropy(out: HeadTensors, batch: Batch) -> PerFilm:
     """Softmax cross-entropy of the labelled films, in nats."""
-    value = F.cross_entropy(
-        out.logits.float(), batch.label, ignore_index=UNLABELLED, reduction="none"
-    )
-    return PerFilm(value, (batch.label != UNLABELLED).to(value.dtype))
+    has = batch.truth == HAS
+    labelled = has.any(1)
+    label = torch.where(labelled, has.long().argmax(1), UNKNOWN)
+    value = F.cross_entropy(out[LOGITS].float(), label, ignore_index=UNKNOWN, reduction="none")
+    return PerFilm(value, labelled.to(value.dtype))
+
+
+def binary_cross_entropy(out: HeadTensors, batch: Batch) -> PerFilm:
+    """Sigmoid cross-entropy of the findings that are known, in nats: a sum over them a film."""
+    known = (batch.truth != UNKNOWN).to(out[LOGITS].dtype).float()
+    has = (batch.truth == HAS).float()
+    value = F.binary_cross_entropy_with_logits(out[LOGITS].float(), has, reduction="none")
+    return PerFilm((value * known).sum(1), known.sum(1))
 
 
 def saliency_kl(out: HeadTensors, batch: Batch) -> PerFilm:
@@ -70,12 +80,12 @@ def saliency_kl(out: HeadTensors, batch: Batch) -> PerFilm:
     Formula: sum_x G(x) [ln G(x) - ln P(x)], zeros of G give 0 (docs/method.md#saliency-loss). Over
     the whole canvas, where G is zero in the pad: this also drives predicted mass out of the pad.
     """
-    return _kl(batch.density, out.log_density)
+    return _kl(batch.density, out[LOG_DENSITY])
 
 
 def saliency_cc(out: HeadTensors, batch: Batch) -> PerFilm:
     """Minus the Pearson correlation of prediction and gaze, over the whole canvas."""
-    p, q = (m.flatten(1) for m in (out.log_density.float().exp(), batch.density))
+    p, q = (m.flatten(1) for m in (out[LOG_DENSITY].float().exp(), batch.density))
     p, q = p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)
     has_gaze = (q != 0).any(1)
     norm = (p.norm(dim=1) * q.norm(dim=1)).clamp(min=1e-12)
@@ -89,29 +99,43 @@ def soft_labels(out: HeadTensors, batch: Batch) -> PerFilm:
     Source: Hinton, Vinyals & Dean, arXiv 1503.02531, section 2.
     """
     t = DISTILLATION_TEMPERATURE
-    teacher, student = ((x.float() / t).log_softmax(1) for x in (batch.teacher_logits, out.logits))
+    teacher, student = ((x.float() / t).log_softmax(1) for x in (batch.teacher_logits, out[LOGITS]))
     value = (teacher.exp() * (teacher - student)).sum(1) * t**2
     return PerFilm(value, torch.ones_like(value))
 
 
+def soft_findings(out: HeadTensors, batch: Batch) -> PerFilm:
+    """As `soft_labels` for findings: KL of each one's softened sigmoid, summed over them a film."""
+    t = DISTILLATION_TEMPERATURE
+    teacher, student = (x.float() / t for x in (batch.teacher_logits, out[LOGITS]))
+    value = torch.zeros(len(teacher), dtype=teacher.dtype, device=teacher.device)
+    for sign in (1, -1):
+        there, here = F.logsigmoid(sign * teacher), F.logsigmoid(sign * student)
+        value = value + (there.exp() * (there - here)).sum(1) * t**2
+    return PerFilm(value, torch.full_like(value, float(teacher.shape[1])))
+
+
 def soft_saliency(out: HeadTensors, batch: Batch) -> PerFilm:
     """KL(teacher's density || student's) in nats, on every film, gaze or not."""
-    return _kl(batch.teacher_density, out.log_density)
+    return _kl(batch.teacher_density, out[LOG_DENSITY])
 
 
-def triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
+def triplet(embeddings: Tensor, truth: Tensor) -> Tensor:
     """Batch-all triplet margin loss, mean over the triplets that violate the margin.
 
     Formula: mean of d(a, p) - d(a, n) + `MARGIN` where positive, over all anchors a, positives
     p != a of the same class and negatives n of another; d is Euclidean on L2-normalised rows.
 
     Args:
-        embeddings: `(N, features)`. labels: `(N,)`; unlabelled rows take no part.
+        embeddings: `(N, features)`.
+        truth: `(N, C)`; films are of one class where all of it is the same, and take no part where
+            some of it is not known.
 
     Source: Schroff et al., arXiv 1503.03832; batch-all as in Hermans et al., arXiv 1703.07737.
     """
-    rows = F.normalize(embeddings[labels != UNLABELLED].float())
-    same = _same(labels)
+    complete = (truth != UNKNOWN).all(1)
+    rows = F.normalize(embeddings[complete].float())
+    same = (truth[complete][:, None] == truth[complete][None, :]).all(2)
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     excess = distance[:, :, None] - distance[:, None, :] + MARGIN
     valid = (same & ~_diagonal(same))[:, :, None] & ~same[:, None, :]
@@ -119,18 +143,21 @@ def triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
     return violating.sum() / (violating > 0).sum().clamp(min=1)
 
 
-def supcon(embeddings: Tensor, labels: Tensor) -> Tensor:
+def supcon(embeddings: Tensor, truth: Tensor) -> Tensor:
     """Supervised contrastive loss, mean over anchors that have a positive.
 
     Args:
-        embeddings: `(N, features)`. labels: `(N,)`; unlabelled rows take no part.
+        embeddings: `(N, features)`.
+        truth: `(N, C)`; films are of one class where all of it is the same, and take no part where
+            some of it is not known.
 
     Source: Khosla et al., arXiv 2004.11362, equation 2 (L_out).
     """
-    rows = F.normalize(embeddings[labels != UNLABELLED].float())
+    complete = (truth != UNKNOWN).all(1)
+    rows = F.normalize(embeddings[complete].float())
     if len(rows) < 2:
         return rows.sum() * 0  # a logsumexp over no other film has no gradient
-    same = _same(labels)
+    same = (truth[complete][:, None] == truth[complete][None, :]).all(2)
     self_pair = _diagonal(same)
     logits = (rows @ rows.T / CONTRAST_TEMPERATURE).masked_fill(self_pair, -torch.inf)
     log_share = logits - logits.logsumexp(1, keepdim=True)
@@ -152,6 +179,11 @@ NETWORK: dict[str, FilmLoss] = {
     "soft_saliency": soft_saliency,
 }
 FILM_LOSSES = {**ENCODER, **NETWORK}
+"""Those of exclusive classes; `film_loss` has those of findings."""
+_OF_FINDINGS: dict[FilmLoss, FilmLoss] = {
+    cross_entropy: binary_cross_entropy,
+    soft_labels: soft_findings,
+}
 TEACH_DIAGNOSIS = {"cross_entropy", "soft_labels"}
 """Losses on the network's logits."""
 TEACH_SALIENCY = {"saliency_kl", "saliency_cc", "soft_saliency"}
@@ -161,16 +193,17 @@ NEED_GAZE = {"saliency_kl", "saliency_cc"}
 NEED_TEACHER = {"soft_labels", "soft_saliency"}
 
 
+def film_loss(name: str, kind: ClassKind) -> FilmLoss:
+    """The loss over films of that name, for classes of that kind."""
+    loss = FILM_LOSSES[name]
+    return _OF_FINDINGS.get(loss, loss) if kind == "findings" else loss
+
+
 def _kl(target: Tensor, log_density: Tensor) -> PerFilm:
     entropy = torch.special.xlogy(target, target)
     value = (entropy - target * log_density.float()).flatten(1).sum(1)
     counts = (target.flatten(1).sum(1) > 0).to(value.dtype)
     return PerFilm(value * counts, counts)
-
-
-def _same(labels: Tensor) -> Tensor:
-    labelled = labels[labels != UNLABELLED]
-    return labelled[:, None] == labelled[None, :]
 
 
 def _diagonal(square: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ authors' object carries but never uses are absent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,9 @@ from monai.networks.nets.densenet import DenseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxrgaze.evidence.class_presets import PRESETS, Classes
 from cxrgaze.records import Frozen
-from cxrgaze.spec import ModelSpec, PixelSource
-from cxrgaze.train.classes import CLASSES
+from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, Head, ModelSpec, PixelSource
 
 
 class Variant(Frozen):
@@ -87,9 +87,13 @@ VARIANTS = {
 }
 
 
-KEPT = ("/dense/conv0/", "/skips.0/", "/saliency/")
-"""Convolutions that stay in higher precision, by the path of their module: they see the image's own
-256 grey levels or make the map."""
+def kept_in(spec: ModelSpec) -> tuple[str, ...]:
+    """Convolutions that stay in higher precision, by the path of their module.
+
+    They see the image's own 256 grey levels or make the map.
+    """
+    of_the_map = ("/skips.0/", "/saliency/") if LOG_DENSITY in spec.heads else ()
+    return ("/dense/conv0/", *of_the_map)
 
 
 def block_of(node: str) -> str:
@@ -101,13 +105,12 @@ def block_of(node: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
 
 
-class HeadTensors(NamedTuple):
-    """What the network returns; the tensor names of the exported graph."""
+HeadTensors = Mapping[Head, Tensor]
+"""What the network returns, by the tensor names of the exported graph.
 
-    logits: Tensor
-    """`(N, C)`."""
-    log_density: Tensor
-    """`(N, 1, H, W)`, natural-log spatial softmax: exp sums to 1 over the canvas."""
+`logits` `(N, C)`; `log_density` `(N, 1, H, W)`, natural-log spatial softmax: exp sums to 1 over the
+canvas. A head that it does not have is not there.
+"""
 
 
 class DenseTaps(NamedTuple):
@@ -221,19 +224,40 @@ class UpStep(nn.Module):
 
 
 class Network(nn.Module):
-    """Diagnosis and gaze from one grey image.
+    """Diagnosis and gaze from one grey image, or one of the two.
+
+    Without the map there is no residual encoder and no decoder, and the diagnosis sees the dense
+    encoder's embedding alone; without the diagnosis there is no classifier.
 
     Args:
         variant: sizes.
-        classes: number of classes.
+        classes: number of classes; 0 without the diagnosis.
+        heads: that it has.
 
     Source: docs/method.md#network.
     """
 
-    def __init__(self, variant: Variant, classes: int = len(CLASSES)) -> None:
+    def __init__(self, variant: Variant, classes: int, heads: Sequence[Head] = HEADS) -> None:
         super().__init__()
+        self.heads = tuple(heads)
         self.classes = classes
         self.dense = DenseEncoder(variant)
+        seen = self.dense.out_channels
+        if LOG_DENSITY in heads:
+            seen += self._add_map(variant)
+        if LOGITS in heads:
+            self.classifier = nn.Sequential(
+                nn.Linear(seen, variant.hidden),
+                nn.ReLU(inplace=True),
+                nn.Dropout(0.25),
+                nn.Linear(variant.hidden, classes),
+            )
+        # After the classifier, whose first weights are drawn before it.
+        has_prior = variant.centre_prior and LOG_DENSITY in heads
+        self.prior = CentrePrior(variant.height, variant.width) if has_prior else None
+
+    def _add_map(self, variant: Variant) -> int:
+        """Add what makes the map; the channels of the decoder's last step."""
         widths = variant.skip_channels
         self.skips = nn.ModuleList(
             ResidualSE(below, here, variant.se_reduction)
@@ -251,27 +275,32 @@ class Network(nn.Module):
         self.saliency = nn.Sequential(
             *_conv_bn_relu(outs[-1], outs[-1]), nn.Conv2d(outs[-1], 1, kernel_size=1)
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(self.dense.out_channels + outs[-1], variant.hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.25),
-            nn.Linear(variant.hidden, classes),
-        )
-        self.prior = CentrePrior(variant.height, variant.width) if variant.centre_prior else None
+        return outs[-1]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules by the part of the network that a training stage can name."""
-        return {
-            "dense": [self.dense],
-            "skips": [self.skips],
-            "decoder": [self.decoder],
-            "saliency": [self.saliency, *([self.prior] if self.prior else [])],
-            "classifier": [self.classifier],
-        }
+        parts: dict[str, list[nn.Module]] = {"dense": [self.dense]}
+        if LOG_DENSITY in self.heads:
+            saliency = [self.saliency, *([self.prior] if self.prior else [])]
+            parts |= {"skips": [self.skips], "decoder": [self.decoder], "saliency": saliency}
+        if LOGITS in self.heads:
+            parts["classifier"] = [self.classifier]
+        return parts
 
     def forward(self, image: Tensor) -> HeadTensors:
-        """Both heads for `image` `(N, 1, H, W)` float32 in [0, 1], H and W multiples of 32."""
+        """The heads for `image` `(N, 1, H, W)` float32 in [0, 1], H and W multiples of 32."""
         taps = self.dense(image)
+        features: list[Tensor] = [taps.embedding]
+        outputs: dict[Head, Tensor] = {}
+        if LOG_DENSITY in self.heads:
+            decoded, outputs[LOG_DENSITY] = self._map(image, taps)
+            features.append(global_mean(decoded))
+        if LOGITS in self.heads:
+            outputs[LOGITS] = self.classifier(torch.cat(features, dim=1))
+        return outputs
+
+    def _map(self, image: Tensor, taps: DenseTaps) -> tuple[Tensor, Tensor]:
+        """What the decoder ends with, and the log-density."""
         skips = []
         x = image
         for level, block in enumerate(self.skips):
@@ -283,8 +312,7 @@ class Network(nn.Module):
         saliency = self.saliency(x)
         if self.prior:
             saliency = self.prior(saliency)
-        features = torch.cat([taps.embedding, global_mean(x)], dim=1)
-        return HeadTensors(self.classifier(features), spatial_log_softmax(saliency))
+        return x, spatial_log_softmax(saliency)
 
 
 def global_mean(x: Tensor) -> Tensor:
@@ -312,8 +340,10 @@ def spec_of(
     pixel_source: PixelSource,
     domain: str,
     canvas: tuple[int, int] | None = None,
+    heads: Sequence[Head] = HEADS,
+    classes: Classes = PRESETS["paper"],
 ) -> ModelSpec:
-    """The ModelSpec of a network of this variant with the paper's classes.
+    """The ModelSpec of a network of this variant, by default with the paper's heads and classes.
 
     Args:
         canvas: `(H, W)` other than the variant's own; the network is convolutional.
@@ -324,7 +354,9 @@ def spec_of(
         {
             "variant": variant,
             "model_version": model_version,
-            "classes": CLASSES,
+            "heads": tuple(heads),
+            "classes": classes.classes if LOGITS in heads else (),
+            "class_kind": classes.kind if LOGITS in heads else "exclusive",
             "height": height,
             "width": width,
             "pixel_source": pixel_source,
@@ -338,10 +370,10 @@ def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> Network:
     sizes = VARIANTS[spec.variant].model_copy(
         update={"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
     )
-    return Network(sizes, len(spec.classes))
+    return Network(sizes, len(spec.classes), spec.heads)
 
 
-def random_network(variant: str, images: Tensor, seed: int = 0) -> Network:
+def random_network(spec: ModelSpec, images: Tensor, seed: int = 0) -> Network:
     """An untrained network for latency work: seeded Kaiming weights, BatchNorm calibrated once.
 
     One forward pass over `images` `(N, 1, H, W)` sets every BatchNorm's running statistics to those
@@ -352,7 +384,7 @@ def random_network(variant: str, images: Tensor, seed: int = 0) -> Network:
     0.028 and 0.00015; one phantom, ONNX Runtime): parity would judge chaos, not the conversion.
     """
     generator = torch.Generator().manual_seed(seed)
-    network = Network(VARIANTS[variant])
+    network = network_of(spec)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

@@ -1,13 +1,14 @@
 """A labelled set from a source: a folder of films with a CSV of labels, or a data set's own files.
 
-The CSV has a column `file` (path below the folder of films) and any of `patient`, `label`, `view`,
-`age`, `sex`, `split`; other columns are left alone. Films that cannot be read or must not be read
-are left out and said so.
+Tables of labels are read by `cxrgaze.train.label_tables`. The classes of a set are those that were
+asked for, or those that its labels name. Films that cannot be read or must not be read are left out
+and said so.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from cxrgaze.command import counted, say
 from cxrgaze.errors import DataError, FilmError
-from cxrgaze.evidence.csv_table import csv_rows
+from cxrgaze.evidence.class_presets import Classes, class_named, in_order_of_presets
 from cxrgaze.evidence.gaze import Gaze, read_gaze
 from cxrgaze.evidence.labelled_set import (
     FilmRow,
@@ -28,15 +29,13 @@ from cxrgaze.evidence.labelled_set import (
     collection_of,
     write_set,
 )
-from cxrgaze.files import checked_relative
 from cxrgaze.films.decode import film_from_bytes, read_file
 from cxrgaze.films.film import Film
 from cxrgaze.films.find import looks_like_dicom
 from cxrgaze.films.stripped import stripped
 from cxrgaze.records import complaint
-from cxrgaze.train.classes import CLASSES
-
-_COLUMNS = ("patient", "label", "view", "age", "sex", "split")
+from cxrgaze.spec import ClassKind
+from cxrgaze.train.label_tables import OWN, Statement, Table
 
 Check = Callable[[Film], str | None]
 
@@ -55,6 +54,8 @@ class Entry:
     """Cells of `films.csv` by column, as text; empty where unknown."""
     checks: list[Check] = field(default_factory=list)
     """Each says what is wrong with the film, or None."""
+    findings: Statement | None = None
+    """What is said of findings, by the source's own names; None of exclusive classes."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Source:
     """What was dropped on the way."""
     collection: str = ""
     """As `SetInfo.collection`; "" takes it from the words of the origin."""
+    classes: Classes | None = None
+    """Those that the source has whatever its labels name; None for those that they name."""
+    findings: tuple[str, ...] = ()
+    """Names of its findings, where the entries have such."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ class PrepareOptions:
     output: Path
     origin: str
     label_map: Mapping[str, str] = field(default_factory=dict)
-    """Label of the source to class; an empty class leaves the film unlabelled."""
+    """Label of the source to class; an empty class leaves films unlabelled, or drops a finding."""
+    classes: Classes | None = None
+    """That the set shall have; None for those of the source or of its labels. Their kind counts
+    where the source's labels are of none."""
     shares: Mapping[Split, float] = field(
         default_factory=lambda: {"train": 0.7, "val": 0.1, "test": 0.2}
     )
@@ -91,27 +99,22 @@ class PrepareOptions:
     """Keep of DICOM films only what their pixels need (`cxrgaze.films.stripped`)."""
 
 
-def read_table(films: Path, labels: Path, gaze: Path | None = None) -> Source:
-    """The source of a folder of films and a CSV of labels, and gaze of any eye tracker.
+def source_of(films: Path, table: Table, gaze: Path | None = None) -> Source:
+    """The source of a folder of films and a table of labels, and gaze of any eye tracker.
 
     Args:
         gaze: a CSV in the form of `fixations.csv` (`gaze.GAZE_COLUMNS`), its column
-            film as the labels' column file.
+            film as the names of the table's films.
 
     Raises:
-        DataError: naming the row: a film that is not there or lies outside the folder.
+        DataError: as `read_gaze`.
     """
-    entries = []
-    for number, cells in csv_rows(labels, ["file"], None):
-        where = f"{labels}, row {number}"
-        try:
-            path = films / checked_relative(cells["file"])
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-        if not path.is_file():
-            raise DataError(f"{where}: {path} does not exist")
-        entries.append(Entry(where, path, cells["file"], cells))
-    return Source(entries, read_gaze(gaze, {entry.file for entry in entries}) if gaze else {})
+    entries = [
+        Entry(row.where, row.path, row.file, row.values, findings=row.findings)
+        for row in table.rows
+    ]
+    looked = read_gaze(gaze, {entry.file for entry in entries}) if gaze else {}
+    return Source(entries, looked, table.notes, findings=table.findings or ())
 
 
 def prepare(source: Source, options: PrepareOptions) -> LabelledSet:
@@ -121,7 +124,8 @@ def prepare(source: Source, options: PrepareOptions) -> LabelledSet:
         DataError: naming file and row: an unknown label, no patient, a patient in two splits, gaze
             that does not belong to its film.
     """
-    rows, left_out = _rows(source, options)
+    classes = _classes(source, options)
+    rows, left_out = _rows(source, options, classes)
     if not any(row.split for row in rows):
         rows = list(assign_splits(rows, options.shares, options.seed))
     info = SetInfo(
@@ -129,7 +133,8 @@ def prepare(source: Source, options: PrepareOptions) -> LabelledSet:
         origin=options.origin,
         collection=source.collection or collection_of(options.origin),
         domain="phantom" if options.synthetic else "clinical",
-        classes=tuple(c.name for c in CLASSES),
+        classes=classes.classes,
+        class_kind=classes.kind,
     )
     used = {row.film for row in rows}
     paths = {_name(entry): entry.path for entry in source.entries}
@@ -171,15 +176,20 @@ def find_mimic_film(films: Path, path: str, where: str) -> Path:
 
 def summary(labelled: LabelledSet) -> str:
     """Films and patients per split and class, films per reader, a line each."""
-    lines = [f"{'split':8}{'class':16}{'films':>8}{'patients':>10}"]
-    counts = Counter((row.split or "-", row.label or "unlabelled") for row in labelled.rows)
-    for (split, label), films in sorted(counts.items()):
-        patients = {
-            row.patient
-            for row in labelled.rows
-            if (row.split or "-", row.label or "unlabelled") == (split, label)
-        }
-        lines.append(f"{split:8}{label:16}{films:8}{len(patients):10}")
+    names = labelled.info.class_names
+    width = max(map(len, (*names, "unlabelled"))) + 1
+    lines = [f"{'split':8}{'class':{width}}{'films':>8}{'patients':>10}"]
+    films: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in labelled.rows:
+        known = labelled.known(row)
+        # Of findings a film may have several, or none of all that are known.
+        has = [name for name, there in known.items() if there] or [
+            "no class" if known else "unlabelled"
+        ]
+        for name in has:
+            films[row.split or "-", name].append(row.patient)
+    for (split, label), patients in sorted(films.items()):
+        lines.append(f"{split:8}{label:{width}}{len(patients):8}{len(set(patients)):10}")
     readers = Counter(reader for gaze in labelled.gaze.values() for reader in set(gaze.readers))
     if len(readers) > 8:  # REFLACX has a reader for each reading
         lines.append(f"gaze: {sum(readers.values())} readings of {len(labelled.gaze)} films")
@@ -188,7 +198,37 @@ def summary(labelled: LabelledSet) -> str:
     return "\n".join(lines)
 
 
-def _rows(source: Source, options: PrepareOptions) -> tuple[list[FilmRow], list[tuple[str, str]]]:
+def _classes(source: Source, options: PrepareOptions) -> Classes:
+    """The classes of the set.
+
+    Raises:
+        DataError: classes of another kind than the labels; exclusive ones of which there is one.
+    """
+    kind: ClassKind = "findings" if source.findings else "exclusive"
+    asked = options.classes or source.classes
+    if asked:
+        return Classes(asked.classes, kind)
+    if source.findings:
+        labels = [options.label_map.get(name, name) for name in source.findings]
+    else:
+        found = {entry.values.get("label", "").strip() for entry in source.entries}
+        mapped = {options.label_map.get(label, label) for label in found}
+        labels = sorted(mapped, key=str.lower)
+    try:
+        named = {c.name: c for c in (class_named(label) for label in labels if label)}
+    except ValueError as error:
+        raise DataError(f"{error}; give --map 'LABEL=CLASS'") from error
+    if kind == "exclusive" and len(named) == 1:
+        raise DataError(
+            f"all labelled films are {labels[-1]!r}: a diagnosis needs two classes or more; give "
+            "--classes for all that the network shall know"
+        )
+    return Classes(in_order_of_presets(named.values()), kind)
+
+
+def _rows(
+    source: Source, options: PrepareOptions, classes: Classes
+) -> tuple[list[FilmRow], list[tuple[str, str]]]:
     rows, left_out = [], []
     for entry in counted(source.entries, len(source.entries), "film"):
         try:
@@ -202,7 +242,7 @@ def _rows(source: Source, options: PrepareOptions) -> tuple[list[FilmRow], list[
         for check in entry.checks:
             if wrong := check(film):
                 raise DataError(f"{entry.where}: {wrong}")
-        rows.append(_row(entry, film, options))
+        rows.append(_row(entry, film, options, classes))
     if not rows:
         raise DataError(f"no film could be used; {len(left_out)} were left out")
     return rows, left_out
@@ -219,17 +259,48 @@ def _has_header(path: Path) -> bool:
         return looks_like_dicom(file.read(132))
 
 
-def _row(entry: Entry, film: Film, options: PrepareOptions) -> FilmRow:
-    label = entry.values.get("label", "")
+def _label(entry: Entry, options: PrepareOptions, classes: Classes) -> str | None:
+    """The film's class of exclusive ones.
+
+    Raises:
+        DataError: a label that is none of them.
+    """
+    label = entry.values.get("label", "").strip()
     label = options.label_map.get(label, label)
-    classes = [c.name for c in CLASSES]
-    if label and label not in classes:
-        raise DataError(
-            f"{entry.where}: label {label!r} is not one of {classes}; give --map '{label}=CLASS', "
-            f"or --map '{label}=' to leave such films unlabelled"
-        )
-    values: dict[str, Any] = {key: entry.values[key] for key in _COLUMNS if entry.values.get(key)}
-    values["label"] = label or None
+    if entry.findings is not None or not label:
+        return None
+    known = [c.name for c in classes.classes]
+    if label in known:
+        return label
+    with contextlib.suppress(ValueError):
+        if (name := class_named(label).name) in known:
+            return name
+    raise DataError(
+        f"{entry.where}: label {label!r} is not one of {known}; give --map '{label}=CLASS', "
+        f"--map '{label}=' to leave such films unlabelled, or --classes with all that there are"
+    )
+
+
+def _findings(entry: Entry, options: PrepareOptions, classes: Classes) -> dict[str, bool]:
+    """Whether a film has each finding, where that is known; any of several names of it will do."""
+    if entry.findings is None:
+        return {}
+    names: dict[str, list[str]] = {c.name: [] for c in classes.classes}
+    for name in dict.fromkeys((*entry.findings.known, *options.label_map)):
+        if label := options.label_map.get(name, name):
+            names.setdefault(class_named(label).name, []).append(name)
+    found = {}
+    for one in classes.classes:
+        said = [entry.findings.says(name) for name in names[one.name] or [one.display]]
+        if any(said) or None not in said:
+            found[one.name] = any(said)
+    return found
+
+
+def _row(entry: Entry, film: Film, options: PrepareOptions, classes: Classes) -> FilmRow:
+    values: dict[str, Any] = {key: entry.values[key] for key in OWN if entry.values.get(key)}
+    values["label"] = _label(entry, options, classes)
+    values["findings"] = _findings(entry, options, classes)
     if options.patient_per_film:
         values.setdefault("patient", entry.file)
     if film.spacing_mm and film.spacing_mm[0] == film.spacing_mm[1]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrgaze import command
+from cxrgaze.evidence.class_presets import PRESETS, Classes, class_named
 
 
 def add(commands: Any) -> None:
@@ -27,7 +28,8 @@ def add(commands: Any) -> None:
         "--labels",
         type=Path,
         metavar="CSV",
-        help="column file (below DIR); used if there: patient, label, view, age, sex, split",
+        help="a table in our own style: column file (below DIR); used if there: patient, label, "
+        "view, age, sex, split; or as NIH ChestX-ray14, CheXpert or VinDr-CXR publish theirs",
     )
     source.add_argument(
         "--egd",
@@ -57,8 +59,34 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="LABEL=CLASS",
-        help="a label of the CSV as one of normal, heart_failure, pneumonia; LABEL= leaves such "
-        "films unlabelled; may be given several times",
+        help="a label of the CSV as a class of another name; LABEL= leaves such films unlabelled, "
+        "or drops a finding; may be given several times",
+    )
+    prepare.add_argument(
+        "--classes",
+        metavar="CLASSES",
+        help=f"classes that the set shall have, in this order: names with commas between, a preset "
+        f"({', '.join(PRESETS)}), or a TOML file with [[classes]] of name, display and snomed; "
+        "default: those that the labels name",
+    )
+    prepare.add_argument(
+        "--findings",
+        action="store_true",
+        help="the labels of an own table are findings that do not exclude each other: label as "
+        "A|B, or a column each with 1, 0, -1 (uncertain) or nothing (unknown); published tables "
+        "always are",
+    )
+    prepare.add_argument(
+        "--uncertain",
+        choices=("unknown", "present", "absent"),
+        default="unknown",
+        help="what -1 says of a finding (default: unknown, it counts neither way)",
+    )
+    prepare.add_argument(
+        "--blank",
+        choices=("unknown", "absent"),
+        default="unknown",
+        help="what an empty cell says of a finding (default: unknown, it counts neither way)",
     )
     prepare.add_argument(
         "--split",
@@ -92,11 +120,60 @@ def _folder_name(films: Path) -> str:
     return f"{place.name} [{sha256(os.fsencode(place))[:8]}]"
 
 
+def _classes(text: str | None) -> Classes | None:
+    """What `--classes` says."""
+    from pydantic import ValidationError
+
+    from cxrgaze.errors import UsageError
+    from cxrgaze.files import read_toml
+    from cxrgaze.records import complaint
+    from cxrgaze.spec import DiseaseClass
+
+    if text is None or text in PRESETS:
+        return PRESETS[text] if text else None
+    content = read_toml(Path(text)) if text.endswith(".toml") else None
+    if content is not None and (set(content) != {"classes"} or not content["classes"]):
+        raise UsageError(f"--classes {text}: expected [[classes]] tables and nothing else")
+    try:
+        if content is not None:
+            named = [DiseaseClass.model_validate(one) for one in content["classes"]]
+        else:
+            named = [class_named(name) for name in text.split(",")]
+    except ValidationError as error:
+        raise UsageError(f"--classes {text}: {complaint(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--classes {text}: {error}") from error
+    if len({one.name for one in named}) != len(named):
+        raise UsageError(f"--classes {text}: a class is named twice")
+    return Classes(tuple(named), "exclusive")
+
+
+def _table(args: argparse.Namespace, classes: Classes | None, label_map: dict[str, str]) -> Any:
+    """The table of labels (`label_tables.Table`)."""
+    from cxrgaze.train import label_tables
+
+    if not args.findings and not label_tables.is_published(args.labels):
+        return label_tables.read_exclusive(args.films, args.labels)
+    wanted = None
+    if classes:
+        names = {one.name for one in classes.classes}
+
+        def wanted(column: str) -> bool:
+            label = label_map.get(column, column)
+            try:
+                return bool(label) and class_named(label).name in names
+            except ValueError:
+                return False
+
+    options = label_tables.FindingOptions(wanted, args.uncertain, args.blank)
+    return label_tables.read_findings(args.films, args.labels, options)
+
+
 def _prepare(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.evidence.labelled_set import SPLITS
     from cxrgaze.train.egd import read_egd
-    from cxrgaze.train.prepare import PrepareOptions, prepare, read_table, summary
+    from cxrgaze.train.prepare import PrepareOptions, prepare, source_of, summary
     from cxrgaze.train.reflacx import read_reflacx
 
     if not args.films.is_dir():
@@ -119,17 +196,21 @@ def _prepare(args: argparse.Namespace) -> int:
     if not shares or not good or not set(shares) <= set(SPLITS):
         raise UsageError(f"--split {args.split}: expected SPLIT=SHARE,... of {', '.join(SPLITS)}")
     label_map = dict(pair.rsplit("=", 1) for pair in args.map)
+    classes = _classes(args.classes)
+    if args.findings and not args.labels:
+        raise UsageError("--findings is for tables given by --labels")
     if args.egd:
         source, origin = read_egd(args.egd, args.films), "EGD-CXR 1.0.0, MIMIC-CXR"
     elif args.reflacx:
         source, origin = read_reflacx(args.reflacx, args.films, label_map), "REFLACX, MIMIC-CXR"
     else:
-        source = read_table(args.films, args.labels, args.gaze)
+        source = source_of(args.films, _table(args, classes, label_map), args.gaze)
         origin = _folder_name(args.films)
     options = PrepareOptions(
         output=args.output,
         origin=args.origin if args.labels and args.origin else f"{origin} {args.origin}".strip(),
         label_map=label_map,
+        classes=classes,
         shares={split: shares[split] for split in SPLITS if split in shares},
         seed=args.seed,
         patient_per_film=args.patient_per_film,

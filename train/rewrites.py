@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cxrgaze.errors import UsageError
-from cxrgaze.spec import ModelSpec
+from cxrgaze.spec import LOG_DENSITY, ModelSpec
 from cxrgaze.train.model import DenseEncoder, DenseTaps, Network, ResidualSE, UpStep, global_mean
 
 
@@ -56,6 +56,8 @@ class Rewrite:
     """Changes a network in evaluation mode, in place."""
     saved_macs: Callable[[Network, int, int], int]
     """Multiply-accumulates of convolutions that it saves for one film on a canvas of H and W."""
+    of_the_map: bool = True
+    """Whether what it changes is there for the map alone."""
 
 
 def rewritten(network: Network, names: Iterable[str]) -> Network:
@@ -212,8 +214,14 @@ def _no_macs(network: Network, height: int, width: int) -> int:
     return 0
 
 
+def rewrites_of(spec: ModelSpec) -> dict[str, Rewrite]:
+    """The rewrites that a network with these heads has something for."""
+    has_map = LOG_DENSITY in spec.heads
+    return {name: one for name, one in REWRITES.items() if has_map or not one.of_the_map}
+
+
 REWRITES = {
-    "stem": Rewrite(_stem, _stem_macs),
+    "stem": Rewrite(_stem, _stem_macs, of_the_map=False),
     "upsample": Rewrite(_upsample, _upsample_macs),
     "shortcut": Rewrite(_shortcut, _no_macs),
 }

@@ -31,6 +31,8 @@ class Start(Frozen):
     teacher: Path | None = None
     """Checkpoint of a teacher, for losses that need one."""
     allow_leakage: bool = False
+    allow_untaught: bool = False
+    """Train although nothing teaches some of the classes."""
 
 
 class RunRecord(Record):

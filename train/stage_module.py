@@ -18,19 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Served
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import metrics
-from cxrgaze.evidence.arrays import UNLABELLED, Arrays
+from cxrgaze.evidence.arrays import Arrays
+from cxrgaze.evidence.truth import HAS, Truth, any_known, present_classes
+from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, Stage
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     ENCODER,
-    FILM_LOSSES,
     NEED_GAZE,
     NEED_LABELS,
     Batch,
+    film_loss,
 )
 from cxrgaze.train.model import HeadTensors, Network
 
@@ -39,10 +41,11 @@ _CONTRAST_CHUNK = 64  # validation films per contrastive loss
 
 @dataclass(frozen=True)
 class Films:
-    """Training and validation films of a run."""
+    """Training and validation films of a run, on the canvas and in the classes of its spec."""
 
     train: Arrays
     val: Arrays
+    spec: ModelSpec
 
 
 class StageModule(lightning.LightningModule):
@@ -118,18 +121,16 @@ class StageModule(lightning.LightningModule):
         return DataLoader(_Batches(self._films.val, shares), batch_size=None)
 
     def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        labels = self._films.train.labels
-        useful = np.ones(len(labels), dtype=bool)
+        truth = self._films.train.truth
+        useful = np.ones(len(truth), dtype=bool)
         if set(self.stage.loss) <= NEED_LABELS:
-            useful = labels != UNLABELLED
+            useful = any_known(truth)
         elif set(self.stage.loss) <= NEED_GAZE:
             useful = self._films.train.has_gaze
         index = np.flatnonzero(useful)
         if not self.stage.balanced:
             return rng.permutation(index)
-        _, group, counts = np.unique(labels[index], return_inverse=True, return_counts=True)
-        share = 1 / counts[group] / len(counts)
-        return rng.choice(index, size=len(index), p=share)
+        return rng.choice(index, size=len(index), p=balanced_shares(truth[index]))
 
     # Steps -----------------------------------------------------------------------------------
 
@@ -150,47 +151,51 @@ class StageModule(lightning.LightningModule):
             if name in CONTRASTIVE:
                 rows = self._gathered(embedding, grad=True)
                 # Every process computes the same value; the gathering adds up the gradients.
-                terms[name] = CONTRASTIVE[name](rows, self._gathered(batch.label))
+                terms[name] = CONTRASTIVE[name](rows, self._gathered(batch.truth))
             else:
-                value, counts = FILM_LOSSES[name](out, batch)
+                value, counts = film_loss(name, self._films.spec.class_kind)(out, batch)
                 total = self._summed(counts.sum()).clamp(min=1)
                 terms[name] = value.sum() * self.trainer.world_size / total
         loss = self._combined(terms)
         shown = loss.detach()
         if not set(self.stage.loss) <= set(CONTRASTIVE):
             shown = self._summed(shown) / self.trainer.world_size
-        self.log("train_loss", shown, on_step=False, on_epoch=True, batch_size=len(batch.label))
+        self.log("train_loss", shown, on_step=False, on_epoch=True, batch_size=len(batch.film))
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Collect what the end of the epoch needs of every film."""
         batch = self._shrunk(batch)
         embedding, out = self._forward(batch)
-        columns: list[Tensor] = [batch.film, batch.label]
+        columns: list[Tensor] = [batch.film]
         for name in self.stage.loss:
             if name not in CONTRASTIVE:
-                columns += FILM_LOSSES[name](out, batch)
+                columns += film_loss(name, self._films.spec.class_kind)(out, batch)
         columns.append(self._correlations(batch, out))
-        rest = embedding if self.stage.on_encoder and self.head is None else out.logits
+        nothing = batch.image.new_zeros(len(batch.image), 0)
+        only_embedding = self.stage.on_encoder and self.head is None
+        rest = embedding if only_embedding else out.get(LOGITS, nothing)
         self._seen.append((torch.stack([c.double() for c in columns], dim=1), rest.float()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all films of all processes, each film once."""
         table, rest = (self._gathered(torch.cat(parts)) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
-        _, first = np.unique(table[:, 0].cpu().numpy(), return_index=True)  # in the films' order
+        films, first = np.unique(table[:, 0].cpu().numpy(), return_index=True)  # in their order
         table, rest = table[first], rest[first]
-        labels, correlations = table[:, 1].long(), table[:, -1].cpu().numpy()
-        terms, column = {}, 2
+        truth = self._films.val.truth[films.astype(int)]
+        correlations = table[:, -1].cpu().numpy()
+        terms, column = {}, 1
         for name in self.stage.loss:
             if name in CONTRASTIVE:
-                terms[name] = _in_chunks(name, rest, labels, self._stream[0])
+                known = torch.from_numpy(truth).to(rest.device)
+                terms[name] = _in_chunks(name, rest, known, self._stream[0])
             else:
                 terms[name] = table[:, column].sum() / table[:, column + 1].sum().clamp(min=1)
                 column += 2
         shown = {"val_loss": self._combined(terms)}
         if self.head is not None or self.stage.teaches_diagnosis:
-            shown["val_auc"] = torch.tensor(_macro_auc(rest, labels))
+            shown["val_auc"] = torch.tensor(_macro_auc(rest, truth, self._films.spec))
         if not np.isnan(correlations).all():
             shown["val_cc"] = torch.tensor(np.nanmean(correlations))
         if np.isnan(float(shown.get("val_auc", 0))):
@@ -203,7 +208,7 @@ class StageModule(lightning.LightningModule):
         nothing = batch.image.new_zeros(len(batch.image), 0)
         if self.stage.on_encoder:
             embedding = self.network.dense(batch.image).embedding
-            return embedding, HeadTensors(self.head(embedding) if self.head else nothing, nothing)
+            return embedding, {LOGITS: self.head(embedding)} if self.head else {}
         return nothing, self.network(batch.image)
 
     def _shrunk(self, batch: Batch) -> Batch:
@@ -230,7 +235,7 @@ class StageModule(lightning.LightningModule):
         correlations = torch.full((len(batch.film),), torch.nan, dtype=torch.float64)
         if "saliency" in self.stage.train and self.stage.shrink == 1:
             arrays = self._films.val
-            maps = out.log_density.float().exp().cpu().numpy()
+            maps = out[LOG_DENSITY].float().exp().cpu().numpy()
             for row, film in enumerate(batch.film.tolist()):
                 crop = arrays.geometries[film].crop
                 if arrays.densities[film].any():
@@ -306,7 +311,7 @@ class _Batches(Dataset[Batch]):
         columns = (
             films,
             arrays.images[films],
-            arrays.labels[films],
+            arrays.truth[films],
             arrays.densities[films],
             nothing if logits is None else logits[films],
             nothing if densities is None else densities[films],
@@ -316,22 +321,32 @@ class _Batches(Dataset[Batch]):
         return Batch(*(torch.from_numpy(np.array(c, order="C")) for c in columns))
 
 
-def _in_chunks(name: str, rows: Tensor, labels: Tensor, seed: int) -> Tensor:
+def balanced_shares(truth: Truth) -> NDArray[np.float64]:
+    """How often films are drawn, `(n,)`, sum 1, so that every class is as frequent as the others.
+
+    A film counts for each class that it has; those that have none, or of which nothing is known,
+    are a class of their own.
+    """
+    has = truth == HAS
+    groups = np.column_stack([has, ~has.any(axis=1)])
+    counts = groups.sum(axis=0)
+    there = counts > 0
+    weights = (groups[:, there] / counts[there]).sum(axis=1)
+    return np.asarray(weights / there.sum())
+
+
+def _in_chunks(name: str, rows: Tensor, truth: Tensor, seed: int) -> Tensor:
     """Mean of a contrastive loss over chunks of the films in one fixed shuffled order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows))).to(rows.device)
-    losses = [CONTRASTIVE[name](rows[i], labels[i]) for i in order.split(_CONTRAST_CHUNK)]
+    losses = [CONTRASTIVE[name](rows[i], truth[i]) for i in order.split(_CONTRAST_CHUNK)]
     return torch.stack(losses).mean()
 
 
-def _macro_auc(logits: Tensor, labels: Tensor) -> float:
+def _macro_auc(logits: Tensor, truth: Truth, spec: ModelSpec) -> float:
     """Macro AUC over the classes that have films with and without them; NaN if there is none."""
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(logits).all() or not present_classes(truth):
         return float("nan")
-    labelled = (labels != UNLABELLED).cpu().numpy()
-    probabilities = Decision().probabilities(logits.cpu().numpy())[labelled]
-    truth = labels.cpu().numpy()[labelled]
-    present = metrics.present_classes(truth, probabilities.shape[1])
-    return metrics.macro_auc(probabilities, truth, present) if present else float("nan")
+    return metrics.macro_auc(Served(spec).probabilities(logits.cpu().numpy()), truth)
 
 
 def _seed_of(*numbers: int) -> int:

@@ -14,11 +14,13 @@ import cv2
 import numpy as np
 import pytest
 
-from cxrgaze.benchmarks import cli, measure, scenarios
+import cxrgaze
+from cxrgaze.benchmarks import cli, measure, plain, scenarios
 from cxrgaze.benchmarks.record import STAGES, read_report
+from cxrgaze.bundles.bundle import GRAPH
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
+from cxrgaze.films.decode import load_film
 from cxrgaze.runtime import reader as runtime_reader
-from cxrgaze.spec import Outputs
 
 SMALL = ["--samples", "24", "--warmup", "1", "--threads", "1", "--after-idle", "1"]
 PAGES = {"report.json", "report.md", "report.html", "report.csv", "samples.svg"}
@@ -54,6 +56,22 @@ def test_the_report_is_complete(ran, films):
     assert set(report.overhead.ours_us) == {"preprocess", "infer", "postprocess", "rest"}
     assert [o.verdict for o in report.objectives] == ["met", "inconclusive"]
     assert report.films == len(report.per_film) == len(list(films.glob("*.png")))
+
+
+def test_the_script_by_hand_says_what_the_reader_says(bundles, films):
+    film = load_film(films / "nih_00001507_002_512.png")
+    with cxrgaze.load(bundles / "demo-fp32.cxrgaze", threads=1) as reader:
+        reading, decision = reader.read(film), reader.served.decision
+        graph = reader.bundle.read(GRAPH)
+    said = plain.Plain(graph, (64, 64), decision.temperature, 1)(film.pixels)
+    assert list(said) == ["logits", "log_density"]
+    assert said["logits"] == pytest.approx(list(reading.probabilities.values()), abs=1e-5)
+    assert np.abs(said["log_density"] - reading.log_density).max() < 1e-4
+    each = np.array([1.0, 0.5, 2.0])
+    findings = plain.Plain(graph, (64, 64), each, 1, exclusive=False)(film.pixels)
+    logits = decision.temperature * np.log(said["logits"])  # up to a constant
+    steps = np.diff(each * np.log(findings["logits"] / (1 - findings["logits"])))
+    assert steps == pytest.approx(np.diff(logits), abs=1e-3)
 
 
 def test_the_stages_are_inside_the_whole(ran):
@@ -277,7 +295,7 @@ def test_loadgen_counts_and_times_every_query():
     def infer(image):
         calls.append(image.shape)
         time.sleep(0.002)
-        return Outputs(np.zeros((1, 3), np.float32), np.zeros((1, 1, 4, 4), np.float32))
+        return {"logits": np.zeros((1, 3), np.float32), "log_density": image}
 
     found = scenarios.loadgen(
         types.SimpleNamespace(infer=infer), np.zeros((3, 1, 1, 4, 4), np.float32)

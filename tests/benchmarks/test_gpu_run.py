@@ -23,9 +23,9 @@ from cxrgaze.engines.build import Built
 from cxrgaze.errors import BuildError, IntegrityError, UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.runtime import device, plans
-from cxrgaze.spec import Outputs
 
 FILMS, HALF_FILMS = 6, 3
+SHAPES = {"logits": (1, 3), "log_density": (1, 1, 4, 4)}
 
 
 def _stand_in():
@@ -82,9 +82,9 @@ def test_a_pack_holds_its_reference_once_and_gives_whole_bundles(pack, tmp_path)
     for precision in gpu_pack.PRECISIONS:
         bundle = pack.bundle("tiny", precision, tmp_path)
         keys, reference = gate.read_reference(bundle)
-        assert keys == pack.films("tiny", bundle).keys and len(reference.logits) == FILMS
+        assert keys == pack.films("tiny", bundle).keys and len(reference["logits"]) == FILMS
     half = pack.half("tiny")
-    assert half.logits.shape == (HALF_FILMS, 3) and half.log_density.dtype == np.float32
+    assert half["logits"].shape == (HALF_FILMS, 3) and half["log_density"].dtype == np.float32
     assert pack.record.wheels == () and pack.record.versions["onnxruntime"]
 
 
@@ -281,9 +281,10 @@ def test_polygraphy_is_another_witness(run, monkeypatch):
 
 
 def test_differences_see_what_is_not_finite():
-    one = Outputs(np.zeros((1, 3), np.float32), np.zeros((1, 1, 4, 4), np.float32))
-    broken = Outputs(one.logits, np.full_like(one.log_density, np.nan))
-    assert gpu_steps.differences(broken, one) == {"not_finite": 1.0}
+    one = {head: np.zeros(shape, np.float32) for head, shape in SHAPES.items()}
+    for head in one:
+        broken = {**one, head: np.full_like(one[head], np.nan)}
+        assert gpu_steps.differences(broken, one) == {"not_finite": 1.0}
 
 
 def test_plans_of_a_run_lie_in_its_work_folder(run):

@@ -14,7 +14,6 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.export import cli as export_cli
 from cxrgaze.export.network_source import source_from_random
-from cxrgaze.spec import Outputs
 
 CONFIG = Config(samples=1, warmup_seconds=0, seconds=1, threads=1, cold_starts=1, after_idle=1)
 
@@ -92,7 +91,7 @@ def test_a_way_that_computes_something_else_is_seen(weights, opened, images):
     def swapped(network, device):
         def forward(image):
             found = network(image)
-            return found._replace(logits=found.logits.flip(1))
+            return {**found, "logits": found["logits"].flip(1)}
 
         return forward
 
@@ -128,7 +127,11 @@ def test_random_weights_are_made_again(tmp_path, opened):
 
 def test_random_weights_have_no_accuracy(tmp_path, images):
     source = source_from_random("tiny", 0)
-    one = peers._Open(lambda image: Outputs(np.ones((1, 3), np.float32), image * 0), 0.0, 0.0)
+
+    def infer(image):
+        return {"logits": np.ones((1, 3), np.float32), "log_density": image * 0}
+
+    one = peers._Open(infer, 0.0, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "ACCURACY_FILMS", 4)
         found = peers._accuracies(peers.Weights(source, 1), {"one": one}, 1.0)["one"]

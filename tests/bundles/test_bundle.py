@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cxrgaze.bundles.bundle import GRAPH, MANIFEST, Bundle
-from cxrgaze.bundles.manifest import Decision, FileRecord, Manifest
+from cxrgaze.bundles.manifest import FileRecord, Manifest
+from cxrgaze.bundles.served import Decision
 from cxrgaze.bundles.verdicts import Histogram
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
 from cxrgaze.runtime import cli
@@ -228,11 +229,31 @@ def test_a_file_that_is_not_listed_is_not_read(bundle):
         Bundle.open(bundle).read(MANIFEST)
 
 
-def test_an_operating_point_of_no_class_is_refused(bundle, films):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"decision": Decision(operating_points={"nosuch": 0.5})}, "operating point of 'nosuch'"),
+        ({"decision": Decision(temperatures={"normal": 2.0})}, "have one temperature"),
+        ({"untaught": ("nosuch",)}, "untaught class of 'nosuch'"),
+        ({"untrained": ("nosuch",)}, "untrained"),
+    ],
+)
+def test_what_is_of_no_class_and_of_no_head_is_refused(bundle, films, capsys, change, said):
     manifest = Bundle.open(bundle).manifest
-    decision = Decision(operating_points={"nosuch": 0.5})
-    (bundle / MANIFEST).write_bytes(manifest.model_copy(update={"decision": decision}).rendered())
+    (bundle / MANIFEST).write_bytes(manifest.model_copy(update=change).rendered())
     assert _predict(bundle, films) == ExitCode.INTEGRITY
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["parity", "self_test"])
+def test_parity_and_tolerances_are_of_all_heads_of_the_network(bundle, films, capsys, what):
+    def without_the_map(content):
+        of = content["parity"]["outputs"] if what == "parity" else content["self_test"]["float16"]
+        del of["log_density"]
+
+    _rewrite(bundle, without_the_map)
+    assert _predict(bundle, films) == ExitCode.INTEGRITY
+    assert "parity or tolerances of ['logits']" in capsys.readouterr().err
 
 
 def test_a_histogram_by_decade_loses_no_film():

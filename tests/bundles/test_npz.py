@@ -37,6 +37,13 @@ def test_the_expected_arrays_come_back(films):
         assert np.array_equal(found[name], values) and found[name].flags.writeable
 
 
+def test_what_is_written_comes_back():
+    arrays = _arrays()
+    found = npz.read(npz.written(arrays), EXPECTED, "x.npz")
+    assert list(found) == list(arrays)
+    assert all(np.array_equal(found[name], values) for name, values in arrays.items())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from cxrgaze.bundles import npz
 from cxrgaze.bundles.bundle import REFERENCE, Bundle
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.bundles.verdicts import Gate, Limits
 from cxrgaze.errors import DataError, IntegrityError
 from cxrgaze.evidence import gate, metrics
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.phantom import write_phantom_set
+from cxrgaze.evidence.truth import UNKNOWN
 from cxrgaze.runtime.ort import OnnxRuntime
 
 
@@ -31,18 +36,27 @@ def films(bundle):
 def reference(bundle, films):
     keys, stored = gate.read_reference(bundle)
     place = {key: index for index, key in enumerate(keys)}
-    return stored.chosen([place[key] for key in films.keys])
+    return gate.some_of(stored, [place[key] for key in films.keys])
 
 
-def _judge(films, reference, candidate, **limits):
-    return gate.judge(films, reference, candidate, Limits(**limits), "graph")
+@pytest.fixture(scope="module")
+def served(bundle):
+    assert bundle.manifest.served.heads == ("logits", "log_density")
+    return bundle.manifest.served
 
 
-def _with(reference, logits=None, log_density=None):
-    return gate.Predicted(
-        reference.logits if logits is None else logits,
-        reference.log_density if log_density is None else log_density,
-    )
+@pytest.fixture(scope="module")
+def judged(films, served):
+    """The verdict on a candidate, by what the bundle serves unless said otherwise."""
+
+    def judge(reference, candidate, of=films, by=served, **limits):
+        return gate.judge(of, reference, candidate, Limits(**limits), "graph", by)
+
+    return judge
+
+
+def _with(reference, **heads):
+    return {**reference, **heads}
 
 
 def test_phantoms_are_the_same_wherever_they_are_drawn(bundle, films, tmp_path):
@@ -55,7 +69,7 @@ def test_phantoms_are_the_same_wherever_they_are_drawn(bundle, films, tmp_path):
     assert np.array_equal(films.arrays.images[:3], arrays.images)
     # Coordinates in a labelled set have three decimals.
     np.testing.assert_allclose(films.arrays.densities[:3], arrays.densities, rtol=1e-2, atol=1e-8)
-    assert np.array_equal(films.arrays.labels[:3], arrays.labels)
+    assert np.array_equal(films.arrays.truth[:3], arrays.truth)
     assert len(set(films.keys)) == len(set(films.patients)) == 400
 
 
@@ -63,50 +77,53 @@ def test_the_bundle_stores_the_float32_outputs_of_every_film(bundle, bundles, fi
     full = OnnxRuntime()
     full.activate(Bundle.open(bundles / "demo-fp32.cxrgaze"))
     found = gate.predicted(full.infer, films.arrays.images[:8])
-    np.testing.assert_allclose(found.logits, reference.logits[:8], atol=1e-3)
-    difference = found.log_density.astype(float) - reference.log_density[:8].astype(float)
+    assert list(found) == list(reference) == ["logits", "log_density"]
+    np.testing.assert_allclose(found["logits"], reference["logits"][:8], atol=1e-3)
+    assert found["log_density"].dtype == reference["log_density"].dtype == np.float16
+    assert found["log_density"].shape == reference["log_density"][:8].shape
+    difference = found["log_density"].astype(float) - reference["log_density"][:8].astype(float)
     assert np.abs(difference).max() < 0.02
 
 
-def test_identical_outputs_pass(films, reference):
-    found = _judge(films, reference, reference)
+def test_identical_outputs_pass(judged, reference):
+    found = judged(reference, reference)
     assert found.verdict == "pass" and found.agreement_cc_min == pytest.approx(1)
     assert found.level == "graph" and found.domain == "phantom" and "synthetic" in found.set_name
 
 
-def test_swapped_classes_fail(films, reference):
-    found = _judge(films, reference, _with(reference, logits=reference.logits[:, ::-1]))
+def test_swapped_classes_fail(judged, reference):
+    found = judged(reference, _with(reference, logits=reference["logits"][:, ::-1]))
     assert found.verdict == "fail"
 
 
-def test_a_map_of_another_film_fails(films, reference):
-    moved = np.roll(reference.log_density, 1, axis=0)
-    assert _judge(films, reference, _with(reference, log_density=moved)).verdict == "fail"
+def test_a_map_of_another_film_fails(judged, reference):
+    moved = np.roll(reference["log_density"], 1, axis=0)
+    assert judged(reference, _with(reference, log_density=moved)).verdict == "fail"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_never_passes(films, reference, value):
-    logits = reference.logits.copy()
+def test_what_is_not_finite_never_passes(films, judged, reference, value):
+    logits = reference["logits"].copy()
     logits[7, 1] = value
-    assert _judge(films, reference, _with(reference, logits=logits)).verdict != "pass"
-    maps = reference.log_density.copy()
+    assert judged(reference, _with(reference, logits=logits)).verdict != "pass"
+    maps = reference["log_density"].copy()
     maps[7, 3, 3] = value
-    found = _judge(films, reference, _with(reference, log_density=maps))
+    found = judged(reference, _with(reference, log_density=maps))
     assert found.agreement_cc_min == -1 and found.worst_film_sha256 == films.keys[7]
 
 
-def test_a_set_too_small_says_nothing(films, reference):
+def test_a_set_too_small_says_nothing(films, judged, reference):
     few = range(40)
-    part, some = films.chosen(few), reference.chosen(few)
-    found = _judge(part, some, some)
+    some = gate.some_of(reference, few)
+    found = judged(some, some, of=films.chosen(few))
     assert found.verdict == "inconclusive" and found.reason
 
 
-def test_the_cc_is_that_of_the_films_area(films, reference):
-    found = _judge(films, reference, reference)
+def test_the_cc_is_that_of_the_films_area(films, judged, reference):
+    found = judged(reference, reference)
     by_hand = []
     for index, geometry in enumerate(films.arrays.geometries):
-        predicted = geometry.crop(np.exp(reference.log_density[index].astype(float)))
+        predicted = geometry.crop(np.exp(reference["log_density"][index].astype(float)))
         by_hand.append(metrics.cc(predicted, geometry.crop(films.arrays.densities[index, 0])))
     text = " ".join(str(cell) for row in found.comparison.rows() for cell in row)
     assert f"{np.mean(by_hand):.4f}" in text
@@ -120,13 +137,13 @@ def test_an_engine_is_judged_against_what_the_bundle_stores(bundle, films):
 
     def swapped(image):
         outputs = backend.infer(image)
-        return outputs._replace(logits=outputs.logits[:, ::-1])
+        return {**outputs, "logits": outputs["logits"][:, ::-1]}
 
     assert gate.judge_engine(bundle, films, swapped).verdict == "fail"
 
 
-def test_an_engine_is_judged_by_the_limits_of_its_graph(bundle, films, reference):
-    strict = gate.judge(films, reference, reference, Limits(macro_auc=0.004, flips=0.5), "graph")
+def test_an_engine_is_judged_by_the_limits_of_its_graph(bundle, films, judged, reference):
+    strict = judged(reference, reference, macro_auc=0.004, flips=0.5)
     assert strict.comparison.limits == Limits(macro_auc=0.004, flips=0.5)
     manifest = bundle.manifest.model_copy(update={"gate": strict})
     backend = OnnxRuntime()
@@ -153,7 +170,7 @@ def test_a_bundle_without_a_reference_says_what_to_do(bundles, films):
 
 
 def test_a_reference_of_another_network_is_refused(bundle, films, reference, monkeypatch):
-    data = gate.stored_reference(films, _with(reference, logits=reference.logits[:, :2]))
+    data = gate.stored_reference(films, _with(reference, logits=reference["logits"][:, :2]))
     read = Bundle.read
     monkeypatch.setattr(
         Bundle, "read", lambda self, name: data if name == REFERENCE else read(self, name)
@@ -168,11 +185,9 @@ def test_a_reference_of_another_network_is_refused(bundle, films, reference, mon
 
 
 def test_a_large_reference_is_cut_by_seed(films, reference, monkeypatch):
-    monkeypatch.setattr(gate, "REFERENCE_LIMIT", reference.log_density[0].nbytes * 10)
+    monkeypatch.setattr(gate, "REFERENCE_LIMIT", reference["log_density"][0].nbytes * 10)
     one, two = (gate.stored_reference(films, reference) for _ in range(2))
     assert one == two
-    import io
-
     keys = np.load(io.BytesIO(one))["keys"]
     assert len(keys) == 10 and [k.decode() for k in keys] != list(films.keys[:10])
 
@@ -186,17 +201,141 @@ def test_calibration_and_gate_must_be_apart(films):
         gate.require_apart(films, [], [films.keys[0]])
 
 
-def test_the_distance_of_an_output_is_that_of_its_films(films, reference):
-    assert gate.distance(films, reference, reference, "logits") == 0
-    assert gate.distance(films, reference, reference, "log_density") == pytest.approx(0, abs=1e-9)
+def test_the_distance_of_an_output_is_that_of_its_films(films, reference, served):
+    def off(candidate, head):
+        return gate.distance(films, reference, candidate, head, served)
+
+    assert off(reference, "logits") == 0
+    assert off(reference, "log_density") == pytest.approx(0, abs=1e-9)
     rng = np.random.default_rng(0)
-    off = replace(
-        reference, logits=reference.logits + rng.normal(0, 0.1, reference.logits.shape).astype("f4")
-    )
-    odds = [np.exp(p.logits.astype(float)) for p in (reference, off)]
+    noise = rng.normal(0, 0.1, reference["logits"].shape).astype("f4")
+    other = _with(reference, logits=reference["logits"] + noise)
+    odds = [np.exp(p["logits"].astype(float)) for p in (reference, other)]
     before, after = (o / o.sum(axis=1, keepdims=True) for o in odds)
     by_hand = np.abs(after - before).max(axis=1).mean()
-    assert gate.distance(films, reference, off, "logits") == pytest.approx(by_hand)
-    assert gate.distance(films, reference, off, "log_density") == pytest.approx(0, abs=1e-9)
-    broken = replace(reference, logits=reference.logits * np.nan)
-    assert gate.distance(films, reference, broken, "logits") == np.inf
+    assert off(other, "logits") == pytest.approx(by_hand)
+    assert off(other, "log_density") == pytest.approx(0, abs=1e-9)
+    assert off(_with(reference, logits=reference["logits"] * np.nan), "logits") == np.inf
+
+
+# What is served of a network
+
+
+def test_a_head_that_nothing_taught_is_not_judged(films, judged, reference, served):
+    """However far it is off; its figures are None."""
+    blind = Served(served.spec, served.decision, untrained=("log_density",))
+    moved = np.roll(reference["log_density"], 1, axis=0)
+    found = judged(reference, _with(reference, log_density=moved * np.nan), by=blind)
+    assert found.verdict == "pass"
+    assert [q.name for q in found.comparison.quantities] == ["macro AUC", "flips"]
+    assert found.agreement_cc_min is found.agreement_cc_mean is found.agreement_loss is None
+    assert found.worst_film_sha256 is None and found.probability_change is not None
+    mute = Served(served.spec, untrained=("logits",))
+    swapped = _with(reference, logits=reference["logits"][:, ::-1])
+    found = judged(reference, swapped, by=mute)
+    assert found.verdict == "pass" and [q.name for q in found.comparison.quantities] == ["CC"]
+    assert found.probability_change is None and found.comparison.classes == ()
+    assert found.worst_film_sha256 in films.keys and found.agreement_cc_min > 0.999
+    nothing = Served(served.spec, untrained=("logits", "log_density"))
+    assert judged(reference, reference, by=nothing).verdict == "inconclusive"
+
+
+def test_a_class_that_nothing_taught_is_not_judged(films, judged, reference, served):
+    """Probabilities are shared by the others."""
+    two = Served(served.spec, served.decision, untaught=("pneumonia",))
+    column = served.spec.class_names.index("pneumonia")
+    logits = reference["logits"].copy()
+    logits[:, column] = -logits[:, column] + 3
+    other = _with(reference, logits=logits)
+    found = judged(reference, other, by=two)
+    assert judged(reference, other).verdict == "fail"
+    assert found.verdict == "pass" and found.comparison.flipped_films == 0
+    assert [q.difference for q in found.comparison.quantities[::2]] == [0, 0]
+    assert gate.distance(films, reference, other, "logits", two) == 0
+    kept = [c for c in range(3) if c != column]
+    assert [c.name for c in found.comparison.classes] == [served.spec.class_names[c] for c in kept]
+    odds = np.exp(reference["logits"][:, kept].astype(float))
+    shares = odds / odds.sum(axis=1, keepdims=True)
+    for place, c in enumerate(kept):  # films of the class that is left out count as without
+        expected = roc_auc_score(films.arrays.truth[:, c], shares[:, place])
+        assert found.comparison.classes[place].reference == pytest.approx(expected)
+
+
+@pytest.fixture
+def findings(served):
+    """The same columns as findings, two of which decide."""
+    spec = served.spec.model_copy(update={"class_kind": "findings"})
+    points = {"normal": 0.4, "pneumonia": 0.7}
+    return Served(spec, Decision(temperatures={"normal": 2.0}, operating_points=points))
+
+
+def test_findings_flip_by_their_temperatures_and_points(films, judged, reference, findings):
+    noise = np.random.default_rng(1).normal(0, 0.6, reference["logits"].shape).astype("f4")
+    other = _with(reference, logits=reference["logits"] + noise)
+    found = judged(reference, other, by=findings)
+    shares = [1 / (1 + np.exp(-p["logits"].astype(float) / (2, 1, 1))) for p in (reference, other)]
+    before, after = (share[:, [0, 2]] >= (0.4, 0.7) for share in shares)
+    flips = (before[:, 0] != after[:, 0]) | (before[:, 1] != after[:, 1])
+    assert found.comparison.flipped_films == flips.sum() > 0
+    for c, change in enumerate(found.comparison.classes):  # each against its own truth
+        expected = roc_auc_score(films.arrays.truth[:, c], other["logits"][:, c])
+        assert change.candidate == pytest.approx(expected)
+    at_one = [1 / (1 + np.exp(-p["logits"].astype(float))) for p in (reference, other)]
+    by_hand = np.abs(at_one[1] - at_one[0]).max(axis=1).mean()
+    assert gate.distance(films, reference, other, "logits", findings) == pytest.approx(by_hand)
+
+
+def test_findings_that_are_not_known_are_judged_by_those_that_are(
+    films, judged, reference, findings
+):
+    assert judged(reference, reference, by=findings).verdict == "pass"
+    truth = films.arrays.truth.copy()
+    truth[: len(truth) // 2, 0] = UNKNOWN
+    part = replace(films, arrays=replace(films.arrays, truth=truth))
+    assert part.identity != films.identity
+    found = judged(reference, reference, of=part, by=findings).comparison.classes[0]
+    known = truth[:, 0] != UNKNOWN
+    expected = roc_auc_score(truth[known, 0], reference["logits"][known, 0])
+    assert found.reference == pytest.approx(expected) and found.films == truth[known, 0].sum()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_finding_that_is_not_finite_never_passes(judged, reference, findings, value):
+    logits = reference["logits"].copy()
+    logits[7, 1] = value
+    assert judged(reference, _with(reference, logits=logits), by=findings).verdict == "fail"
+
+
+@pytest.mark.parametrize("head", ["logits", "log_density"])
+def test_one_head_alone_is_stored_and_read(bundle, films, reference, monkeypatch, head):
+    spec = bundle.manifest.spec
+    classes = spec.classes if head == "logits" else ()
+    manifest = bundle.manifest.model_copy(
+        update={"spec": spec.model_copy(update={"heads": (head,), "classes": classes})}
+    )
+    data = gate.stored_reference(films, {head: reference[head]})
+    monkeypatch.setattr(Bundle, "read", lambda self, name: data)
+    keys, found = gate.read_reference(Bundle(bundle.path, manifest, bundle.sha256))
+    assert list(found) == [head] and set(keys) <= set(films.keys)
+    place = [films.keys.index(key) for key in keys]
+    assert np.array_equal(found[head], reference[head][place])
+
+
+def test_logits_alone_are_stored_of_every_film(films, reference, monkeypatch):
+    """Maps take the room, logits do not."""
+    monkeypatch.setattr(gate, "REFERENCE_LIMIT", 10)
+    data = gate.stored_reference(films, {"logits": reference["logits"]})
+    shapes = {"keys": (np.dtype("S64"), (None,)), "logits": (np.dtype(np.float32), (None, 3))}
+    assert len(npz.read(data, shapes, "here")["keys"]) == len(films.keys)
+
+
+def test_phantoms_say_of_a_network_what_its_classes_let_them(bundle):
+    spec = bundle.manifest.spec
+    findings = spec.model_copy(update={"class_kind": "findings", "classes": spec.classes[:1]})
+    whole, one = (gate.phantom_set(each, 6, 3_000_000).arrays for each in (spec, findings))
+    assert np.array_equal(one.truth, whole.truth[:, :1])
+    blind = spec.model_copy(update={"heads": ("logits",)})
+    assert not gate.phantom_set(blind, 6, 3_000_000).arrays.has_gaze.any()
+    maps = spec.model_copy(update={"heads": ("log_density",), "classes": ()})
+    alone = gate.phantom_set(maps, 6, 3_000_000).arrays
+    assert alone.truth.shape == (6, 0) and np.array_equal(alone.densities, whole.densities)

@@ -1,19 +1,47 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import labelled_set, phantom
+from cxrgaze.evidence.class_presets import class_named, in_order_of_presets
 from cxrgaze.evidence.heatmaps import PRESETS
+from cxrgaze.spec import DiseaseClass
 
 
 @pytest.fixture
 def labelled(tmp_path):
     return phantom.write_phantom_set(tmp_path / "set", {"train": 4, "test": 2})
+
+
+FINDINGS = ("opacity", "effusion", "pneumonia")
+KNOWN = [
+    {"opacity": True, "effusion": True},
+    {"effusion": False},
+    {},
+    {"opacity": False, "effusion": False, "pneumonia": False},
+    {"pneumonia": True},
+    {"opacity": False},
+]
+
+
+@pytest.fixture
+def findings(labelled, tmp_path):
+    """The same films with findings, some of them not known."""
+    info = labelled.info.model_copy(
+        update={"classes": tuple(map(class_named, FINDINGS)), "class_kind": "findings"}
+    )
+    rows = [
+        row.model_copy(update={"label": None, "findings": known})
+        for row, known in zip(labelled.rows, KNOWN, strict=True)
+    ]
+    films = ((row.film, labelled.film_bytes(row)) for row in rows)
+    return labelled_set.write_set(tmp_path / "findings", info, rows, labelled.gaze, films)
 
 
 def _edit(path, change):
@@ -36,6 +64,92 @@ def test_written_and_opened_again(labelled):
     assert again.gaze[first].readers == drawn.readers
     assert np.allclose(again.gaze[first].points, drawn.points, atol=1e-3)
     assert again.film_bytes(again.rows[0]).startswith(b"\x89PNG")
+
+
+def test_findings_written_and_opened_again(findings):
+    again = labelled_set.LabelledSet.open(findings.folder)
+    assert again.rows == findings.rows and again.info == findings.info
+    assert [again.known(row) for row in again.rows] == KNOWN
+    with (findings.folder / "films.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = [[row[f"finding_{name}"] for name in FINDINGS] for row in rows]
+    assert cells[:3] == [["1", "1", ""], ["", "0", ""], ["", "", ""]]
+
+
+def test_what_is_known_of_a_film_with_one_class(labelled):
+    first = labelled.rows[0]
+    known = labelled.known(first)
+    assert list(known) == list(labelled.info.class_names) == list(phantom.LABELS)
+    assert [name for name, has in known.items() if has] == [first.label]
+    assert labelled.known(first.model_copy(update={"label": None})) == {}
+
+
+BROKEN_FINDINGS = {
+    "yes": (lambda r: r[1].update(finding_opacity="yes"), "row 3: finding opacity: expected 1, 0"),
+    "-1": (lambda r: r[4].update(finding_pneumonia="-1"), "row 6: finding pneumonia: expected 1"),
+    "label": (lambda r: r[1].update(label="opacity"), "row 3: label 'opacity'"),
+    "no column": (lambda r: [row.pop("finding_effusion") for row in r], "finding_effusion"),
+    "a column more": (lambda r: [row.update(finding_cat="1") for row in r], "finding_cat"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FINDINGS)
+def test_a_broken_findings_table_names_the_row_or_the_column(findings, name):
+    change, message = BROKEN_FINDINGS[name]
+    _edit(findings.folder / "films.csv", change)
+    with pytest.raises(DataError, match=message):
+        labelled_set.LabelledSet.open(findings.folder)
+
+
+def test_findings_are_no_columns_of_exclusive_classes(labelled):
+    _edit(labelled.folder / "films.csv", lambda r: [row.update(finding_normal="1") for row in r])
+    with pytest.raises(DataError, match=r"not expected \['finding_normal'\]"):
+        labelled_set.LabelledSet.open(labelled.folder)
+
+
+def _info(labelled, **change):
+    """What is left of `set.json` with other content, or why it is refused."""
+    content = {**json.loads((labelled.folder / "set.json").read_text()), **change}
+    (labelled.folder / "set.json").write_text(json.dumps(content))
+    return labelled_set.LabelledSet.open(labelled.folder).info
+
+
+def test_a_set_that_names_its_classes_alone_is_read(labelled):
+    """As sets before findings did."""
+    names = list(labelled.info.class_names)
+    content = json.loads((labelled.folder / "set.json").read_text())
+    del content["class_kind"]
+    (labelled.folder / "set.json").write_text(json.dumps(content))
+    assert _info(labelled, classes=names) == labelled.info
+    assert [one.snomed for one in labelled.info.classes] == ["17621005", "42343007", "233604007"]
+
+
+@pytest.mark.parametrize(
+    "classes,kind,message",
+    [
+        (["cat", "cat"], "exclusive", "distinct"),
+        (["cat", "cat"], "findings", "distinct"),
+        (["cat"], "exclusive", "two or more"),
+        (["cat", "12"], "findings", "letter first"),
+        (["cat", "dog"], "either", "class_kind"),
+    ],
+)
+def test_classes_that_make_no_diagnosis_are_refused(labelled, classes, kind, message):
+    with pytest.raises(DataError, match=message):
+        _info(labelled, classes=classes, class_kind=kind)
+
+
+def test_a_label_names_a_class_of_a_preset_or_a_new_one():
+    assert class_named("Heart Failure") == phantom.CLASSES[1]
+    assert class_named("  Pleural-Effusion (left)") == DiseaseClass(
+        name="pleural_effusion_left", display="Pleural-Effusion (left)"
+    )
+    for text in ("", "  ", "7 days", "_", "лёгкое"):
+        with pytest.raises(ValueError, match="makes no class name"):
+            class_named(text)
+    mixed = [class_named(name) for name in ("owl", "pneumonia", "cat", "normal")]
+    ordered = [one.name for one in in_order_of_presets(mixed)]
+    assert ordered == ["normal", "pneumonia", "owl", "cat"]
 
 
 def test_an_altered_film_is_seen(labelled):
@@ -165,6 +279,37 @@ def test_splits_are_by_patient_stratified_and_seeded():
         assert pneumonia == pytest.approx(0.3, abs=0.08)
     assert labelled_set.assign_splits(_many(), shares, seed=1) == rows
     assert labelled_set.assign_splits(_many(), shares, seed=2) != rows
+
+
+def _many_with_findings():
+    """Patients with one to three films, each with findings of its own; `rare` in few patients."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for row in _many(patients=400):
+        known = {"common": bool(rng.random() < 0.5), "rare": bool(rng.random() < 0.06)}
+        kept = {name: has for name, has in known.items() if rng.random() < 0.8}
+        rows.append(row.model_copy(update={"label": None, "findings": kept}))
+    return rows
+
+
+def test_splits_of_findings_are_by_patient_and_stratified_by_the_rarest():
+    shares = {"train": 0.7, "val": 0.1, "test": 0.2}
+    rows = labelled_set.assign_splits(_many_with_findings(), shares, seed=1)
+    splits, found = defaultdict(set), defaultdict(set)
+    for row in rows:
+        splits[row.patient].add(row.split)
+        found[row.patient] |= {name for name, has in row.findings.items() if has}
+    assert len(splits) == 400 and all(len(of) == 1 for of in splits.values())
+    strata = defaultdict(Counter)
+    for row in rows:
+        has = found[row.patient]
+        strata["rare" if "rare" in has else "common" if has else "none"][row.split] += 1
+    assert len(strata) == 3 and 20 < strata["rare"].total() < strata["none"].total()
+    for stratum in strata.values():
+        for split, share in shares.items():
+            assert abs(stratum[split] - share * stratum.total()) <= 4, strata
+    assert labelled_set.assign_splits(_many_with_findings(), shares, seed=1) == rows
+    assert labelled_set.assign_splits(_many_with_findings(), shares, seed=2) != rows
 
 
 def test_shares_of_a_split_are_positive():

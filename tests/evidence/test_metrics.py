@@ -12,6 +12,7 @@ import scipy.stats
 import sklearn.metrics
 
 from cxrgaze.evidence import metrics
+from cxrgaze.evidence.truth import UNKNOWN, one_of
 
 RNG = np.random.default_rng(7)
 
@@ -26,6 +27,14 @@ def _scores(n=200, classes=3, ties=False):
     if ties:
         scores = np.round(scores, 1)
     return scores / scores.sum(axis=1, keepdims=True), labels
+
+
+def _findings(n=300, classes=4):
+    """Sigmoids' scores, and a truth of which each column has its own share of unknown cells."""
+    has = RNG.random((n, classes)) < (0.5, 0.3, 0.2, 0.1)
+    scores = 1 / (1 + np.exp(1 - 1.5 * has - RNG.normal(size=has.shape)))
+    known = RNG.random(has.shape) > (0, 0.2, 0.4, 0.6)
+    return scores, np.where(known, has, UNKNOWN).astype(np.int8)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -60,13 +69,61 @@ def test_auc_refuses_one_class_and_nan():
 
 def test_macro_and_micro_equal_scikit_learn():
     scores, labels = _scores()
+    truth = one_of(labels, 3)
     macro = sklearn.metrics.roc_auc_score(labels, scores, multi_class="ovr", average="macro")
-    indicators = np.eye(3)[labels]
-    micro = sklearn.metrics.roc_auc_score(indicators, scores, average="micro")
-    assert metrics.macro_auc(scores, labels) == pytest.approx(macro, abs=1e-12)
-    assert metrics.micro_auc(scores, labels) == pytest.approx(micro, abs=1e-12)
+    micro = sklearn.metrics.roc_auc_score(np.eye(3)[labels], scores, average="micro")
+    assert metrics.macro_auc(scores, truth) == pytest.approx(macro, abs=1e-12)
+    assert metrics.micro_auc(scores, truth) == pytest.approx(micro, abs=1e-12)
     expected = sklearn.metrics.accuracy_score(labels, scores.argmax(axis=1))
-    assert metrics.accuracy(scores, labels) == pytest.approx(expected)
+    assert metrics.accuracy(scores, truth) == pytest.approx(expected)
+
+
+def test_each_findings_auc_is_scikit_learns_over_the_films_where_it_is_known():
+    scores, truth = _findings()
+    known = truth != UNKNOWN
+    assert len(set(known.sum(axis=0).tolist())) == 4
+    expected = [
+        sklearn.metrics.roc_auc_score(truth[some, c], scores[some, c])
+        for c, some in enumerate(known.T)
+    ]
+    found = metrics.auc_per_class(scores, truth)
+    assert list(found) == [0, 1, 2, 3]
+    assert list(found.values()) == pytest.approx(expected, abs=1e-12)
+    assert metrics.macro_auc(scores, truth) == pytest.approx(np.mean(expected), abs=1e-12)
+    micro = sklearn.metrics.roc_auc_score(truth[known], scores[known])
+    assert metrics.micro_auc(scores, truth) == pytest.approx(micro, abs=1e-12)
+
+
+def test_a_score_of_what_is_not_known_does_not_matter():
+    scores, truth = _findings()
+    other = np.where(truth == UNKNOWN, 1 - scores, scores)
+    assert metrics.auc_per_class(other, truth) == metrics.auc_per_class(scores, truth)
+    assert metrics.micro_auc(other, truth) == metrics.micro_auc(scores, truth)
+
+
+def test_a_class_that_all_known_films_have_or_lack_has_no_auc():
+    scores, truth = _findings()
+    for column, alike in ((1, 0), (2, 1)):
+        truth[truth[:, column] != UNKNOWN, column] = alike
+    found = metrics.auc_per_class(scores, truth)
+    assert list(found) == [0, 3]
+    assert metrics.macro_auc(scores, truth) == pytest.approx((found[0] + found[3]) / 2)
+    assert metrics.micro_auc(scores, truth) == metrics.micro_auc(scores[:, ::3], truth[:, ::3])
+    for nothing in (truth[:, 1:3], np.full_like(truth, UNKNOWN)):
+        with pytest.raises(ValueError, match="no class has films with it"):
+            metrics.macro_auc(scores[:, : nothing.shape[1]], nothing)
+
+
+def test_the_top_label_is_of_films_with_a_label_and_wrong_where_they_have_another():
+    scores, labels = _scores()
+    labels[::5] = UNKNOWN
+    truth = one_of(labels, 3)[:, :2]  # films of the third have neither of the two
+    confidence, right = metrics.top_label(scores[:, :2], truth)
+    kept = labels != UNKNOWN
+    assert confidence.tolist() == scores[kept, :2].max(axis=1).tolist()
+    assert right.tolist() == (scores[kept, :2].argmax(axis=1) == labels[kept]).tolist()
+    assert not right[labels[kept] == 2].any()
+    assert metrics.accuracy(scores[:, :2], truth) == pytest.approx(right.mean())
 
 
 def test_cc_equals_numpy_and_scipy():
@@ -155,7 +212,22 @@ def test_ece_equals_torchmetrics(bins):
     expected = multiclass_calibration_error(
         torch.from_numpy(scores), torch.from_numpy(labels), num_classes=3, n_bins=bins, norm="l1"
     )
-    assert metrics.ece(scores, labels, bins) == pytest.approx(float(expected), abs=1e-6)
+    top = metrics.top_label(scores, one_of(labels, 3))
+    assert metrics.ece(*top, bins) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("bins", [10, 15])
+def test_ece_of_a_finding_equals_torchmetrics(bins):
+    torch = pytest.importorskip("torch")
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    scores, truth = _findings(n=500)
+    some = truth[:, 1] != UNKNOWN
+    probability, has = scores[some, 1], truth[some, 1]
+    expected = binary_calibration_error(
+        torch.from_numpy(probability), torch.from_numpy(has), n_bins=bins, norm="l1"
+    )
+    assert metrics.ece(probability, has == 1, bins) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_micro_auc_takes_no_credit_for_a_class_that_nobody_has():
@@ -163,14 +235,16 @@ def test_micro_auc_takes_no_credit_for_a_class_that_nobody_has():
     labels = np.minimum(labels, 1)
     scores[:, 2] = 0
     two = sklearn.metrics.roc_auc_score(np.eye(2)[labels].ravel(), scores[:, :2].ravel())
-    assert metrics.micro_auc(scores, labels, [0, 1]) == pytest.approx(two)
-    assert metrics.micro_auc(scores, labels) > two
+    three = sklearn.metrics.roc_auc_score(np.eye(3)[labels].ravel(), scores.ravel())
+    assert metrics.micro_auc(scores, one_of(labels, 3)) == pytest.approx(two)
+    assert three > two
 
 
 def test_ece_by_hand():
     sure = np.array([[0.9, 0.1]] * 10)
-    assert metrics.ece(sure, np.array([0] * 9 + [1])) == pytest.approx(0)
-    assert metrics.ece(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)
+    for wrong, expected in ((1, 0), (5, 0.4)):
+        top = metrics.top_label(sure, one_of([0] * (10 - wrong) + [1] * wrong, 2))
+        assert metrics.ece(*top) == pytest.approx(expected)
 
 
 def test_every_public_metric_has_an_example_with_its_number():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxrgaze.evidence import phantom
-from cxrgaze.train.classes import CLASSES
+from cxrgaze.evidence.class_presets import PRESETS
 
 
 def test_a_seed_gives_the_same_phantom_twice_and_another_seed_another():
@@ -19,7 +19,9 @@ def test_a_seed_gives_the_same_phantom_twice_and_another_seed_another():
 
 def test_classes_shapes_and_readers():
     drawn = [phantom.draw(seed) for seed in range(150)]
-    assert set(Counter(p.label for p in drawn)) == {c.name for c in CLASSES}
+    paper = PRESETS["paper"]
+    assert set(Counter(p.label for p in drawn)) == {c.name for c in paper.classes}
+    assert paper.kind == "exclusive" and phantom.CLASSES == paper.classes
     assert {p.pixels.shape for p in drawn} == set(phantom.SHAPES)
     for p in drawn[:20]:
         assert p.pixels.dtype == np.uint8 and p.pixels.std() > 20

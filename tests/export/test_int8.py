@@ -16,9 +16,10 @@ from cxrgaze.export.forms import Forms
 from cxrgaze.export.source import Layout
 from cxrgaze.export.targets import TARGETS
 from cxrgaze.runtime.ort import witness
-from cxrgaze.train.model import KEPT, block_of
+from cxrgaze.train import checkpoint
+from cxrgaze.train.model import block_of, kept_in
 
-LAYOUT = Layout(KEPT, block_of)
+LAYOUT = Layout(kept_in(checkpoint.load(checkpoint.demo_path())[1].spec), block_of)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def _agreement(model, other, images):
     witnesses = [witness(m.SerializeToString()) for m in (model, other)]
     found = []
     for image in images:
-        one, two = (infer(image[None]).log_density for infer in witnesses)
+        one, two = (infer(image[None])["log_density"] for infer in witnesses)
         found.append(metrics.cc(np.exp(one[0, 0]), np.exp(two[0, 0])))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -11,11 +12,12 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.errors import DataError, ExitCode, IntegrityError, ParityError, UsageError
 from cxrgaze.export import fp16, graph, network_source, parity, pipeline
 from cxrgaze.export.canvases import PARITY_SEED, parity_canvases, phantom_canvases
 from cxrgaze.export.options import ExportOptions
-from cxrgaze.export.source import Answers
+from cxrgaze.export.source import Answers, served_of
 from cxrgaze.runtime.ort import witness
 from cxrgaze.train import checkpoint
 
@@ -30,6 +32,11 @@ def images(source):
     return phantom_canvases(source.spec, 6, PARITY_SEED)
 
 
+@pytest.fixture(scope="module")
+def compare(source):
+    return partial(parity.compare, domain="test", served=served_of(source))
+
+
 def _graph(source, precision="fp32", change=None):
     model = source.graph()
     if change:
@@ -38,21 +45,24 @@ def _graph(source, precision="fp32", change=None):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_right_graph_passes_and_the_figures_are_those_of_a_slow_loop(source, images, precision):
+def test_the_right_graph_passes_and_the_figures_are_those_of_a_slow_loop(
+    source, images, compare, precision
+):
     import onnxruntime
 
     data = _graph(source, precision)
-    found = parity.compare(source.answers(images), data, precision, "test")
-    assert found.verdict == "pass" and found.label_flips == 0 and found.films == 6
+    found = compare(source.answers(images), data, precision)
+    assert found.verdict == "pass" and found.flips == 0 and found.films == 6
     session = onnxruntime.InferenceSession(data)
     worst = 0.0
     for image in images:
         with torch.inference_mode():
-            reference = source.module(torch.from_numpy(image[None])).logits.numpy()
+            reference = source.module(torch.from_numpy(image[None]))["logits"].numpy()
         logits = session.run(["logits"], {"image": image[None]})[0]
         worst = max(worst, float(np.abs(logits - reference).max()))
-    assert found.logits.max == pytest.approx(worst, abs=1e-6)
-    assert found.logits.p99 <= found.logits.max and found.logits.cosine > 0.999
+    of = found.outputs["logits"]
+    assert of.max == pytest.approx(worst, abs=1e-6)
+    assert of.p99 <= of.max and of.cosine > 0.999
     parity.require_pass(found, precision)
 
 
@@ -87,14 +97,37 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_graph_fails(source, images, name):
+def test_a_wrong_graph_fails(source, images, compare, name):
     change, verdict = WRONG[name]
     data = _graph(source, change=change)
-    found = parity.compare(source.answers(images), data, "fp32", "test")
+    found = compare(source.answers(images), data, "fp32")
     assert found.verdict == verdict
     with pytest.raises(ParityError) as caught:
         parity.require_pass(found, "fp32")
     assert caught.value.exit_code == ExitCode.PARITY
+
+
+def test_a_flip_is_another_decision_of_what_is_served(source, images):
+    answers, data = source.answers(images), _graph(source, change=_swap_classes)
+    before = answers.outputs["logits"].argmax(axis=1)
+    of_two = int((before < 2).sum())
+    assert of_two
+
+    def flips(served):
+        found = parity.compare(answers, data, "fp32", "test", served)
+        assert found.verdict == "fail" and set(found.outputs) == {"logits", "log_density"}
+        return found.flips
+
+    served = served_of(source)
+    assert flips(served) == of_two
+    assert flips(replace(served, untaught=("normal", "heart_failure"))) == 0
+    assert flips(replace(served, untrained=("logits",))) is None
+    spec = source.spec.model_copy(update={"class_kind": "findings"})
+    points = {"operating_points": {"normal": 0.5}}
+    first = answers.outputs["logits"][:, :2] >= 0
+    expected = int((first[:, 0] != first[:, 1]).sum())
+    assert flips(Served(spec, Decision(**points))) == expected > 0
+    assert flips(Served(spec)) == 0  # none decides
 
 
 def _scaled(source, factor):
@@ -107,23 +140,25 @@ def _scaled(source, factor):
     return replace(source, module=network)
 
 
-def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see_it(source, images):
+def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see_it(
+    source, images, compare
+):
     """Only the float32 range tells: docs/graphs.md#witness."""
     changed = _scaled(source, 3e4)
-    found = parity.compare(changed.answers(images), _graph(changed, "fp16"), "fp16", "test")
+    found = compare(changed.answers(images), _graph(changed, "fp16"), "fp16")
     assert found.peak_activation > 65504 and found.verdict != "pass"
     with pytest.raises(ParityError):
         parity.require_pass(found, "fp16")
-    as_float = parity.compare(changed.answers(images), _graph(changed), "fp32", "test")
+    as_float = compare(changed.answers(images), _graph(changed), "fp32")
     assert as_float.verdict == "pass"
 
 
-def test_a_network_with_nan_inside_is_not_finite(source, images):
+def test_a_network_with_nan_inside_is_not_finite(source, images, compare):
     network = copy.deepcopy(source.module)
     with torch.no_grad():
         network.saliency[3].weight.fill_(float("nan"))
     changed = replace(source, module=network)
-    found = parity.compare(changed.answers(images), _graph(changed), "fp32", "test")
+    found = compare(changed.answers(images), _graph(changed), "fp32")
     assert found.verdict == "not_finite"
 
 
@@ -131,25 +166,33 @@ def test_a_network_with_nan_inside_is_not_finite(source, images):
 def said(source, images):
     """A graph, and its own answers in place of the network's: nothing differs but by a test."""
     data = _graph(source)
-    logits, log_density = zip(*(witness(data)(image[None]) for image in images), strict=True)
-    return data, Answers(images, np.concatenate(logits), np.concatenate(log_density)[:, 0], 1.0)
+    infer = witness(data)
+    films = [infer(image[None]) for image in images]
+    outputs = {head: np.concatenate([of[head] for of in films]) for head in source.spec.heads}
+    return data, Answers(images, outputs, 1.0)
+
+
+def _with_map(answers, log_density):
+    return replace(answers, outputs={**answers.outputs, "log_density": log_density})
 
 
 def _border(log_density):
     """Just above 1 % of the peak of each film."""
-    return log_density.max(axis=(1, 2), keepdims=True) + np.float32(np.log(0.01) + 1e-5)
+    return log_density.max(axis=(2, 3), keepdims=True) + np.float32(np.log(0.01) + 1e-5)
 
 
-def test_maps_are_compared_from_one_percent_of_the_peak_on(said):
+def test_maps_are_compared_from_one_percent_of_the_peak_on(said, compare):
     """The network's map of one film changes in one pixel, far off from the graph's."""
     data, answers = said
-    lowest = np.unravel_index(answers.log_density.argmin(), answers.log_density.shape)
+    log_density = answers.outputs["log_density"]
+    lowest = np.unravel_index(log_density.argmin(), log_density.shape)
     for nats, verdict in ((0.0, "fail"), (-1e-4, "pass")):
-        changed = answers.log_density.copy()
-        changed[lowest] = _border(changed)[lowest[0], 0, 0] + np.float32(nats)
-        found = parity.compare(replace(answers, log_density=changed), data, "fp32", "test")
+        changed = log_density.copy()
+        changed[lowest] = _border(changed)[lowest[0], 0, 0, 0] + np.float32(nats)
+        found = compare(_with_map(answers, changed), data, "fp32")
         assert found.verdict == verdict
-        assert found.agreement_cc_min >= parity.AGREEMENT["fp32"] and found.logits.max == 0
+        assert found.agreement_cc_min >= parity.AGREEMENT["fp32"]
+        assert found.outputs["logits"].max == 0
 
 
 def _as_far_as_it_may(log_density, limit):
@@ -160,14 +203,13 @@ def _as_far_as_it_may(log_density, limit):
 
 
 @pytest.mark.parametrize("precision", parity.AGREEMENT)
-def test_maps_that_agree_too_little_fail_although_no_compared_pixel_does(said, precision):
+def test_maps_that_agree_too_little_fail_although_no_compared_pixel_does(said, compare, precision):
     data, answers = said
     limits = parity.LIMITS[precision]
-    changed = replace(
-        answers, log_density=_as_far_as_it_may(answers.log_density, limits.log_density)
-    )
-    found = parity.compare(changed, data, precision, "test")
-    assert found.logits.max <= limits.logits and found.log_density.max <= limits.log_density
+    moved = _as_far_as_it_may(answers.outputs["log_density"], limits["log_density"])
+    found = compare(_with_map(answers, moved), data, precision)
+    assert all(of.max <= limits[head] for head, of in found.outputs.items())
+    assert set(found.outputs) == set(found.limits) == set(limits)
     assert found.agreement_cc_min < parity.AGREEMENT[precision] and found.verdict == "fail"
     with pytest.raises(ParityError, match="agreement CC"):
         parity.require_pass(found, precision)
@@ -176,7 +218,7 @@ def test_maps_that_agree_too_little_fail_although_no_compared_pixel_does(said, p
 def test_a_graph_that_fails_parity_is_never_written(source, tmp_path, monkeypatch):
     from cxrgaze.command import Steps
 
-    strict = {p: limits.model_copy(update={"logits": 1e-12}) for p, limits in parity.LIMITS.items()}
+    strict = {p: {**limits, "logits": 1e-12} for p, limits in parity.LIMITS.items()}
     monkeypatch.setattr(parity, "LIMITS", strict)
     options = ExportOptions("fp16", "tensorrt", tmp_path / "new")
     with pytest.raises(ParityError, match="nothing was written"):

@@ -30,6 +30,11 @@ def quantized(tmp_path_factory):
     return folder / "demo-int8.cxrgaze"
 
 
+@pytest.fixture(scope="module")
+def demo_spec():
+    return checkpoint.load(checkpoint.demo_path())[1].spec
+
+
 @pytest.fixture
 def fewer_phantoms(monkeypatch):
     """300 phantoms in the gate: what is wrong shows in them too, sooner."""
@@ -162,10 +167,11 @@ def test_the_search_keeps_to_its_budget(tmp_path):
         ({"macro AUC": 0.001, "CC": 0.02, "flips": 0.01}, "log_density"),
         ({"macro AUC": 0.001, "CC": 0.02, "flips": 0.05}, "logits"),
         ({"macro AUC": 0.02, "CC": None, "flips": 0.01}, "logits"),
+        ({"CC": 0.001}, "log_density"),
         ({}, "logits"),
     ],
 )
-def test_what_ranks_is_the_output_that_fails(losses, head):
+def test_what_ranks_is_the_output_that_fails(demo_spec, losses, head):
     limits = {"macro AUC": 0.005, "CC": 0.01, "flips": 0.02}
     quantities = [
         types.SimpleNamespace(head=HEAD_OF[name], loss=loss, limit=limits[name])
@@ -173,7 +179,14 @@ def test_what_ranks_is_the_output_that_fails(losses, head):
     ]
     comparison = types.SimpleNamespace(quantities=quantities)
     judged = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=comparison))
-    assert search.weakest_head(judged) == head
+    assert search.weakest_head(judged, demo_spec) == head
+
+
+def test_what_ranks_of_a_network_that_was_not_gated_is_its_first_head(demo_spec):
+    judged = types.SimpleNamespace(gate=types.SimpleNamespace(comparison=None))
+    assert search.weakest_head(judged, demo_spec) == "logits"
+    alone = demo_spec.model_copy(update={"heads": ("log_density",), "classes": ()})
+    assert search.weakest_head(judged, alone) == "log_density"
 
 
 def _export(tmp_path, *arguments):
@@ -343,6 +356,6 @@ def test_rounding_is_seen_where_onnx_runtime_shows_none(bundles):
     spec = Bundle.open(bundles / "demo-fp32.cxrgaze").manifest.spec
     images = list(gate.phantom_set(spec, 4).arrays.images)
     found = audit.audit(model, images, "4 phantoms")
-    assert found.rounding_finite and 0 < found.rounding_logits < 0.1
-    assert 0 < found.rounding_log_density < 0.3 and not found.overflowing
+    assert found.rounding_finite and 0 < found.rounding["logits"] < 0.1
+    assert 0 < found.rounding["log_density"] < 0.3 and not found.overflowing
     assert 0 <= found.subnormal_share < found.worst_subnormal_share < 1

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from cxrgaze.bundles.bundle import GRAPH, fill_bundle
 from cxrgaze.bundles.manifest import Manifest, Provenance
-from cxrgaze.bundles.verdicts import Gate, OutputParity, Parity, Tolerance
+from cxrgaze.bundles.verdicts import Gate, OutputParity, Parity
 from cxrgaze.errors import (
     CxrgazeError,
     ExitCode,
@@ -24,19 +24,20 @@ from cxrgaze.errors import (
 from cxrgaze.runtime import ort
 from cxrgaze.runtime.backend import BackendOptions
 from cxrgaze.runtime.backends import choose
-from cxrgaze.spec import SPEC_KEY, DiseaseClass, ModelSpec
+from cxrgaze.spec import HEADS, SPEC_KEY, DiseaseClass, ModelSpec
 
 SPEC = ModelSpec(
     variant="tiny",
     model_version="1",
-    classes=tuple(DiseaseClass(name=name, display=name, snomed="0") for name in ("dark", "bright")),
+    classes=(DiseaseClass(name="bright", display="Bright"),),
+    class_kind="findings",
     height=32,
     width=64,
     pixel_source="image-8bit",
     domain="none",
 )
 STORED = SPEC.model_dump_json()
-LIMITS = Tolerance(logits=1, log_density=1)
+LIMITS = dict.fromkeys(SPEC.heads, 1.0)
 SAME = OutputParity(max=0, p99=0, cosine=1)
 MANIFEST = Manifest(
     name="tiny",
@@ -52,12 +53,11 @@ MANIFEST = Manifest(
         films=0,
         domain="",
         limits=LIMITS,
-        logits=SAME,
-        log_density=SAME,
+        outputs=dict.fromkeys(SPEC.heads, SAME),
         agreement_cc_min=1,
         agreement_cc_mean=1,
         worst_film=0,
-        label_flips=0,
+        flips=0,
         peak_activation=1,
         witness="",
     ),
@@ -81,10 +81,11 @@ def _graph(
     pooling="GlobalAveragePool",
     kind=TensorProto.FLOAT,
     ir_version=10,
+    heads=SPEC.heads,
 ):
-    """Logits are the mean of the canvas, the log-density is the canvas itself."""
-    tensors = ((name, canvas), ("logits", canvas[:1]), ("log_density", canvas))
-    ends = [helper.make_tensor_value_info(n, kind, ["N", *shape]) for n, shape in tensors]
+    """The logit is the mean of the canvas, the log-density is the canvas itself."""
+    shapes = {name: canvas, "logits": canvas[:1], "log_density": canvas, "mean": (canvas[0], 1, 1)}
+    ends = [helper.make_tensor_value_info(n, kind, ["N", *shapes[n]]) for n in (name, *heads)]
     nodes = [
         helper.make_node(pooling, [name], ["mean"]),
         helper.make_node("Flatten", ["mean"], ["logits"]),
@@ -98,8 +99,19 @@ def _graph(
     return model.SerializeToString()
 
 
-def _bundle(folder, graph=None):
-    return fill_bundle(folder, MANIFEST, {GRAPH: _graph() if graph is None else graph})
+def _bundle(folder, graph=None, spec=SPEC):
+    of = {head: SAME for head in spec.heads}
+    limits = dict.fromkeys(spec.heads, 1.0)
+    parity = MANIFEST.parity.model_copy(update={"outputs": of, "limits": limits})
+    update = {"spec": spec, "parity": parity, "self_test": {"float32": limits}}
+    manifest = MANIFEST.model_copy(update=update)
+    return fill_bundle(folder, manifest, {GRAPH: _graph() if graph is None else graph})
+
+
+def _other(**changes):
+    return ModelSpec(
+        **{**{name: getattr(SPEC, name) for name in ModelSpec.model_fields}, **changes}
+    )
 
 
 def test_both_heads_of_any_number_of_films_come_in_their_order(tmp_path):
@@ -107,8 +119,36 @@ def test_both_heads_of_any_number_of_films_come_in_their_order(tmp_path):
     backend.activate(_bundle(tmp_path))
     for n in (1, 3):
         outputs = backend.infer(PIXELS[:n])
-        assert np.allclose(outputs.logits, PIXELS[:n].mean(axis=(2, 3)), atol=1e-6)
-        assert np.array_equal(outputs.log_density, PIXELS[:n])
+        assert list(outputs) == ["logits", "log_density"]
+        assert np.allclose(outputs["logits"], PIXELS[:n].mean(axis=(2, 3)), atol=1e-6)
+        assert np.array_equal(outputs["log_density"], PIXELS[:n])
+
+
+@pytest.mark.parametrize("change", [{"heads": ("logits",)}, {"heads": HEADS[1:], "classes": ()}])
+def test_one_head_comes_alone(tmp_path, change):
+    spec, whole = _other(**change), ort.witness(_graph())(PIXELS)
+    graph = _graph(heads=spec.heads, stored=spec.model_dump_json())
+    backend = ort.OnnxRuntime()
+    backend.activate(_bundle(tmp_path, graph, spec))
+    (head,) = spec.heads
+    outputs = backend.infer(PIXELS)
+    assert list(outputs) == [head] and np.array_equal(outputs[head], whole[head])
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [("logits",), ("log_density",), ("logits", "mean"), ("logits", "log_density", "mean")],
+)
+def test_a_graph_that_gives_other_outputs_than_its_spec_says_is_refused(tmp_path, heads):
+    with pytest.raises(IntegrityError, match=r"gives .* expected .*'log_density': \[1, 32, 64\]"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, _graph(heads=heads)))
+
+
+def test_a_graph_with_another_number_of_classes_than_its_spec_says_is_refused(tmp_path):
+    spec = _other(classes=(*SPEC.classes, DiseaseClass(name="dark", display="Dark")))
+    graph = _graph(stored=spec.model_dump_json())
+    with pytest.raises(IntegrityError, match=r"'logits': \[1\].* expected .*'logits': \[2\]"):
+        ort.OnnxRuntime().activate(_bundle(tmp_path, graph, spec))
 
 
 def test_there_is_nothing_to_infer_with_before_activate_and_after_deactivate(tmp_path):
@@ -215,13 +255,16 @@ def test_every_error_of_onnx_runtime_is_one_of_ours(monkeypatch, tmp_path, name,
             if when == "load":
                 raise kind("a fault")
 
+        def get_outputs(self):
+            return []
+
         def run(self, *anything):
             raise kind("a fault")
 
     monkeypatch.setattr(ort.onnxruntime, "InferenceSession", Failing)
     with pytest.raises(CxrgazeError, match="a fault") as caught:
         session = ort.open_session(_graph())
-        ort.both_heads(session)(np.zeros((1, 1, 32, 64), np.float32))
+        ort.heads_of(session)(np.zeros((1, 1, 32, 64), np.float32))
     malformed = name in ("InvalidProtobuf", "InvalidGraph", "NoModel")
     assert isinstance(caught.value, IntegrityError if malformed else IncompatibleError)
 
@@ -236,11 +279,14 @@ def test_every_error_of_onnx_runtime_is_one_of_ours(monkeypatch, tmp_path, name,
 )
 def test_no_room_is_exit_code_10(error):
     class Full:
+        def get_outputs(self):
+            return []
+
         def run(self, *anything):
             raise error
 
     with pytest.raises(OutOfMemoryError) as caught:
-        ort.both_heads(Full())(np.zeros((1, 1, 32, 64), np.float32))
+        ort.heads_of(Full())(np.zeros((1, 1, 32, 64), np.float32))
     assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
 
 

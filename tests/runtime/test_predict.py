@@ -15,13 +15,19 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pydicom
 import pytest
 from PIL import Image
 
 import cxrgaze
+from cxrgaze.bundles.bundle import GRAPH, MANIFEST, Bundle
+from cxrgaze.bundles.manifest import FileRecord
+from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import ExitCode
+from cxrgaze.files import sha256
 from cxrgaze.runtime.cli import main
+from cxrgaze.spec import SPEC_KEY
 
 
 @pytest.fixture
@@ -37,10 +43,18 @@ def test_files_per_film_and_a_table(bundle, films, tmp_path, capsys):
     others = {os.path.basename(r["film"]): r["reason"] for r in table if r["status"] != "read"}
     assert len(read) == 8 and set(others) == {"ATTRIBUTION.md", "labels.csv"}
     assert all("neither DICOM nor PNG" in reason for reason in others.values())
+    names = ("normal", "heart_failure", "pneumonia")
+    columns = ["film", "status", "label", *(f"p_{n}" for n in names), *(f"flag_{n}" for n in names)]
+    assert list(table[0])[: len(columns) + 2] == [*columns, "peak_x_px", "peak_y_px"]
+    assert all(not row[f"flag_{n}"] for row in table if row not in read for n in names)
     for row in read:
         stem = os.path.splitext(os.path.basename(row["film"]))[0]
         record = json.loads((tmp_path / f"{stem}.json").read_text())
         assert record["label"] == row["label"]
+        assert set(record["flags"]) == set(record["operating_points"]) == set(names)
+        for name, raised in record["flags"].items():
+            assert row[f"flag_{name}"] == str(int(raised))
+            assert raised == (record["probabilities"][name] >= record["operating_points"][name])
         size = record["film_px"]
         heatmap = np.load(tmp_path / f"{stem}.heatmap.npy", allow_pickle=False)
         assert heatmap.shape == (size["height"], size["width"])
@@ -50,6 +64,66 @@ def test_files_per_film_and_a_table(bundle, films, tmp_path, capsys):
     assert len(out.out.splitlines()) == 10
     assert "8 read, 0 not applicable, 0 failed, 2 skipped" in out.err
     assert "not a medical device" in out.err and "drawings" in out.err
+
+
+def _changed(bundle, folder, **changes):
+    """A copy of the bundle with another manifest, and its spec in the graph too."""
+    copy = Path(shutil.copytree(bundle, folder / "changed.cxrgaze"))
+    manifest = Bundle.open(copy).manifest.model_copy(update=changes)
+    graph = onnx.load(copy / GRAPH)
+    onnx.helper.set_model_props(graph, {SPEC_KEY: manifest.spec.model_dump_json()})
+    data = graph.SerializeToString()
+    (copy / GRAPH).write_bytes(data)
+    made = FileRecord(path=GRAPH, size=len(data), sha256=sha256(data))
+    records = tuple(made if record.path == GRAPH else record for record in manifest.files)
+    manifest = manifest.model_copy(update={"files": records})
+    (copy / MANIFEST).write_bytes(manifest.rendered())
+    return str(copy)
+
+
+def _columns(folder):
+    with (folder / "readings.csv").open(newline="") as file:
+        columns = next(csv.reader(file))
+    return columns[2 : columns.index("reason")]
+
+
+@pytest.mark.parametrize("kind", ["npy", "png16"])
+def test_a_heatmap_of_a_network_without_a_map_is_refused(bundle, films, tmp_path, capsys, kind):
+    film, out = str(films / "nih_00001507_002_512.png"), tmp_path / "out"
+    without = _changed(bundle, tmp_path, untrained=("log_density",))
+    assert main([without, film, "--output", str(out), "--heatmap", kind]) == ExitCode.USAGE
+    assert f"--heatmap {kind}: demo-fp16 gives no map" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_nothing_taught_has_no_column(bundle, films, tmp_path, capsys):
+    film, out = str(films / "nih_00001507_002_512.png"), tmp_path / "out"
+    changes = {"untaught": ("normal",), "untrained": ("log_density",)}
+    without = _changed(bundle, tmp_path, **changes)
+    assert main([without, film, "--output", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "nothing taught the class normal: it is left out" in told.err
+    assert "nothing taught the output log_density: it is left out" in told.err
+    assert "peak" not in told.out and len(told.out.split("\t")) == 3
+    names = ("heart_failure", "pneumonia")
+    assert _columns(out) == ["label", *(f"p_{n}" for n in names), *(f"flag_{n}" for n in names)]
+
+
+def test_findings_have_flags_and_no_label(bundle, films, tmp_path, capsys):
+    film, out = str(films / "nih_00001507_002_512.png"), tmp_path / "out"
+    spec = Bundle.open(Path(bundle)).manifest.spec.model_copy(update={"class_kind": "findings"})
+    for raised, said in (({"normal": 0.0}, "normal"), ({"normal": 1.0}, "no flag")):
+        decision = Decision(operating_points={"pneumonia": 1.0, **raised})
+        folder = tmp_path / said
+        folder.mkdir()
+        changed = _changed(bundle, folder, spec=spec, decision=decision)
+        assert main([changed, film, "--output", str(out)]) == 0
+        assert capsys.readouterr().out.split("\t")[1] == said
+        record = json.loads((out / "nih_00001507_002_512.json").read_text())
+        assert record["label"] is None and record["flags"]["normal"] == (said == "normal")
+        names = ("normal", "heart_failure", "pneumonia")
+        columns = [*(f"p_{n}" for n in names), "flag_normal", "flag_pneumonia"]
+        assert _columns(out) == [*columns, "peak_x_px", "peak_y_px"]
 
 
 def test_png16_and_json_lines(bundle, films, tmp_path, capsys):

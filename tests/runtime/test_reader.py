@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 import cxrgaze
 from cxrgaze.bundles.bundle import GOLDEN, fill_bundle
+from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import (
     FilmError,
     GateError,
@@ -21,7 +24,7 @@ from cxrgaze.films.film import Film
 from cxrgaze.runtime.backend import Backend
 from cxrgaze.runtime.overlay import render, top_mass_level
 from cxrgaze.runtime.reader import MAX_BATCH, Reader, read_golden
-from cxrgaze.spec import Outputs
+from cxrgaze.spec import HEADS
 
 
 @pytest.fixture(scope="module")
@@ -150,21 +153,18 @@ def test_a_closed_reader_says_so(bundles):
 
 
 def test_operating_points_and_temperature_act(reader):
-    from dataclasses import replace
-
-    from cxrgaze.bundles.manifest import Decision
-
     pixels = phantom.draw(3).pixels
     plain = reader.read(pixels)
-    decision = Decision(temperature=5.0, operating_points={"pneumonia": 0.0, "normal": 1.0})
-    manifest = reader.bundle.manifest.model_copy(update={"decision": decision})
-    original = reader.bundle
-    reader.bundle = replace(original, manifest=manifest)
+    points = {"pneumonia": 0.0, "normal": 1.0}
+    decision = Decision(temperature=5.0, operating_points=points)
+    original = reader.served
+    reader.served = replace(original, decision=decision)
     try:
         soft = reader.read(pixels)
     finally:
-        reader.bundle = original
+        reader.served = original
     assert soft.flags == {"pneumonia": True, "normal": False}
+    assert soft.operating_points == soft.to_json()["operating_points"] == points
     assert set(plain.flags) == {"normal", "heart_failure", "pneumonia"}  # the demo's own points
     assert max(soft.probabilities.values()) < max(plain.probabilities.values())
     assert soft.label == plain.label
@@ -219,8 +219,7 @@ class StandIn(Backend):
     def infer(self, image):
         self.now += 0.048
         self.stages_ms = {"h2d": 16.0, "compute": 32.0}
-        answers = (np.repeat(self.golden[name], len(image), 0) for name in Outputs._fields)
-        return Outputs(*answers)
+        return {head: np.repeat(self.golden[head], len(image), 0) for head in HEADS}
 
     def deactivate(self):
         pass
@@ -258,13 +257,73 @@ def test_the_self_test_compares_from_one_percent_of_the_peak_on(reader, golden, 
             Reader(bundle, StandIn(golden)).close()
 
 
-@pytest.mark.parametrize("head", Outputs._fields)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("off", [1.0, np.nan])
 def test_the_self_test_compares_both_heads(reader, golden, tmp_path, head, off):
     bundle = _bundle_of(tmp_path, reader.bundle.manifest, golden)
     Reader(bundle, StandIn(golden)).close()
-    with pytest.raises(IncompatibleError, match="self-test failed on stand-in"):
+    with pytest.raises(IncompatibleError, match=f"self-test failed on stand-in.*{head} by {off:g}"):
         Reader(bundle, StandIn({**golden, head: golden[head] + np.float32(off)}))
+
+
+LEFT_OUT = {
+    "a class": ({"untaught": ("normal",)}, ("the class normal",)),
+    "the map": ({"untrained": ("log_density",)}, ("the output log_density",)),
+    "the diagnosis": ({"untrained": ("logits",)}, ("the output logits",)),
+    "the diagnosis and its class": (
+        {"untrained": ("logits",), "untaught": ("normal",)},
+        ("the output logits",),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_nothing_taught_is_left_out_of_every_reading(reader, golden, tmp_path, what):
+    changes, named = LEFT_OUT[what]
+    manifest = reader.bundle.manifest.model_copy(update=changes)
+    drawn = phantom.draw(4)
+    with Reader(_bundle_of(tmp_path, manifest, golden), StandIn(golden)) as made:
+        reading = made.read(drawn.pixels)
+    record = reading.to_json()
+    warned = [warning for warning in record["warnings"] if "nothing taught" in warning]
+    assert warned == [f"nothing taught {one}: it is left out" for one in named]
+    taught = {
+        "a class": ("heart_failure", "pneumonia"),
+        "the map": ("normal", "heart_failure", "pneumonia"),
+    }.get(what, ())
+    assert tuple(reading.probabilities) == tuple(reading.flags) == taught
+    if taught:
+        assert reading.label == record["label"] == max(taught, key=reading.probabilities.get)
+        assert sum(reading.probabilities.values()) == pytest.approx(1)
+        assert tuple(record["operating_points"]) == taught
+    else:
+        assert reading.label is None
+        assert not {"label", "probabilities", "flags", "operating_points"} & set(record)
+    has_map = what != "the map"
+    assert ("peak_px" in record) == ("pad_mass" in record) == has_map
+    if not has_map:
+        for asked in ("film_density", "pad_mass", "peak"):
+            with pytest.raises(UsageError, match="gives no map"):
+                getattr(reading, asked)
+        with pytest.raises(UsageError, match="gives no map"):
+            reading.heatmap()
+    render(reading, drawn.pixels.astype(np.float32) / 255)
+
+
+def test_findings_are_sigmoids_with_flags_and_no_label(reader, golden, tmp_path):
+    manifest = reader.bundle.manifest
+    points = {"pneumonia": 0.0, "normal": 1.0}
+    changes = {
+        "spec": manifest.spec.model_copy(update={"class_kind": "findings"}),
+        "decision": Decision(temperatures={"pneumonia": 2.0}, operating_points=points),
+    }
+    manifest = manifest.model_copy(update=changes)
+    with Reader(_bundle_of(tmp_path, manifest, golden), StandIn(golden)) as made:
+        reading = made.read(phantom.draw(4).pixels)
+    expected = expit(golden["logits"][0] / np.array([1, 1, 2]))
+    assert list(reading.probabilities.values()) == pytest.approx(expected.tolist())
+    assert reading.label is None and reading.to_json()["label"] is None
+    assert reading.flags == {"normal": False, "pneumonia": True}
 
 
 def test_a_film_takes_its_share_of_the_time_of_its_own_batch(reader, golden, tmp_path, monkeypatch):

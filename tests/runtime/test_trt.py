@@ -13,8 +13,10 @@ import shutil
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -41,6 +43,7 @@ from cxrgaze.runtime.host import host_platform
 from cxrgaze.runtime.ort import OnnxRuntime
 from cxrgaze.runtime.trt import TensorRT, load_engine
 from cxrgaze.runtime.trt_library import Library
+from cxrgaze.spec import HEADS
 
 GPU = Gpu("Stand-in", "87", 8 << 30, True, "12.6")
 HEADER = b"ftrt" + bytes(20) + bytes((10, 3, 0)) + bytes(37)
@@ -185,10 +188,11 @@ class _Context:
 
         def work():
             image = _view(self.addresses["image"], shape)
-            outputs = self.engine.session.run(["logits", "log_density"], {"image": image.copy()})
-            if self.engine.trt.broken == "swapped":
-                outputs[0] = np.ascontiguousarray(outputs[0][:, ::-1])
-            for name, array in zip(("logits", "log_density"), outputs, strict=True):
+            names = [output.name for output in self.engine.session.get_outputs()]
+            outputs = self.engine.session.run(names, {"image": image.copy()})
+            for name, array in zip(names, outputs, strict=True):
+                if self.engine.trt.broken == "swapped" and name == "logits":
+                    array = np.ascontiguousarray(array[:, ::-1])
                 _view(self.addresses[name], array.shape)[:] = array
 
         device.queue.append(work)
@@ -265,10 +269,38 @@ def test_any_batch_goes_through_in_parts_that_the_plan_takes(bundle, cache, batc
     backend.activate(bundle)
     images = _images(count)
     found, expected = backend.infer(images), reference.infer(images)
-    assert found.logits.shape == (count, 3) and found.log_density.shape == (count, 1, 64, 64)
-    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
-    np.testing.assert_allclose(found.log_density, expected.log_density, atol=1e-4)
+    assert {head: array.shape for head, array in found.items()} == {
+        "logits": (count, 3),
+        "log_density": (count, 1, 64, 64),
+    }
+    for head in found:
+        np.testing.assert_allclose(found[head], expected[head], atol=1e-4)
     assert backend._library.module.sizes == sizes
+    backend.deactivate()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_head_comes_alone(bundle, cache, head):
+    """And an engine that gives both is none of a network that has one."""
+    model = onnx.load_from_string(bundle.read(GRAPH))
+    del model.graph.output[head == HEADS[0]]
+    spec = bundle.manifest.spec
+    classes = spec.classes if head == "logits" else ()
+    alone = spec.model_copy(update={"heads": (head,), "classes": classes})
+    of = replace(bundle, manifest=bundle.manifest.model_copy(update={"spec": alone}))
+    reference = OnnxRuntime()
+    reference.activate(bundle)
+    both = _backend(cache, _stored(cache, bundle, (1, 2, 2)))
+    with pytest.raises(IntegrityError, match="expected"):
+        both.activate(of)
+    plan = HEADER + model.SerializeToString()
+    backend = _backend(cache, _stored(cache, bundle, (1, 2, 2), plan=plan))
+    with pytest.raises(IntegrityError, match="expected"):
+        backend.activate(bundle)
+    backend.activate(of)
+    found, expected = backend.infer(_images(3)), reference.infer(_images(3))
+    assert list(found) == [head]
+    np.testing.assert_allclose(found[head], expected[head], atol=1e-4)
     backend.deactivate()
 
 
@@ -289,9 +321,9 @@ def test_outputs_belong_to_the_caller(bundle, cache):
     backend = _backend(cache, _stored(cache, bundle))
     backend.activate(bundle)
     first = backend.infer(_images(1))
-    kept = first.log_density.copy()
+    kept = first["log_density"].copy()
     backend.infer(1 - _images(1))
-    assert np.array_equal(first.log_density, kept)
+    assert np.array_equal(first["log_density"], kept)
     backend.deactivate()
 
 
@@ -430,7 +462,7 @@ def test_tensorfloat_32_has_a_tolerance_of_its_own(bundles, bundle, cache):
     plain, tf32 = (_backend(cache, _stored(cache, bundle, tf32=on)) for on in (False, True))
     fp32, fp16 = (Bundle.open(bundles / f"demo-{p}.cxrgaze").manifest for p in ("fp32", "fp16"))
     assert (plain.arithmetic(fp32), tf32.arithmetic(fp32)) == ("float32", "tf32")
-    assert fp32.self_test["tf32"].logits > fp32.self_test["float32"].logits
+    assert fp32.self_test["tf32"]["logits"] > fp32.self_test["float32"]["logits"]
     assert tf32.arithmetic(fp16) == "float16"
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from cxrgaze.evidence import heatmaps
-from cxrgaze.evidence.arrays import UNLABELLED, load_arrays
+from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.evidence.truth import UNKNOWN
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import load_config
 from cxrgaze.train.distill import taught
@@ -41,11 +42,11 @@ def main(folder: str, devices: int, batch: int, output: str) -> None:
     spec = spec_of("tiny", model_version="t", pixel_source="image-8bit", domain="phantom")
     labelled = LabelledSet.open(folder).split("train")
     plain = load_arrays(labelled, spec, heatmaps.PRESETS["phantom"])
-    labels, densities = plain.labels.copy(), plain.densities.copy()
-    labels[::3], densities[::4] = UNLABELLED, 0  # films count unevenly on the processes
+    truth, densities = plain.truth.copy(), plain.densities.copy()
+    truth[::3], densities[::4] = UNKNOWN, 0  # films count unevenly on the processes
     teacher, card = checkpoint.load(checkpoint.demo_path())
-    masked = replace(plain, labels=labels, densities=densities)
-    masked = taught(masked, labelled, teacher, card.spec)
+    masked = replace(plain, truth=truth, densities=densities)
+    masked = taught(masked, labelled, spec, teacher, card.spec)
     runs = {"contrastive": "demo", "encoder": "demo", "saliency": "demo"}
     for which, base in (runs | {"joint": "joint", "distill": "distill"}).items():
         config = load_config(base, ["variant=tiny", "heatmap=phantom"])
@@ -57,7 +58,7 @@ def main(folder: str, devices: int, batch: int, output: str) -> None:
         module = StageModule(
             network,
             config.stages[which].model_copy(update=changes),
-            Films(arrays, arrays),
+            Films(arrays, arrays, spec),
             number=1,
             seed=0,
             aug=config.augment,

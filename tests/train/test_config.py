@@ -50,6 +50,39 @@ def test_a_loss_is_replaced_whole():
     assert load_config("paper").not_evaluated == ()
 
 
+def test_a_config_says_the_heads_in_their_own_order():
+    assert load_config("paper").heads == ("logits", "log_density")
+    assert load_config("paper", ["heads=log_density"]).heads == ("log_density",)
+    for both in ("heads=log_density,logits", "heads=['log_density', 'logits']"):
+        assert load_config("paper", [both]).heads == ("logits", "log_density")
+
+
+def _of_heads(preset, *heads):
+    stages = {name: one.of_heads(heads) for name, one in load_config(preset).stages.items()}
+    return {name: one and ([*one.loss], one.train) for name, one in stages.items()}
+
+
+def test_a_stage_leaves_out_what_a_network_without_a_head_does_not_have():
+    for name in preset_names():
+        for stage in load_config(name).stages.values():
+            assert stage.of_heads(("logits", "log_density")) == stage
+    assert _of_heads("paper", "log_density") == {
+        "contrastive": None,  # no class is known without the diagnosis
+        "encoder": None,
+        "saliency": (["saliency_kl"], ("skips", "decoder", "saliency")),
+        "fusion": None,
+    }
+    assert _of_heads("paper", "logits") == {
+        "contrastive": (["triplet"], ("dense",)),
+        "encoder": (["encoder_cross_entropy"], ("dense",)),
+        "saliency": None,
+        "fusion": (["cross_entropy"], ("classifier",)),
+    }
+    alone = load_config("joint").stages["joint"].of_heads(("logits",))
+    assert (alone.weighting, alone.loss) == ("sum", {"cross_entropy": 1.0})
+    assert alone.train == ("dense", "classifier")
+
+
 BAD = {
     "stages.fusion.loss={magic=1}": "no loss 'magic'",
     "stages.fusion.loss={triplet=1.0}": "teach the part dense alone",
@@ -59,6 +92,8 @@ BAD = {
     "stages.fusion.weighting=uncertainty": "cross_entropy with saliency_kl",
     "stages.fusion.epochs=0": "greater than 0",
     "stages.fusion.surprise=1": "surprise",
+    "heads=maps": "expected one or both of logits, log_density",
+    "heads=": "expected one or both of logits, log_density",
     "variant=huge": "no variant 'huge'",
     "heatmap=none": "no heatmap preset",
     "canvas=[100, 64]": "multiples of 32",

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import ExitCode, IntegrityError
 from cxrgaze.evidence import heatmaps, metrics, phantom
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.gaze import Gaze
-from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, write_set
+from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, SetInfo, write_set
+from cxrgaze.evidence.truth import one_of
 from cxrgaze.files import render_json
 from cxrgaze.train import checkpoint, cli, evaluation
 from cxrgaze.train.baseline import view_and_age
@@ -195,6 +197,95 @@ def test_a_missing_class_is_left_out_and_named(labelled, tmp_path):
     assert report["diagnosis"]["operating_points"]["heart_failure"]["sensitivity"] is None
 
 
+def _model(path, **update):
+    """The demo network under another card."""
+    shutil.copy(checkpoint.demo_path(), path)
+    _, card = checkpoint.load(checkpoint.demo_path())
+    spec = card.spec.model_copy(update=update.pop("spec", {}))
+    checkpoint.write_card(path, card.model_copy(update={"spec": spec, **update}))
+    return path
+
+
+def test_what_nothing_taught_is_left_out_and_named(labelled, tmp_path):
+    points = {"normal": 0.5, "pneumonia": 0.5}
+    model = _model(
+        tmp_path / "m.safetensors",
+        untrained=("log_density",),
+        untaught=("heart_failure",),
+        decision=Decision(temperature=1.5, operating_points=points),
+    )
+    assert _evaluate(labelled.folder, tmp_path / "out", model=model) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["saliency"] is None
+    assert "a meaning of log_density: nothing taught this output" in report["left_out"]
+    assert "the class heart_failure: nothing taught it" in report["left_out"]
+    diagnosis = report["diagnosis"]
+    assert set(diagnosis["auc"]) == {"normal", "pneumonia", "macro", "micro"}
+    assert set(diagnosis["operating_points"]) == set(points)
+    with (tmp_path / "out" / "films.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60 and "p_heart_failure" not in rows[0] and "cc" not in rows[0]
+    shares = np.array([[float(row[f"p_{name}"]) for name in points] for row in rows])
+    assert shares.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    right = np.mean([row["predicted"] == row["label"] for row in rows])  # its films are wrong
+    assert diagnosis["accuracy"]["value"] == pytest.approx(right)
+    other = _model(tmp_path / "n.safetensors", untrained=("logits",), decision=Decision())
+    assert _evaluate(labelled.folder, tmp_path / "o", model=other) == 0
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["diagnosis"] is None and report["saliency"]["films"] == 60
+    with (tmp_path / "o" / "films.csv").open() as file:
+        assert not any(name.startswith(("p_", "label")) for name in next(csv.reader(file)))
+
+
+def test_each_finding_is_judged_by_the_films_of_which_it_is_known(labelled, tmp_path):
+    names = labelled.info.class_names
+    temperatures = {"normal": 2.0, "pneumonia": 0.5}
+    points = {"normal": 0.4, "heart_failure": 0.5}
+    model = _model(
+        tmp_path / "m.safetensors",
+        spec={"class_kind": "findings"},
+        decision=Decision(temperatures=temperatures, operating_points=points),
+    )
+    rows = []
+    for number, row in enumerate(labelled.rows):
+        known = labelled.known(row).items() if number % 6 else ()  # of some films nothing is known
+        found = {n: has for n, has in known if n != "pneumonia" or number % 4}
+        rows.append(row.model_copy(update={"label": None, "findings": found}))
+    info = SetInfo.model_validate({**labelled.info.model_dump(), "class_kind": "findings"})
+    films = [(row.film, labelled.film_bytes(row)) for row in rows]
+    write_set(tmp_path / "set", info, rows, labelled.gaze, films)
+    assert _evaluate(tmp_path / "set", tmp_path / "out", model=model) == 0
+    stored = read_evaluation(tmp_path / "out" / "report.json")
+    found = stored.diagnosis
+    assert (found.accuracy, found.temperature, found.ece) == (None, None, None)
+    assert found.temperatures == temperatures
+    with (tmp_path / "out" / "films.csv").open() as file:
+        table = list(csv.DictReader(file))
+    flat_truth, flat_p = [], []
+    for name in names:
+        said = [(row[f"has_{name}"], float(row[f"p_{name}"])) for row in table]
+        truth = np.array([cell == "1" for cell, _ in said if cell])
+        p = np.array([value for cell, value in said if cell])
+        assert found.known[name] == len(truth) < 60 and found.films[name] == truth.sum()
+        slow = roc_auc_score(truth, p)
+        for interval in (found.auc[name].delong, found.auc[name].bootstrap):
+            assert interval.value == pytest.approx(slow, abs=1e-4)
+            assert interval.low < slow < interval.high
+        if name in points:
+            flag = p >= points[name]
+            point = found.operating_points[name]
+            assert point.sensitivity.value == pytest.approx(flag[truth].mean())
+            assert point.specificity.value == pytest.approx((~flag)[~truth].mean())
+        flat_truth, flat_p = [*flat_truth, *truth], [*flat_p, *p]
+    slow = roc_auc_score(flat_truth, flat_p)
+    assert found.auc["micro"].bootstrap.value == pytest.approx(slow, abs=1e-4)
+    assert set(found.operating_points) == set(points)
+    assert "operating point of pneumonia: the model has none" in stored.left_out
+    assert f"{sum(not row['has_normal'] for row in table)} of 60 films have no label" in (
+        stored.left_out
+    )
+
+
 def test_the_view_and_age_baseline_finds_what_the_view_gives_away(labelled, tmp_path):
     def with_view(row):
         view = "AP" if row.label == "pneumonia" else "PA"
@@ -212,13 +303,18 @@ def test_the_baseline_is_blind_where_view_and_age_say_nothing(labelled):
         row.model_copy(update={"view": ("PA", "AP")[i % 2], "age": float(30 + i % 7)})
         for i, row in enumerate(labelled.rows)
     ]
-    names = labelled.info.classes
-    p = view_and_age(rows[:40], rows[50:], names)
-    truth = np.array([names.index(row.label) for row in rows[50:]])
+    names = labelled.info.class_names
+
+    def known(rows):
+        return [(row, labelled.known(row)) for row in rows]
+
+    p = view_and_age(known(rows[:40]), rows[50:], names)
+    truth = one_of([names.index(row.label) for row in rows[50:]], 3)
     assert p.sum(axis=1) == pytest.approx(1)
     assert 0.3 < metrics.macro_auc(p, truth) < 0.7
     same = [row.model_copy(update={"view": "PA", "age": None}) for row in rows]
-    assert "do not vary" in view_and_age(same[:40], same, names)
+    assert "do not vary" in view_and_age(known(same[:40]), same, names)
+    assert "fewer than two classes" in view_and_age(known(map(_unlabelled, rows)), rows, names)
 
 
 WRONG = {
@@ -297,9 +393,9 @@ def test_nan_weights_are_a_parity_error_in_one_line(labelled, tmp_path, monkeypa
     model = open_model(checkpoint.demo_path(), 1)
 
     def broken(images):
-        logits, log_density = model.predict(images)
-        logits[0, 0] = np.nan
-        return logits, log_density
+        outputs = model.predict(images)
+        outputs["logits"][0, 0] = np.nan
+        return outputs
 
     damaged = replace(model, predict=broken)
     monkeypatch.setattr(evaluation, "open_model", lambda path, threads: damaged)
@@ -311,7 +407,7 @@ def test_samples_beside_fixations_do_not_change_nss(labelled):
     model = open_model(checkpoint.demo_path(), 1)
     preset = heatmaps.PRESETS["phantom"]
     arrays = load_arrays(labelled.split("val"), model.spec, preset)
-    _, log_density = model.predict(arrays.images)
+    log_density = model.predict(arrays.images)["log_density"]
 
     def with_samples(gaze):
         corner = np.full((500, 9), np.nan)
@@ -345,9 +441,10 @@ def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
     assert len((made.folder / LOOKS).read_text().splitlines()) == 1
 
 
+OF_FINDINGS = {"diagnosis.known", "diagnosis.temperatures"}
 RECORDED = {
-    "all": ("test", _with_view_and_age, True, {"leakage"}),
-    "no gaze": ("test", _with_view_and_age, False, {"leakage", "saliency"}),
+    "all": ("test", _with_view_and_age, True, {"leakage", *OF_FINDINGS}),
+    "no gaze": ("test", _with_view_and_age, False, {"leakage", "saliency", *OF_FINDINGS}),
     "no labels": ("test", _unlabelled, True, {"leakage", "diagnosis"}),
     "two classes, one view": (
         "test",
@@ -356,6 +453,7 @@ RECORDED = {
         {
             "leakage",
             "saliency",
+            *OF_FINDINGS,
             "diagnosis.operating_points.heart_failure.sensitivity",
             "diagnosis.view_and_age",
             "diagnosis.within_view.PA.view_and_age",
@@ -384,7 +482,7 @@ def test_every_field_of_the_record_comes_back(labelled, tmp_path, name):
     path = tmp_path / "out" / "report.json"
     stored = read_evaluation(path)
     assert stored.rendered() == path.read_bytes()
-    assert stored.digest and stored.schema_version == 2
+    assert stored.digest and stored.schema_version == 3
     for field in Evaluation.model_fields.keys() - {"digest"}:
         assert getattr(stored, field) == getattr(evaluation, field), field
     content = json.loads(path.read_bytes())
@@ -413,13 +511,13 @@ ALTERED = {
     "no digest": (lambda c: _without(c, "digest"), "was altered"),
     "version 1": (
         lambda c: {**c, "schema_version": 1},
-        "evaluation schema version 1, this cxrgaze reads 2; evaluate again",
+        "evaluation schema version 1, this cxrgaze reads 3; evaluate again",
     ),
-    "a later version": (lambda c: {**c, "schema_version": 3}, "evaluation schema version 3"),
+    "a later version": (lambda c: {**c, "schema_version": 4}, "evaluation schema version 4"),
     "an unknown key": (lambda c: {**c, "more": 1}, "more: Extra inputs are not permitted"),
     "a missing key": (lambda c: _without(c, "set", "films"), "set.films: Field required"),
     "foreign": (lambda c: {"films": 3}, "evaluation schema version None"),
-    "foreign, of the same version": (lambda c: {"schema_version": 2}, "synthetic: Field required"),
+    "foreign, of the same version": (lambda c: {"schema_version": 3}, "synthetic: Field required"),
     "a list": (lambda c: [c], "holds a JSON list, expected an object"),
 }
 

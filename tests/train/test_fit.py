@@ -24,8 +24,9 @@ from cxrgaze.errors import (
     UsageError,
 )
 from cxrgaze.evidence import phantom
-from cxrgaze.evidence.arrays import UNLABELLED, load_arrays
+from cxrgaze.evidence.arrays import Arrays, load_arrays
 from cxrgaze.evidence.labelled_set import LabelledSet, SetInfo
+from cxrgaze.evidence.truth import UNKNOWN, class_index, one_of
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint, cli, fit, stage_module, stage_run
 from cxrgaze.train.augment import augmented
@@ -41,6 +42,8 @@ SHORT = [
     "stages.saliency.epochs=2",
     "stages.fusion.epochs=2",
 ]
+
+UNTAUGHT = Start(allow_untaught=True)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,7 @@ def test_a_stage_changes_what_it_names_and_nothing_else(finished, before, after,
 
 def test_frozen_batch_norm_would_have_moved_in_training_mode(small):
     """What the test above would see if the stage did not freeze it."""
-    network = Network(VARIANTS["tiny"])
+    network = Network(VARIANTS["tiny"], 3)
     before = network.dense.state_dict()["features.norm0.running_mean"].clone()
     network.train()
     network(torch.rand(2, 1, 64, 64))
@@ -161,7 +164,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch, ep
         "augment.gamma=0.2",
     ]
     config = _config(*overrides)
-    fit.fit(small, config, tmp_path / "straight")
+    fit.fit(small, config, tmp_path / "straight", start=UNTAUGHT)
     with monkeypatch.context() as patch:
         done = []
 
@@ -172,12 +175,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch, ep
 
         patch.setattr(stage_module.StageModule, "on_train_epoch_start", stop)
         with pytest.raises(_Stop):
-            fit.fit(small, config, tmp_path / "stopped")
+            fit.fit(small, config, tmp_path / "stopped", start=UNTAUGHT)
     assert not (tmp_path / "stopped" / "demo.safetensors").exists()
     for last in (tmp_path / "stopped" / "stages").rglob("last.ckpt"):  # not the last better one
         state = torch.load(last, weights_only=True)
         assert state["epoch"] + 1 == epochs_done - (4 if "saliency" in str(last) else 0)
-    fit.fit(small, config, tmp_path / "stopped", resume=True)
+    fit.fit(small, config, tmp_path / "stopped", start=UNTAUGHT, resume=True)
     straight, stopped = (_card(tmp_path / name) for name in ("straight", "stopped"))
     assert straight.weights_sha256 == stopped.weights_sha256
     rows = [
@@ -199,7 +202,7 @@ def test_a_run_killed_between_a_stages_last_epoch_and_its_record_is_resumed(
     overrides = ["stages.contrastive=false", "stages.saliency=false", "stages.fusion=false"]
     overrides += ["stages.encoder.schedule=constant", "stages.encoder.learning_rate=0.05", *more]
     config = _config(*overrides)
-    fit.fit(small, config, tmp_path / "straight")
+    fit.fit(small, config, tmp_path / "straight", start=UNTAUGHT)
     with monkeypatch.context() as patch:
 
         def stop(*anything):
@@ -207,8 +210,8 @@ def test_a_run_killed_between_a_stages_last_epoch_and_its_record_is_resumed(
 
         patch.setattr(stage_run.checkpoint, "load_weights", stop)
         with pytest.raises(_Stop):
-            fit.fit(small, config, tmp_path / "stopped")
-    fit.fit(small, config, tmp_path / "stopped", resume=True)
+            fit.fit(small, config, tmp_path / "stopped", start=UNTAUGHT)
+    fit.fit(small, config, tmp_path / "stopped", start=UNTAUGHT, resume=True)
     straight, stopped = (_card(tmp_path / name) for name in ("straight", "stopped"))
     assert straight.weights_sha256 == stopped.weights_sha256
     assert straight.results["stages"] == stopped.results["stages"]
@@ -284,7 +287,7 @@ def test_an_output_that_nothing_taught_is_named_in_the_card_and_in_every_reading
     assert export_cli.main([checkpoint_path, "--output", str(tmp_path)]) == 0
     with cxrgaze.load(tmp_path / "demo-fp32.cxrgaze") as reader:
         warnings = reader.read(phantom.draw(1).pixels).warnings
-    assert "nothing taught the output log_density: ignore it" in warnings
+    assert "nothing taught the output log_density: it is left out" in warnings
     assert _card_of_shipped().untrained == ()
 
 
@@ -311,7 +314,8 @@ def test_what_this_machine_cannot_do_is_refused_before_anything_is_written(small
 
 
 def test_another_label_is_another_run(small, finished, tmp_path):
-    labelled = _relabelled(small, tmp_path / "set", lambda r: "pneumonia")
+    other = {"normal": "pneumonia", "pneumonia": "normal"}
+    labelled = _relabelled(small, tmp_path / "set", lambda r: other.get(r.label))
     with pytest.raises(UsageError, match="another set_sha256"):
         fit.fit(labelled, _config(), finished[0], resume=True)
 
@@ -349,13 +353,13 @@ def test_early_stopping_happens(small, tmp_path):
         "stages.encoder.schedule=constant",
         "stages.encoder.learning_rate=0.1",
     )
-    card = fit.fit(small, config, tmp_path / "run")
+    card = fit.fit(small, config, tmp_path / "run", start=UNTAUGHT)
     assert card.results["stages"]["encoder"]["epochs"] < 30
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(small, tmp_path):
     config = _config("stages.contrastive=false", "stages.fusion=false", "stages.encoder.epochs=6")
-    card = fit.fit(small, config, tmp_path / "run")
+    card = fit.fit(small, config, tmp_path / "run", start=UNTAUGHT)
     lines = (tmp_path / "run" / "epochs.csv").read_text().splitlines()
     losses = [float(r["val_loss"]) for r in csv.DictReader(lines) if r["stage"] == "encoder"]
     assert card.results["stages"]["encoder"]["val_loss"] == min(losses)
@@ -417,31 +421,45 @@ def _module(labelled, base, *overrides, number=1):
     preset = fit.heatmaps.PRESETS[config.heatmap]
     arrays = load_arrays(labelled.split("train"), spec, preset)
     only = next(iter(config.stages.values()))
-    network = network_of(spec)
+    films = stage_module.Films(arrays, arrays, spec)
     return stage_module.StageModule(
-        network, only, stage_module.Films(arrays, arrays), number=number, seed=0, aug=config.augment
+        network_of(spec), only, films, number=number, seed=0, aug=config.augment
     )
+
+
+def _with_labels(module, labels):
+    """The module's training films with other classes."""
+    truth = one_of(labels, 3)
+    module._films = replace(module._films, train=replace(module._films.train, truth=truth))
 
 
 def test_balanced_sampling_evens_the_classes(small):
     module = _module(small, "demo", "stages.contrastive.balanced=true")
-    labels = module._films.train.labels.copy()
+    labels = class_index(module._films.train.truth)
     labels[:30] = 0
-    module._films = stage_module.Films(
-        replace(module._films.train, labels=labels), module._films.val
-    )
+    _with_labels(module, labels)
     drawn = np.concatenate([labels[module._order(np.random.default_rng(i))] for i in range(200)])
     shares = np.bincount(drawn) / len(drawn)
     assert (labels == 0).mean() > 0.7 and np.abs(shares - 1 / len(shares)).max() < 0.03
 
 
+def test_balanced_shares_of_findings():
+    """Four groups: three findings, and the films of which no finding is known to be there."""
+    truth = np.array(
+        [[1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0], [-1, 0, -1], [1, -1, -1]], np.int8
+    )
+    shares = stage_module.balanced_shares(truth)
+    four = [1 / 4, 1 / 4, 1 / 4 + 1, 1, 1 / 2, 1 / 2, 1 / 4]  # one over the films of each group
+    assert shares == pytest.approx(np.array(four) / 4) and shares.sum() == pytest.approx(1)
+    none = stage_module.balanced_shares(truth[:5, :2])  # no film has the third one
+    assert none == pytest.approx(np.array([1 / 3, 1 / 3, 1 / 3 + 1, 1 / 2, 1 / 2]) / 3)
+
+
 def test_films_without_the_target_are_not_drawn(small):
     module = _module(small, "demo")
-    labels = module._films.train.labels.copy()
-    labels[5:15] = UNLABELLED
-    module._films = stage_module.Films(
-        replace(module._films.train, labels=labels), module._films.val
-    )
+    labels = class_index(module._films.train.truth)
+    labels[5:15] = UNKNOWN
+    _with_labels(module, labels)
     order = module._order(np.random.default_rng(0))
     assert sorted(order) == sorted(set(range(40)) - set(range(5, 15)))
 
@@ -497,7 +515,7 @@ def test_a_whole_run_with_two_processes(small, tmp_path, finished):
 # What is left out, what is refused ------------------------------------------------------------
 
 
-def _without(labelled, folder, *, gaze=True, labels=True, val=True):
+def _without(labelled, folder, *, gaze=True, labels=True, val=True, classes=True):
     from cxrgaze.evidence.labelled_set import write_set
 
     rows = [
@@ -507,7 +525,8 @@ def _without(labelled, folder, *, gaze=True, labels=True, val=True):
     ]
     films = [(row.film, labelled.film_bytes(row)) for row in rows]
     kept = {row.film: labelled.gaze[row.film] for row in rows} if gaze else {}
-    return write_set(folder, labelled.info, rows, kept, films)
+    info = labelled.info if classes else labelled.info.model_copy(update={"classes": ()})
+    return write_set(folder, info, rows, kept, films)
 
 
 def test_without_gaze_the_saliency_stage_is_left_out_and_said(small, tmp_path, capsys):
@@ -520,9 +539,104 @@ def test_without_gaze_the_saliency_stage_is_left_out_and_said(small, tmp_path, c
 
 def test_without_labels_only_saliency_is_trained(small, tmp_path):
     labelled = _without(small, tmp_path / "set", labels=False)
-    card = fit.fit(labelled, _config(), tmp_path / "run")
+    card = fit.fit(labelled, _config(), tmp_path / "run", start=UNTAUGHT)
     assert [k for k, v in card.results["stages"].items() if "left_out" not in v] == ["saliency"]
     assert card.decision.operating_points == {} and "auc_macro" not in card.results["validation"]
+    assert card.untrained == ("logits",) and card.untaught == card.spec.class_names
+
+
+def test_a_class_that_nothing_teaches_is_refused_unless_asked_for(
+    small, finished, tmp_path, capsys
+):
+    """Classes that none or all of the training films have, or that no loss looks at."""
+    train = iter(["normal", "pneumonia"] * 20)
+    two = _relabelled(small, tmp_path / "set", lambda r: next(train) if r.split == "train" else "")
+    only_maps = _config(*(f"stages.{name}=false" for name in ("contrastive", "encoder", "fusion")))
+    for labelled, config, names in (
+        (two, _config(), "heart_failure"),
+        (_without(small, tmp_path / "none", labels=False), _config(), "normal, heart_failure"),
+        (small, only_maps, "normal, heart_failure, pneumonia"),
+    ):
+        with pytest.raises(DataError, match=f"nothing would teach {names}"):
+            fit.fit(labelled, config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    card = fit.fit(two, _config(), tmp_path / "run", start=UNTAUGHT)
+    assert (card.untaught, card.untrained) == (("heart_failure",), ())
+    assert checkpoint.load(tmp_path / "run" / "demo.safetensors")[1] == card
+    assert card.served.classes == ("normal", "pneumonia")
+    assert set(card.decision.operating_points) == {"normal", "pneumonia"}
+    assert set(card.results["validation"]["auc_per_class"]) == {"normal", "pneumonia"}
+    assert "nothing taught the class heart_failure; it is not served" in capsys.readouterr().err
+    before = Start(init=str(finished[0] / "demo.safetensors"))
+    card = fit.fit(two, _config(), tmp_path / "on", start=before)
+    assert card.untaught == ()  # its first weights were taught all three
+
+
+def test_the_command_asks_for_classes_that_nothing_teaches(small, tmp_path):
+    labelled = _without(small, tmp_path / "set", labels=False)
+    arguments = ["fit", str(labelled.folder), "--config", "demo", "--output"]
+    arguments += [str(tmp_path / "run"), *(part for text in SHORT for part in ("--set", text))]
+    assert cli.main(arguments) == ExitCode.DATA
+    assert cli.main([*arguments, "--allow-untaught"]) == ExitCode.OK
+    assert _card(tmp_path / "run").untrained == ("logits",)
+
+
+def test_a_set_without_classes_or_a_run_without_the_diagnosis_gives_the_map_alone(
+    small, tmp_path, capsys
+):
+    none = _without(small, tmp_path / "none", labels=False, classes=False)
+    with pytest.raises(DataError, match="has no classes"):
+        fit.fit(none, _config("heads=logits"), tmp_path / "a")
+    for labelled, config, run in (
+        (none, _config(), "a"),
+        (small, _config("heads=log_density"), "b"),
+    ):
+        card = fit.fit(labelled, config, tmp_path / run)
+        assert (card.spec.heads, card.spec.classes) == (("log_density",), ())
+        assert card.untrained == card.untaught == ()
+        stages = card.results["stages"]
+        assert [k for k, v in stages.items() if "left_out" not in v] == ["saliency"]
+        assert card.results["validation"]["cc"] and "auc_macro" not in card.results["validation"]
+        assert not any(k.startswith("classifier") for k in _weights(tmp_path / run, "3-saliency"))
+    assert "the set has no classes; the network gives the map alone" in capsys.readouterr().err
+
+
+def test_a_run_without_the_map_needs_no_gaze(small, tmp_path):
+    labelled = _without(small, tmp_path / "set", gaze=False)
+    card = fit.fit(labelled, _config("heads=logits"), tmp_path / "run")
+    assert (card.spec.heads, card.untrained) == (("logits",), ())
+    assert card.results["stages"]["saliency"] == {"left_out": "for heads ('logits',) alone"}
+    assert set(card.decision.operating_points) == set(card.spec.class_names)
+    assert "auc_macro" in card.results["validation"] and "cc" not in card.results["validation"]
+
+
+def test_findings_are_trained_like_classes(small, tmp_path):
+    """Each film has any of two findings; of some a finding is not known."""
+    labelled = _with_findings(small, tmp_path / "set")
+    card = fit.fit(labelled, _config("stages.encoder.balanced=true"), tmp_path / "run")
+    assert (card.spec.class_names, card.spec.class_kind) == (("opacity", "wide_heart"), "findings")
+    assert not any("left_out" in stage for stage in card.results["stages"].values())
+    assert card.results["stages"]["fusion"]["val_auc"] > 0
+    assert (card.untrained, card.untaught) == ((), ())
+    assert set(card.decision.operating_points) == {"opacity", "wide_heart"}
+    assert card.decision.temperature == 1
+    validation = card.results["validation"]
+    assert set(validation["auc_per_class"]) == {"opacity", "wide_heart"}
+    assert "accuracy" not in validation
+
+
+def _with_findings(labelled, folder):
+    from cxrgaze.evidence.labelled_set import write_set
+
+    rows = []
+    for number, row in enumerate(labelled.rows):
+        has = {"opacity": row.label == "pneumonia", "wide_heart": row.label != "normal"}
+        known = {name: value for name, value in has.items() if number % 7 or name == "opacity"}
+        rows.append(row.model_copy(update={"label": None, "findings": known}))
+    content = {**labelled.info.model_dump(), "class_kind": "findings"}
+    info = SetInfo.model_validate({**content, "classes": ["opacity", "wide_heart"]})
+    films = [(row.film, labelled.film_bytes(row)) for row in rows]
+    return write_set(folder, info, rows, labelled.gaze, films)
 
 
 def test_nothing_to_learn_from_is_an_error(small, tmp_path):
@@ -602,6 +716,65 @@ def test_a_checkpoint_gives_all_first_weights(small, finished, tmp_path):
     assert [o.weights_sha256 for o in made.lineage] == [card.weights_sha256, ""]
 
 
+CHANGES = {
+    "the map alone": ({"heads": ("log_density",), "classes": ()}, {"log_density"}, set()),
+    "the diagnosis alone": ({"heads": ("logits",)}, set(), {"classifier"}),
+    "findings": ({"class_kind": "findings"}, {"log_density"}, {"classifier"}),
+    "classes in another order": ("reversed", {"log_density"}, {"classifier"}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_checkpoint_of_other_heads_or_classes_does_not_have_begins_at_random(
+    finished, capsys, name
+):
+    from cxrgaze.train import initial
+
+    update, heads, begun = CHANGES[name]
+    path, spec = finished[0] / "demo.safetensors", finished[1].spec
+    update = {"classes": spec.classes[::-1]} if update == "reversed" else update
+    torch.manual_seed(1)
+    network = network_of(spec.model_copy(update=update))
+    own = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    before = initial.start(network, spec.model_copy(update=update), str(path))
+    assert (before.heads, before.classes) == (heads, frozenset())
+    old = safetensors.torch.load_file(path)
+    for key, tensor in network.state_dict().items():
+        expected = own[key] if key.split(".")[0] in begun else old[key].to(tensor.dtype)
+        assert torch.equal(tensor, expected), key
+    said = capsys.readouterr().err
+    assert bool(begun) == ("begun at random: classifier" in said)
+    gone = {key.split(".")[0] for key in old} - {key.split(".")[0] for key in own}
+    assert bool(gone) == (f"left out: {', '.join(sorted(gone))}" in said)
+
+
+def test_a_centre_prior_is_never_dropped(finished, tmp_path):
+    """Without it the map would be another one."""
+    from cxrgaze.train import initial
+
+    card = finished[1]
+    with_prior = network_of(card.spec, centre_prior=True)
+    kept = {k: v for k, v in card if k not in ("schema_version", "weights_sha256", "parameters")}
+    kept = {k: v for k, v in kept.items() if k not in ("notice", "environment")}
+    checkpoint.save(tmp_path / "p.safetensors", with_prior, **kept | {"centre_prior": True})
+    findings = card.spec.model_copy(update={"class_kind": "findings"})
+    for spec in (card.spec, findings):
+        with pytest.raises(IntegrityError, match="prior.log_prior is not expected"):
+            initial.start(network_of(spec), spec, str(tmp_path / "p.safetensors"))
+
+
+@pytest.mark.parametrize("untrained", [(), ("log_density",), ("logits",)])
+def test_a_teacher_teaches_what_it_was_taught(finished, untrained):
+    (stage,) = load_config("distill").stages.values()
+    card = finished[1].model_copy(update={"untrained": untrained})
+    nothing = Arrays(
+        (), np.zeros((0, 1, 64, 64)), np.full((2, 3), -1), np.zeros((2, 1, 4, 4)), (), ()
+    )
+    taught = fit._heads(stage, nothing, (None, card))
+    assert taught == {"logits", "log_density"} - set(untrained)
+    assert fit._heads(stage, nothing, None) == set()
+
+
 def test_a_checkpoint_of_another_variant_is_refused(small, tmp_path):
     start = Start(init=str(checkpoint.demo_path()))
     with pytest.raises(IncompatibleError, match="of variant 'tiny', this run trains 'small'"):
@@ -618,7 +791,7 @@ def _torchvision_names(dense):
 def test_weights_under_torchvisions_names_go_to_the_encoder(tmp_path, suffix):
     from cxrgaze.train import initial
 
-    source, network = Network(VARIANTS["tiny"]), Network(VARIANTS["tiny"])
+    source, network = Network(VARIANTS["tiny"], 3), Network(VARIANTS["tiny"], 3)
     path = tmp_path / f"dense{suffix}"
     weights = _torchvision_names(source.dense)
     if suffix == ".pth":
@@ -626,8 +799,8 @@ def test_weights_under_torchvisions_names_go_to_the_encoder(tmp_path, suffix):
     else:
         safetensors.torch.save_file(weights, path)
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
-    ((origin,), heads) = initial.start(network, spec, str(path), "ImageNet")
-    assert not heads
+    ((origin,), heads, classes) = initial.start(network, spec, str(path), "ImageNet")
+    assert not heads and not classes
     assert origin.trained_on == "ImageNet" and len(origin.weights_sha256) == 64
     assert torch.equal(
         source.dense.state_dict()["features.conv0.weight"],
@@ -638,7 +811,7 @@ def test_weights_under_torchvisions_names_go_to_the_encoder(tmp_path, suffix):
 def test_a_hand_over_names_every_tensor_that_is_missing(tmp_path):
     from cxrgaze.train import initial
 
-    network = Network(VARIANTS["tiny"])
+    network = Network(VARIANTS["tiny"], 3)
     weights = _torchvision_names(network.dense)
     del weights["features.conv0.weight"], weights["features.norm5.bias"]
     safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
@@ -653,7 +826,7 @@ def test_wrapped_names_load_nothing_silently(tmp_path):
     """docs/method.md#hand-over: keys of a DataParallel wrapper."""
     from cxrgaze.train import initial
 
-    network = Network(VARIANTS["tiny"])
+    network = Network(VARIANTS["tiny"], 3)
     wrapped = {f"module.{k}": v for k, v in _torchvision_names(network.dense).items()}
     safetensors.torch.save_file(wrapped, tmp_path / "w.safetensors")
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
@@ -668,7 +841,7 @@ def test_a_file_that_holds_no_tensors_is_refused(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
     with pytest.raises(IntegrityError):
-        initial.start(Network(VARIANTS["tiny"]), spec, str(tmp_path / "w.pth"))
+        initial.start(Network(VARIANTS["tiny"], 3), spec, str(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("key", ["features.denseblock1.denselayer1.norm1", "conv0.weight", 3])
@@ -678,7 +851,7 @@ def test_names_that_are_not_torchvisions_are_refused(tmp_path, key):
     torch.save({key: torch.zeros(2)}, tmp_path / "w.pth")
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
     with pytest.raises(IntegrityError):
-        initial.start(Network(VARIANTS["tiny"]), spec, str(tmp_path / "w.pth"))
+        initial.start(Network(VARIANTS["tiny"], 3), spec, str(tmp_path / "w.pth"))
 
 
 def test_an_imagenet_file_of_other_content_is_refused(tmp_path, monkeypatch):
@@ -690,7 +863,7 @@ def test_an_imagenet_file_of_other_content_is_refused(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "checkpoints" / initial.IMAGENET_URL.rsplit("/", 1)[1])
     paper = _card_of_shipped().spec.model_copy(update={"variant": "paper"})
     with pytest.raises(IntegrityError, match="SHA-256 differs"):
-        initial.start(Network(VARIANTS["tiny"]), paper, "imagenet")
+        initial.start(Network(VARIANTS["tiny"], 3), paper, "imagenet")
 
 
 def test_a_pickle_is_not_executed(tmp_path):
@@ -703,7 +876,7 @@ def test_a_pickle_is_not_executed(tmp_path):
     torch.save({"a": Evil()}, tmp_path / "w.pth")
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
     with pytest.raises(IntegrityError):
-        initial.start(Network(VARIANTS["tiny"]), spec, str(tmp_path / "w.pth"))
+        initial.start(Network(VARIANTS["tiny"], 3), spec, str(tmp_path / "w.pth"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -712,7 +885,7 @@ def test_imagenet_is_for_densenet201(tmp_path):
 
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
     with pytest.raises(IncompatibleError, match="DenseNet201"):
-        initial.start(Network(VARIANTS["tiny"]), spec, "imagenet")
+        initial.start(Network(VARIANTS["tiny"], 3), spec, "imagenet")
 
 
 MIMIC = "EGD-CXR 1.0.0, MIMIC-CXR"
@@ -770,11 +943,12 @@ def test_the_teachers_map_lies_over_the_film_on_the_students_canvas(small):
     teacher, card = checkpoint.load(checkpoint.demo_path())
     config = load_config("distill", ["heatmap=phantom", "canvas=[96, 128]"])
     part = small.split("val")
-    arrays = load_arrays(part, _spec(small, config), fit.heatmaps.PRESETS["phantom"])
-    found = taught(arrays, part, teacher, card.spec)
+    spec = _spec(small, config)
+    arrays = load_arrays(part, spec, fit.heatmaps.PRESETS["phantom"])
+    found = taught(arrays, part, spec, teacher, card.spec)
     own = load_arrays(part, card.spec, fit.heatmaps.PRESETS["phantom"])
-    logits, log_density = fit.predict(teacher, own.images)
-    np.testing.assert_allclose(found.teacher_logits, logits, atol=1e-4)
+    outputs = fit.predict(teacher, own.images)
+    np.testing.assert_allclose(found.teacher_logits, outputs["logits"], atol=1e-4)
     for index, geometry in enumerate(found.geometries):
         density = found.teacher_densities[index, 0]
         assert geometry.crop(density).sum() == pytest.approx(1, abs=1e-5)
@@ -782,7 +956,7 @@ def test_the_teachers_map_lies_over_the_film_on_the_students_canvas(small):
         there = own.geometries[index]
         theirs, mine = (
             np.unravel_index(g.crop(m).argmax(), (g.height, g.width))
-            for g, m in ((there, log_density[index, 0]), (geometry, density))
+            for g, m in ((there, outputs["log_density"][index, 0]), (geometry, density))
         )
         scale = geometry.height / there.height
         assert np.abs(np.array(mine) - (np.array(theirs) + 0.5) * scale + 0.5).max() <= 1.5 * scale

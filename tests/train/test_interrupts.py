@@ -69,6 +69,7 @@ def test_an_interrupted_fit_can_be_resumed(tmp_path, number, epochs):
     made = phantom.write_phantom_set(tmp_path / "set", {"train": 40, "val": 13, "test": 8})
     short = ["stages.contrastive=false", "stages.encoder.epochs=4", "stages.saliency=false"]
     command = ["fit", made.folder, "--config", "demo", "--output", tmp_path / "run"]
+    command += ["--allow-untaught"]  # an encoder alone
     for override in (*short, "stages.fusion=false"):
         command += ["--set", override]
     table = tmp_path / "run" / "epochs.csv"

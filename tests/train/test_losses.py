@@ -8,22 +8,25 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
-from cxrgaze.evidence.arrays import UNLABELLED
+from cxrgaze.evidence.truth import UNKNOWN, one_of
 from cxrgaze.train.losses import (
     CONTRAST_TEMPERATURE,
     CONTRASTIVE,
     DISTILLATION_TEMPERATURE,
+    FILM_LOSSES,
     MARGIN,
     NETWORK,
     Batch,
+    film_loss,
     supcon,
     triplet,
 )
-from cxrgaze.train.model import HeadTensors
 
 N, C, H, W = 5, 3, 6, 4
+EXCLUSIVE = one_of([0, 2, UNKNOWN, 1, 1], C)
+FINDINGS = np.array([[1, 0, 1], [-1, 1, 0], [-1, -1, -1], [0, 0, 0], [1, -1, -1]], np.int8)
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def batch():
     return Batch(
         torch.arange(N),
         torch.rand(N, 1, H, W),
-        torch.tensor([0, 2, UNLABELLED, 1, 1]),
+        torch.from_numpy(EXCLUSIVE),
         torch.from_numpy(density).float(),
         torch.from_numpy(rng.normal(size=(N, C))).float(),
         torch.from_numpy(teacher).float(),
@@ -51,13 +54,13 @@ def out():
     raw = torch.from_numpy(rng.normal(size=(N, 1, H, W))).float()
     logits = torch.from_numpy(rng.normal(size=(N, C))).float().requires_grad_()
     log_density = raw.flatten(1).log_softmax(1).reshape(raw.shape).requires_grad_()
-    return HeadTensors(logits, log_density)
+    return {"logits": logits, "log_density": log_density}
 
 
 def _slow(name, out, batch):
     """Values by film; None where the film does not count."""
-    logits, labels = out.logits.detach().double().numpy(), batch.label.numpy()
-    p = out.log_density.detach().double().exp().numpy()
+    logits, labels = out["logits"].detach().double().numpy(), batch.truth.numpy()
+    p = out["log_density"].detach().double().exp().numpy()
     q, teacher = batch.density.double().numpy(), batch.teacher_density.double().numpy()
     t = DISTILLATION_TEMPERATURE
     values = []
@@ -67,7 +70,7 @@ def _slow(name, out, batch):
         values.append(
             {
                 "cross_entropy": lambda i=i: (
-                    None if labels[i] < 0 else -log_softmax(logits[i])[labels[i]]
+                    None if UNKNOWN in labels[i] else -log_softmax(logits[i])[labels[i].argmax()]
                 ),
                 "saliency_kl": lambda i=i, gaze=gaze: (
                     scipy.stats.entropy(q[i].ravel(), p[i].ravel()) if gaze else None
@@ -86,24 +89,58 @@ def _slow(name, out, batch):
 
 @pytest.mark.parametrize("name", NETWORK)
 def test_a_loss_over_films_equals_its_slow_form(name, out, batch):
-    found = NETWORK[name](out, batch)
+    found = film_loss(name, "exclusive")(out, batch)
     slow = _slow(name, out, batch)
     assert found.counts.tolist() == [float(v is not None) for v in slow]
     np.testing.assert_allclose(found.value.detach(), [v or 0 for v in slow], rtol=2e-5, atol=1e-6)
     found.value.sum().backward()
-    grads = [t.grad for t in out if t.grad is not None]
+    grads = [t.grad for t in out.values() if t.grad is not None]
     assert grads and all(torch.isfinite(g).all() for g in grads)
     for index in (i for i, v in enumerate(slow) if v is None):
         assert not any(g[index].any() for g in grads), "a film that does not count has a gradient"
 
 
-def _rows(embeddings, labels):
-    known = [i for i, label in enumerate(labels) if label != UNLABELLED]
-    return [(embeddings[i] / np.linalg.norm(embeddings[i]), int(labels[i])) for i in known]
+def _slow_findings(name, logit, soft, label):
+    """The value of one film's finding; None where it does not count."""
+    t = DISTILLATION_TEMPERATURE
+    if name == "soft_labels":
+        p, q = ([expit(x / t), expit(-x / t)] for x in (logit, soft))
+        return t**2 * scipy.stats.entropy(q, p)
+    return None if label == UNKNOWN else -log_expit(logit if label else -logit)
 
 
-def _slow_triplet(embeddings, labels):
-    rows = _rows(embeddings, labels)
+@pytest.mark.parametrize("name", ["cross_entropy", "encoder_cross_entropy", "soft_labels"])
+def test_a_loss_over_findings_equals_its_slow_form(name, out, batch):
+    batch = batch._replace(truth=torch.from_numpy(FINDINGS))
+    found = film_loss(name, "findings")(out, batch)
+    logits, soft = (x.detach().double().numpy() for x in (out["logits"], batch.teacher_logits))
+    slow = [
+        [_slow_findings(name, logits[i, c], soft[i, c], FINDINGS[i, c]) for c in range(C)]
+        for i in range(N)
+    ]
+    counts = [sum(v is not None for v in row) for row in slow]
+    assert found.counts.tolist() == counts
+    assert counts == ([3] * N if name == "soft_labels" else [3, 2, 0, 3, 1])
+    values = [sum(v or 0 for v in row) for row in slow]
+    np.testing.assert_allclose(found.value.detach(), values, rtol=2e-5, atol=1e-6)
+    found.value.sum().backward()
+    has_gradient = (out["logits"].grad != 0).tolist()
+    assert torch.isfinite(out["logits"].grad).all() and out["log_density"].grad is None
+    assert has_gradient == [[v is not None for v in row] for row in slow]
+
+
+def test_only_losses_on_classes_have_a_form_for_findings():
+    changed = {name for name in FILM_LOSSES if film_loss(name, "findings") != FILM_LOSSES[name]}
+    assert changed == {"cross_entropy", "encoder_cross_entropy", "soft_labels"}
+
+
+def _rows(embeddings, truth):
+    known = [i for i, row in enumerate(truth) if UNKNOWN not in row]
+    return [(embeddings[i] / np.linalg.norm(embeddings[i]), tuple(truth[i])) for i in known]
+
+
+def _slow_triplet(embeddings, truth):
+    rows = _rows(embeddings, truth)
     excess = []
     for (i, (a, ya)), (j, (p, yp)), (n, yn) in itertools.product(
         enumerate(rows), enumerate(rows), rows
@@ -114,8 +151,8 @@ def _slow_triplet(embeddings, labels):
     return np.mean(violating) if violating else 0.0
 
 
-def _slow_supcon(embeddings, labels):
-    rows = _rows(embeddings, labels)
+def _slow_supcon(embeddings, truth):
+    rows = _rows(embeddings, truth)
     anchors = []
     for i, (a, ya) in enumerate(rows):
         others = [(z, y) for j, (z, y) in enumerate(rows) if j != i]
@@ -129,13 +166,17 @@ def _slow_supcon(embeddings, labels):
 
 
 SLOW = {"triplet": _slow_triplet, "supcon": _slow_supcon}
+_SOME = [[1, 0], [0, 0], [1, 1], [1, 0], [0, 0], [0, 1], [1, 1], [1, 0]]
+_UNSURE = [[1, 0], [0, -1], [1, 1], [1, 0], [0, -1], [-1, 1], [1, 1], [-1, -1]]
 CASES = {
-    "three classes": [0, 1, 2, 0, 1, 1, 2, 0],
-    "unlabelled films": [0, -1, 2, 0, -1, 1, 2, 0],
-    "one class alone": [1] * 8,
-    "every film another": [0, 1, 2, -1, -1, -1, -1, -1],
-    "one labelled film": [0] + [-1] * 7,
-    "no labelled film": [-1] * 8,
+    "three classes": one_of([0, 1, 2, 0, 1, 1, 2, 0], 3),
+    "unlabelled films": one_of([0, -1, 2, 0, -1, 1, 2, 0], 3),
+    "one class alone": one_of([1] * 8, 3),
+    "every film another": one_of([0, 1, 2, -1, -1, -1, -1, -1], 3),
+    "one labelled film": one_of([0] + [-1] * 7, 3),
+    "no labelled film": one_of([-1] * 8, 3),
+    "findings": np.array(_SOME, np.int8),
+    "findings, some unknown": np.array(_UNSURE, np.int8),
 }
 
 
@@ -145,17 +186,18 @@ def test_a_contrastive_loss_equals_its_slow_form(name, case):
     rng = np.random.default_rng(2)
     embeddings = rng.normal(size=(8, 5))
     embeddings[3] = embeddings[0]  # a distance of zero has no gradient of its own
-    labels = CASES[case]
+    truth = CASES[case]
     given = torch.from_numpy(embeddings).float().requires_grad_()
-    found = CONTRASTIVE[name](given, torch.tensor(labels))
-    assert found.item() == pytest.approx(SLOW[name](embeddings, labels), rel=1e-4, abs=1e-6)
+    found = CONTRASTIVE[name](given, torch.from_numpy(truth))
+    assert found.item() == pytest.approx(SLOW[name](embeddings, truth), rel=1e-4, abs=1e-6)
     found.backward()
     assert torch.isfinite(given.grad).all()
+    assert not given.grad[(truth == UNKNOWN).any(axis=1)].any(), "a film takes part all the same"
 
 
 @pytest.mark.parametrize("loss", [triplet, supcon])
 def test_a_contrastive_loss_falls_when_classes_part(loss):
-    labels = torch.tensor([0, 0, 1, 1])
+    truth = torch.from_numpy(one_of([0, 0, 1, 1], 2))
     apart = torch.tensor([[1.0, 0], [1, 0.01], [-1, 0], [-1, 0.01]])
     mixed = torch.tensor([[1.0, 0], [-1, 0.01], [1, 0], [-1, 0.01]])
-    assert loss(apart, labels) < loss(mixed, labels)
+    assert loss(apart, truth) < loss(mixed, truth)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cxrgaze.errors import IntegrityError
+from cxrgaze.spec import HEADS
 from cxrgaze.train import checkpoint
 from cxrgaze.train.model import (
     VARIANTS,
@@ -22,6 +23,7 @@ from cxrgaze.train.model import (
     spec_of,
 )
 
+MAP_PARTS = ("skips", "decoder", "saliency")
 SMALL = Variant(
     height=64,
     width=64,
@@ -40,7 +42,7 @@ def _count(*modules):
 def test_paper_has_the_parameters_of_the_authors_network():
     """docs/method.md#parameters."""
     with torch.device("meta"):
-        network = Network(VARIANTS["paper"])
+        network = Network(VARIANTS["paper"], 3)
     assert _count(network.dense) == 18_092_928
     levels = [_count(level) for level in network.skips]
     assert levels == [38_976, 297_856, 1_189_632, 4_754_944, 19_012_608]
@@ -53,23 +55,34 @@ def test_paper_has_the_parameters_of_the_authors_network():
 def test_paper_shapes_at_640_by_512():
     """Without arithmetic, on the meta device: docs/method.md#decoder."""
     with torch.device("meta"):
-        network = Network(VARIANTS["paper"]).eval()
+        network = Network(VARIANTS["paper"], 3).eval()
         taps = network.dense(torch.zeros(2, 1, 640, 512))
         out = network(torch.zeros(2, 1, 640, 512))
     assert taps.bottleneck.shape == (2, 1920, 20, 16) and taps.embedding.shape == (2, 1920)
-    assert out.logits.shape == (2, 3) and out.log_density.shape == (2, 1, 640, 512)
+    assert out["logits"].shape == (2, 3) and out["log_density"].shape == (2, 1, 640, 512)
     assert [step.up[1].out_channels for step in network.decoder] == [512, 256, 128, 64, 64]
     assert [step.fuse[0].in_channels for step in network.decoder] == [1536, 768, 384, 192, 128]
     assert network.classifier[0].in_features == 1984
 
 
 def test_tiny_has_a_few_hundred_thousand_parameters():
-    assert 200_000 < _count(Network(VARIANTS["tiny"])) < 500_000
+    assert 200_000 < _count(Network(VARIANTS["tiny"], 3)) < 500_000
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_network_of_one_head_has_no_part_of_the_other(head):
+    network = Network(SMALL, 3, [head]).eval()
+    out = network(torch.rand(2, 1, 64, 96))
+    shape = {"logits": (2, 3), "log_density": (2, 1, 64, 96)}[head]
+    assert {name: tensor.shape for name, tensor in out.items()} == {head: shape}
+    parts = {"logits": ["dense", "classifier"], "log_density": ["dense", *MAP_PARTS]}[head]
+    assert [*network.parts()] == parts
+    assert {name.split(".")[0] for name in network.state_dict()} == set(parts)
 
 
 def test_log_density_sums_to_one():
-    out = Network(SMALL).eval()(torch.rand(3, 1, 64, 96))
-    assert out.log_density.detach().exp().sum((1, 2, 3)).numpy() == pytest.approx(
+    out = Network(SMALL, 3).eval()(torch.rand(3, 1, 64, 96))
+    assert out["log_density"].detach().exp().sum((1, 2, 3)).numpy() == pytest.approx(
         [1, 1, 1], abs=1e-5
     )
 
@@ -179,7 +192,8 @@ def test_the_key_map_covers_densenet201_and_refuses_other_names():
 
 def test_random_networks_are_seeded_sane_and_calibrated():
     images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
-    a, b, c = (random_network("tiny", images, seed) for seed in (0, 0, 1))
+    spec = spec_of("tiny", model_version="r", pixel_source="image-8bit", domain="none")
+    a, b, c = (random_network(spec, images, seed) for seed in (0, 0, 1))
     assert all(
         torch.equal(x, y)
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
@@ -214,7 +228,7 @@ def test_cost_of_a_variant(variant, gmac, parameters):
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        network = Network(VARIANTS[variant]).eval()
+        network = Network(VARIANTS[variant], 3).eval()
         image = torch.empty(1, 1, VARIANTS[variant].height, VARIANTS[variant].width)
     with FlopCounterMode(display=False) as counter:
         network(image)

@@ -12,6 +12,7 @@ from PIL import Image
 from cxrgaze.errors import DataError, ExitCode
 from cxrgaze.evidence import phantom
 from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.class_presets import PRESETS as CLASSES
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.films.decode import film_from_bytes, load_film
@@ -110,12 +111,51 @@ def test_labels_are_mapped_or_refused(folder, capsys):
     rows = _rows(folder / "labels.csv")
     rows[0]["label"], rows[1]["label"] = "effusion", "other"
     _write(folder / "labels.csv", rows)
-    assert _prepare(folder) == ExitCode.DATA
+    assert _prepare(folder, "--classes", "paper") == ExitCode.DATA
     assert "row 2: label 'effusion'" in capsys.readouterr().err
     assert not (folder / "set").exists()
-    assert _prepare(folder, "--map", "effusion=heart_failure", "--map", "other=") == 0
-    made = {row.film: row.label for row in LabelledSet.open(folder / "set").rows}
-    assert made["films/f0.png"] == "heart_failure" and made["films/sub/f1.png"] is None
+    for more in ([], ["--classes", "paper"]):
+        mapped = ["--map", "effusion=heart_failure", "--map", "other="]
+        assert _prepare(folder, *mapped, *more) == 0
+        made = LabelledSet.open(folder / "set")
+        labels = {row.film: row.label for row in made.rows}
+        assert labels["films/f0.png"] == "heart_failure" and labels["films/sub/f1.png"] is None
+        assert made.info.classes == CLASSES["paper"].classes
+
+
+def test_the_classes_of_a_set_are_those_of_its_labels(folder, capsys):
+    rows = _rows(folder / "labels.csv")
+    rows[0]["label"], rows[1]["label"] = "Pleural Effusion", ""
+    _write(folder / "labels.csv", rows)
+    assert _prepare(folder) == 0
+    made = LabelledSet.open(folder / "set")
+    names = ("normal", "heart_failure", "pneumonia", "pleural_effusion")
+    assert (made.info.class_names, made.info.class_kind) == (names, "exclusive")
+    assert [row.label for row in made.rows[:2]] == ["pleural_effusion", None]
+    assert made.known(made.rows[0]) == {n: n == "pleural_effusion" for n in names}
+    out = capsys.readouterr().out
+    assert "pleural_effusion" in out and "unlabelled" in out
+    _write(folder / "labels.csv", [row | {"label": "normal"} for row in rows])
+    assert _prepare(folder) == ExitCode.DATA
+    assert "all labelled films are 'normal'" in capsys.readouterr().err
+    assert _prepare(folder, "--classes", "normal,tuberculosis") == 0
+    assert LabelledSet.open(folder / "set").info.class_names == ("normal", "tuberculosis")
+
+
+def test_findings_of_an_own_table(folder, capsys):
+    said = ["Nodule|Pleural Effusion", "Nodule", "No Finding", ""]
+    rows = [row | {"label": said[i % 4]} for i, row in enumerate(_rows(folder / "labels.csv"))]
+    _write(folder / "labels.csv", rows)
+    assert _prepare(folder) == ExitCode.DATA
+    assert "give --findings" in capsys.readouterr().err
+    assert _prepare(folder, "--findings") == 0
+    made = LabelledSet.open(folder / "set")
+    names = ("nodule", "pleural_effusion")
+    assert (made.info.class_names, made.info.class_kind) == (names, "findings")
+    both = [dict(zip(names, has, strict=True)) for has in ((True, True), (True, False))]
+    expected = [*both, dict.fromkeys(names, False), {}]
+    assert [made.known(row) for row in made.rows[:4]] == expected
+    assert all(row.label is None for row in made.rows)
 
 
 BROKEN = {
@@ -132,15 +172,16 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_table_is_refused_with_its_row_and_leaves_nothing(folder, name):
-    from cxrgaze.train.prepare import PrepareOptions, prepare, read_table
+    from cxrgaze.train.label_tables import read_exclusive
+    from cxrgaze.train.prepare import PrepareOptions, prepare, source_of
 
     change, message = BROKEN[name]
     rows = [row | {"split": ""} for row in _rows(folder / "labels.csv")]
     change(rows)
     _write(folder / "labels.csv", rows)
     with pytest.raises(DataError, match=message):
-        source = read_table(folder / "films", folder / "labels.csv")
-        prepare(source, PrepareOptions(folder / "set", "test"))
+        table = read_exclusive(folder / "films", folder / "labels.csv")
+        prepare(source_of(folder / "films", table), PrepareOptions(folder / "set", "test"))
     assert not (folder / "set").exists()
 
 

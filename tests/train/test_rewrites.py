@@ -16,9 +16,10 @@ from cxrgaze.errors import ExitCode, UsageError
 from cxrgaze.export import fp16, graph, parity
 from cxrgaze.export.canvases import phantom_canvases
 from cxrgaze.export.network_source import source_from_random
+from cxrgaze.export.source import served_of
 from cxrgaze.export.targets import TARGETS
 from cxrgaze.runtime import trt_library
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+from cxrgaze.spec import HEADS, IMAGE
 from cxrgaze.train import rewrites
 from cxrgaze.train.model import VARIANTS, Network, spec_of
 
@@ -53,7 +54,7 @@ def _randomised(module, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    return _randomised(Network(VARIANTS["tiny"].model_copy(update={"centre_prior": True})))
+    return _randomised(Network(VARIANTS["tiny"].model_copy(update={"centre_prior": True}), 3))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,9 @@ def _images(n, height, width):
 def _difference(network, other, images):
     """Largest difference of an output, beside that output's largest value."""
     with torch.inference_mode():
-        pairs = zip(network(images), other(images), strict=True)
-        return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+        one, two = network(images), other(images)
+    assert one.keys() == two.keys()
+    return max(float((a - two[head]).abs().max() / a.abs().max()) for head, a in one.items())
 
 
 @settings(max_examples=20, deadline=None)
@@ -89,8 +91,16 @@ def test_the_function_is_the_same(network, names, batch, height, width):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_function_is_the_same_for_other_weights(seed):
-    network = _randomised(Network(VARIANTS["tiny"]), seed)
+    network = _randomised(Network(VARIANTS["tiny"], 3), seed)
     assert _difference(network, rewrites.rewritten(network, EVERY), _images(2, 96, 64)) < EXACT
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_network_of_one_head_has_the_rewrites_of_its_parts(head):
+    network = _randomised(Network(VARIANTS["tiny"], 3, [head]))
+    names = [*rewrites.rewrites_of(_spec("tiny", heads=[head]))]
+    assert names == {"logits": ["stem"], "log_density": [*EVERY]}[head]
+    assert _difference(network, rewrites.rewritten(network, names), _images(2, 96, 64)) < EXACT
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (5, 7)])
@@ -249,9 +259,9 @@ def test_targets_name_rewrites_that_exist():
     assert set(TARGETS["cpu"].rewrites) <= set(EVERY)
 
 
-def _spec(variant, canvas=None):
+def _spec(variant, canvas=None, **more):
     return spec_of(
-        variant, model_version="0", pixel_source="image-8bit", domain="none", canvas=canvas
+        variant, model_version="0", pixel_source="image-8bit", domain="none", canvas=canvas, **more
     )
 
 
@@ -307,7 +317,7 @@ def test_saved_macs_of_the_variants(variant, stem, upsample):
     sizes = VARIANTS[variant]
     canvas = sizes.height, sizes.width
     with torch.device("meta"):
-        network = Network(sizes).eval()
+        network = Network(sizes, 3).eval()
     other = rewrites.rewritten(network, EVERY)
     saved = [rewrites.saved_macs(network, _spec(variant), [name]) for name in EVERY]
     assert saved == [stem, upsample, 0]
@@ -318,7 +328,7 @@ def _run(data, images):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session.run([LOGITS, LOG_DENSITY], {IMAGE: images})
+    return dict(zip(HEADS, session.run(list(HEADS), {IMAGE: images}), strict=True))
 
 
 @pytest.mark.parametrize("names", EACH_AND_ALL, ids="+".join)
@@ -330,8 +340,8 @@ def test_the_graph_in_onnx_runtime_is_the_network_as_trained(tiny, exported, nam
         images = phantom_canvases(tiny.spec, batch, 10)
         with torch.inference_mode():
             want = tiny.module(torch.from_numpy(images))
-        for a, b in zip(_run(data, images), want, strict=True):
-            assert abs(a - b.numpy()).max() < 5e-5
+        for head, found in _run(data, images).items():
+            assert abs(found - want[head].numpy()).max() < 5e-5
 
 
 def test_the_simplified_graph_has_what_was_meant(exported):
@@ -357,9 +367,8 @@ def test_parity_hooks_the_rewritten_network_and_passes(tiny, exported, precision
     data = graph.finished(fp16.to_fp16(model) if precision == "fp16" else model, tiny.spec)
     images = phantom_canvases(tiny.spec, 4, 10)
     for network in (tiny.module, rewrites.rewritten(tiny.module, EVERY)):
-        found = parity.compare(
-            replace(tiny, module=network).answers(images), data, precision, "test"
-        )
+        answers = replace(tiny, module=network).answers(images)
+        found = parity.compare(answers, data, precision, "test", served_of(tiny))
         assert found.verdict == "pass" and found.peak_activation > 1
 
 

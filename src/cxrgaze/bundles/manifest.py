@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.bundles.verdicts import Audit, Gate, Parity, Tolerance, Verdict
 from cxrgaze.files import checked_relative
 from cxrgaze.records import Digested, Frozen
@@ -35,22 +34,6 @@ class FileRecord(Frozen):
         return str(checked_relative(value))
 
 
-class Decision(Frozen):
-    """Parameters fitted on validation films, and the softmax that they go into."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it before the softmax."""
-    operating_points: dict[str, float] = {}
-    """Probability threshold of a class's flag, by class name; classes without one get no flag."""
-
-    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Softmax of `logits` `(..., C)` over the temperature; NaN where a logit is not finite."""
-        scaled = logits.astype(np.float64) / self.temperature
-        with np.errstate(invalid="ignore"):  # NaN stays NaN, and is seen
-            odds = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-            return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
-
-
 class FormRecord(Frozen):
     """One form of the graph that was tried, and what came of it."""
 
@@ -59,9 +42,10 @@ class FormRecord(Frozen):
     kept: tuple[str, ...] = ()
     """Blocks that went back to higher precision."""
     macs: dict[DataType, int]
-    logits_max: float
-    log_density_max: float
-    agreement_cc_min: float
+    off: dict[Head, float]
+    """Largest difference of each head to the network's."""
+    agreement_cc_min: float | None
+    """None without a map."""
     parity: Literal["pass", "fail", "not_finite"]
     gate: Verdict
     gate_reason: str
@@ -98,7 +82,7 @@ class Provenance(Frozen):
 class Manifest(Digested):
     """Content of `manifest.json`."""
 
-    VERSION = 3
+    VERSION = 4
     WHAT = "bundle"
     REMEDY = "export again, or use the version that wrote it"
 
@@ -117,7 +101,9 @@ class Manifest(Digested):
     """Multiply-accumulates of the graph's convolutions for one film, by the type of their input."""
     decision: Decision = Decision()
     untrained: tuple[Head, ...] = ()
-    """Outputs that nothing has taught; every reading says so."""
+    """Heads that nothing has taught; they are not served, and every reading says so."""
+    untaught: tuple[str, ...] = ()
+    """Classes that nothing has taught; likewise."""
     self_test: dict[Arithmetic, Tolerance]
     """Tolerances of the golden input by what a backend computes in (`Backend.arithmetic`)."""
     parity: Parity
@@ -134,8 +120,15 @@ class Manifest(Digested):
     files: tuple[FileRecord, ...] = ()
 
     @model_validator(mode="after")
-    def _operating_points_are_of_classes(self) -> Manifest:
-        foreign = sorted(set(self.decision.operating_points) - set(self.spec.class_names))
-        if foreign:
-            raise ValueError(f"operating point of {foreign[0]!r}, which is no class")
+    def _all_of_it_is_of_this_network(self) -> Manifest:
+        heads = self.spec.heads
+        for of in (self.parity.outputs.keys(), *(one.keys() for one in self.self_test.values())):
+            if of != set(heads):
+                raise ValueError(f"parity or tolerances of {sorted(of)}, the network has {heads}")
+        _ = self.served
         return self
+
+    @property
+    def served(self) -> Served:
+        """What is served of the network."""
+        return Served(self.spec, self.decision, self.untrained, self.untaught)

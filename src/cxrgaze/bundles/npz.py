@@ -27,6 +27,14 @@ _BYTES = 1 << 30
 """More than all arrays of a stored file take."""
 
 
+def written(arrays: Mapping[Any, NDArray[Any]]) -> bytes:
+    """The bytes of an `.npz` file with these arrays, by name."""
+    buffer = io.BytesIO()
+    named: dict[str, Any] = {str(name): array for name, array in arrays.items()}
+    np.savez(buffer, **named)
+    return buffer.getvalue()
+
+
 def read(data: bytes, expected: Expected, where: str) -> dict[str, NDArray[Any]]:
     """The expected arrays in the bytes of an `.npz` file; others in it are left alone.
 

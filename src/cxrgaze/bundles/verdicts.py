@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,15 @@ QuantityName = Literal["macro AUC", "CC", "flips"]
 GateOutcome = Literal["pass", "fail", "inconclusive"]
 
 
-class Tolerance(Frozen):
-    """Largest absolute difference to the fp32 reference that is still the same network."""
+Tolerance = dict[Head, Annotated[float, Field(gt=0)]]
+"""Largest absolute difference of each head to the fp32 reference that is still the same network.
 
-    logits: float = Field(gt=0)
-    log_density: float = Field(gt=0)
-    """In nats, over pixels whose reference density is at least 1 % of the map's peak."""
+That of the log-density in nats, where it is compared (`differences`).
+"""
 
+
+HEAD_WORDS: dict[Head, str] = {LOGITS: "logits", LOG_DENSITY: "log-density"}
+"""The heads in sentences."""
 
 COMPARED_SHARE = 0.01
 """Log-densities are compared where the reference density is at least this share of its peak."""
@@ -34,8 +36,16 @@ def compared_pixels(reference: NDArray[np.floating]) -> NDArray[np.bool_]:
     return np.asarray(reference >= reference.max() + np.log(COMPARED_SHARE))
 
 
+def differences(
+    head: Head, found: NDArray[np.floating], reference: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """Absolute differences of one film's head, flat; of a log-density at the `compared_pixels`."""
+    off = np.abs(found - reference)
+    return off[compared_pixels(reference)] if head == LOG_DENSITY else off.ravel()
+
+
 class OutputParity(Frozen):
-    """Absolute differences of one output over all parity films."""
+    """Absolute differences of one head over all parity films."""
 
     max: float
     p99: float
@@ -51,18 +61,27 @@ class Parity(Frozen):
     domain: str
     """What films they were."""
     limits: Tolerance
-    logits: OutputParity
-    log_density: OutputParity
-    agreement_cc_min: float
-    """Smallest CC between the two networks' maps over films; the human map is not involved."""
-    agreement_cc_mean: float
-    worst_film: int
+    outputs: dict[Head, OutputParity]
+    agreement_cc_min: float | None
+    """Smallest CC between the two networks' maps over films; the human map is not involved. None
+    without a map, as the next two."""
+    agreement_cc_mean: float | None
+    worst_film: int | None
     """Index of the film with the smallest agreement CC, in the order that they were given."""
-    label_flips: int
+    flips: int | None
+    """Films with another decision (`Served.decisions`); None without a diagnosis."""
     peak_activation: float
     """Largest absolute value that any layer takes or gives in float32 (float16 ends at 65504)."""
     witness: str
     """What this comparison can and cannot show."""
+
+    def __str__(self) -> str:
+        found = [f"{HEAD_WORDS[head]} off by {of.max:.2g}" for head, of in self.outputs.items()]
+        if self.agreement_cc_min is not None:
+            found.append(f"agreement CC {self.agreement_cc_min:.6f}")
+        if self.flips is not None:
+            found.append(f"{self.flips} flips")
+        return f"{self.verdict} on {self.domain}: {', '.join(found)}"
 
 
 class Histogram(Frozen):
@@ -152,8 +171,9 @@ class Comparison(Frozen):
     quantities: tuple[Quantity, ...]
     classes: tuple[ClassChange, ...]
     """Classes that some but not all of the labelled films have."""
-    flipped_films: int
-    flipped_patients: int
+    flipped_films: int | None
+    """None without a diagnosis, as the next."""
+    flipped_patients: int | None
     worst_film: int | None
     """Index of the film that loses most CC."""
     worst_cc_loss: float | None
@@ -182,8 +202,9 @@ class Comparison(Frozen):
         for c in self.classes:
             values = (f"{c.reference:.4f}", f"{c.candidate:.4f}", f"{c.difference:+.4f}")
             rows.append((f"AUC of {c.name} ({c.films} films)", *values, "", "", "", "reported"))
-        flipped = f"{self.flipped_films} of {self.films}"
-        rows.append(("films with a flip", "", flipped, "", "", "", "", "reported"))
+        if self.flipped_films is not None:
+            flipped = f"{self.flipped_films} of {self.films}"
+            rows.append(("films with a flip", "", flipped, "", "", "", "", "reported"))
         if self.worst_film is not None and self.worst_cc_loss is not None:
             change = f"{-self.worst_cc_loss:+.4f}"
             name = f"CC of the worst film (index {self.worst_film})"
@@ -204,14 +225,15 @@ class Gate(Frozen):
     """What the films are: phantom figures are synthetic."""
     comparison: Comparison | None = None
     """Every difference with its interval and limit; None where it was not run."""
-    agreement_cc_min: float = -1.0
-    """CC of the candidate's map to the fp32 one, the worst film; -1 where it was not run."""
-    agreement_cc_mean: float = -1.0
-    worst_film_sha256: str = ""
+    agreement_cc_min: float | None = None
+    """CC of the candidate's map to the fp32 one, the worst film; -1 for a map that is not finite.
+    None without a map, or where it was not run; as the next three."""
+    agreement_cc_mean: float | None = None
+    worst_film_sha256: str | None = None
     agreement_loss: Histogram | None = None
     """1 - agreement CC, film by film."""
     probability_change: Histogram | None = None
-    """Largest change of a class's probability, film by film."""
+    """Largest change of a class's probability, film by film; None without a diagnosis."""
 
 
 class Audit(Frozen):
@@ -229,10 +251,9 @@ class Audit(Frozen):
     worst_subnormal_share: float
     worst_subnormal_tensor: str
     rounding_finite: bool
-    rounding_logits: float
-    """Largest difference of the logits when every operation's output is rounded to float16."""
-    rounding_log_density: float
-    """Likewise of the log-density, in nats, where the density is at least 1 % of its peak."""
+    rounding: dict[Head, float]
+    """Largest difference of each head (`differences`) when every operation's output is rounded to
+    float16; -1 where that is not finite."""
     magnitudes: Histogram
     """Absolute activations other than zero, by powers of two."""
 

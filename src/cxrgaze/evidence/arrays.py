@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,11 @@ from cxrgaze.errors import DataError, FilmError, IntegrityError
 from cxrgaze.evidence import heatmaps
 from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet
+from cxrgaze.evidence.truth import Truth, truth_of
 from cxrgaze.files import new_folder, parse_json, render_json, sha256
 from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import film_from_bytes
-from cxrgaze.spec import ModelSpec
-
-UNLABELLED = -1
+from cxrgaze.spec import LOG_DENSITY, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,11 @@ class Arrays:
     films: tuple[str, ...]
     images: NDArray[np.float32]
     """`(N, 1, H, W)`, in [0, 1]."""
-    labels: NDArray[np.int64]
-    """`(N,)`, index of the class; `UNLABELLED` where films.csv has none."""
+    truth: Truth
+    """`(N, C)`, which classes of the network they have, where that is known."""
     densities: NDArray[np.float32]
-    """`(N, 1, H, W)`, sum 1 over the film's area, zero in the pad; all zero without gaze."""
+    """`(N, 1, H, W)`, sum 1 over the film's area, zero in the pad; all zero without gaze, or where
+    the network has no map to compare it with."""
     geometries: tuple[Geometry, ...]
     gaze: tuple[Gaze | None, ...]
     teacher_logits: NDArray[np.float32] | None = None
@@ -61,34 +61,51 @@ def load_arrays(
             keep them where the set may be.
 
     Raises:
-        DataError: classes other than the network's; films that cannot be read, are not applicable,
-            are not the recorded ones, or whose gaze gives no density: all of them, by name.
+        DataError: classes that do not fit the network's (`require_classes`); films that cannot be
+            read, are not applicable, are not the recorded ones, or whose gaze gives no density: all
+            of them, by name.
     """
-    if labelled.info.classes != spec.class_names:
-        raise DataError(
-            f"{labelled.folder}: classes {labelled.info.classes}, "
-            f"the network has {spec.class_names}"
-        )
+    require_classes(labelled, spec)
     if not labelled.rows:
         raise DataError(f"{labelled.folder}: no films in this split")
+    gaze = labelled.gaze if LOG_DENSITY in spec.heads else {}
+    labelled = replace(labelled, gaze=gaze)
     if cache is None:
         placed = list(_all_placed(labelled, spec, preset))
         images, densities = (np.stack([getattr(p, k) for p in placed])[:, None] for k in _MAPS)
         geometries = [p.geometry for p in placed]
     else:
         images, densities, geometries = _cached(labelled, spec, preset, cache)
-    names = spec.class_names
     return Arrays(
         tuple(row.film for row in labelled.rows),
         images,
-        np.array(
-            [names.index(row.label) if row.label else UNLABELLED for row in labelled.rows],
-            dtype=np.int64,
-        ),
+        truth_of([labelled.known(row) for row in labelled.rows], spec),
         densities,
         tuple(geometries),
         tuple(labelled.gaze.get(row.film) for row in labelled.rows),
     )
+
+
+def require_classes(labelled: LabelledSet, spec: ModelSpec) -> None:
+    """Refuse a set whose labels say nothing of a network's classes.
+
+    Exclusive classes of the set must all be classes of the network, which may have more; of
+    findings one that both have is enough, and exclusive classes are findings too.
+
+    Raises:
+        DataError: naming both.
+    """
+    info, names = labelled.info, spec.class_names
+    if not names or not info.classes:
+        return
+    shared = set(info.class_names) & set(names)
+    kinds = (info.class_kind, spec.class_kind)
+    fit = shared == set(info.class_names) if spec.class_kind == "exclusive" else bool(shared)
+    if kinds == ("findings", "exclusive") or not fit:
+        raise DataError(
+            f"{labelled.folder}: {info.class_kind} classes {info.class_names}, the network's are "
+            f"{spec.class_kind}: {names}"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ def _cache_key(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapP
     gaze = labelled.folder / "fixations.csv"
     parts = [
         *(f"{row.film} {row.sha256}" for row in labelled.rows),
-        sha256(gaze.read_bytes()) if gaze.is_file() else "no gaze",
+        sha256(gaze.read_bytes()) if labelled.gaze and gaze.is_file() else "no gaze",
         f"{spec.height}x{spec.width}, preprocessing {spec.preprocessing}",
         preset.model_dump_json(),
     ]

@@ -18,14 +18,14 @@ Limits and rule: docs/graphs.md#gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundles.verdicts import (
-    HEAD_OF,
     ClassChange,
     Comparison,
     GateOutcome,
@@ -41,7 +41,6 @@ from cxrgaze.evidence.intervals import (
     weighted_auc,
     weighted_mean,
 )
-from cxrgaze.evidence.metrics import present_classes
 from cxrgaze.evidence.power import (
     NOTHING_SHOWN,
     can_show,
@@ -51,103 +50,134 @@ from cxrgaze.evidence.power import (
     patients_for_flips,
     rounded_up,
 )
-from cxrgaze.spec import LOG_DENSITY, LOGITS
+from cxrgaze.evidence.truth import Truth, any_known, columns, present_classes
+from cxrgaze.spec import LOGITS
+
+
+def largest(scores: Array) -> NDArray[np.int64]:
+    """The column of the largest score of each film, `(n, 1)`: what exclusive classes decide."""
+    return np.asarray(scores.argmax(axis=1))[:, None]
 
 
 @dataclass(frozen=True)
-class Paired:
-    """What candidate and reference said of the same n films.
+class Diagnoses:
+    """What candidate and reference say of the classes of n films.
 
     Raises:
-        ValueError: lengths that differ, no films, or a label that is no class.
+        ValueError: lengths that differ, or no classes.
     """
 
-    patients: Sequence[str]
-    """Patient of each film, `(n,)`."""
-    labels: NDArray[np.integer]
-    """Class of each film, `(n,)`; -1 where it is not known."""
-    reference_logits: Array
-    """`(n, C)`, or any monotone score of it, such as probabilities."""
-    candidate_logits: Array
-    reference_cc: Array
-    """CC to the human map, `(n,)`; NaN where a film has no gaze."""
-    candidate_cc: Array
+    truth: Truth
+    """`(n, C)` (`cxrgaze.evidence.truth`)."""
+    reference: Array
+    """Scores `(n, C)`: probabilities, or any monotone function of them."""
+    candidate: Array
+    decide: Callable[[Array], NDArray[Any]] = largest
+    """What is decided of films by their scores, `(n, D)`; D is 0 where nothing is."""
 
     def __post_init__(self) -> None:
-        n = len(self.patients)
-        shapes = [np.shape(v) for v in (self.labels, self.reference_cc, self.candidate_cc)]
-        scores = {np.shape(self.reference_logits), np.shape(self.candidate_logits)}
-        if not n or any(shape != (n,) for shape in shapes) or len(scores) > 1:
-            raise ValueError(f"expected outputs of the same n > 0 films, found {n}, {shapes}")
-        (shape,) = scores
-        if len(shape) != 2 or shape[0] != n or shape[1] < 2:
-            raise ValueError(f"expected logits ({n}, C) with C > 1, found {shape}")
-        low, high = int(np.min(self.labels)), int(np.max(self.labels))
-        if low < -1 or high >= shape[1]:
-            raise ValueError(f"expected labels in -1 to {shape[1] - 1}, found {low} to {high}")
+        shapes = {np.shape(v) for v in (self.truth, self.reference, self.candidate)}
+        (shape, *others) = shapes
+        if others or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"expected truth and scores of one shape (n, C), found {shapes}")
+        if int(np.min(self.truth)) < -1 or int(np.max(self.truth)) > 1:
+            raise ValueError("expected a truth of -1, 0 and 1")
+
+
+@dataclass(frozen=True)
+class Maps:
+    """How well the maps of candidate and reference agree with the human ones of n films.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+
+    reference: Array
+    """CC to the human map, `(n,)`; NaN where a film has no gaze."""
+    candidate: Array
+
+    def __post_init__(self) -> None:
+        if np.shape(self.reference) != np.shape(self.candidate) or np.ndim(self.reference) != 1:
+            raise ValueError("expected a CC of each film, of candidate and reference")
 
     @property
     def has_gaze(self) -> NDArray[np.bool_]:
         """Films whose reference has a CC, `(n,)`."""
-        return np.isfinite(self.reference_cc)
+        return np.isfinite(self.reference)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What candidate and reference said of the same n films; an output is None where none is.
+
+    Raises:
+        ValueError: lengths that differ, no films.
+    """
+
+    patients: Sequence[str]
+    """Patient of each film, `(n,)`."""
+    diagnoses: Diagnoses | None = None
+    maps: Maps | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.patients)
+        lengths = {len(self.diagnoses.truth)} if self.diagnoses else set()
+        lengths |= {len(self.maps.reference)} if self.maps else set()
+        if not n or lengths - {n}:
+            raise ValueError(f"expected outputs of the same n > 0 films, found {n}, {lengths}")
 
 
 def compare(
     paired: Paired,
     limits: Limits | None = None,
     *,
-    untrained: Collection[str] = (),
     classes: Sequence[str] = (),
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
     """The verdict on a candidate.
 
-    Overall *fail* if any quantity fails; *pass* if every quantity of a taught head passes, and
-    there is one of accuracy among them; else *inconclusive*. So a set without gaze cannot pass a
-    network with a taught saliency head. Outputs that are not finite fail, taught or not.
+    Overall *fail* if any quantity fails; *pass* if every quantity passes, and there is one; else
+    *inconclusive*. So a set without gaze cannot pass a network with a map. Outputs that are not
+    finite fail.
 
     Args:
         limits: None for the defaults.
-        untrained: heads that nothing taught (`Manifest.untrained`), which cannot lose anything.
-        classes: names of the columns of the logits, for the report.
+        classes: names of the columns of the scores, for the report.
 
     Raises:
         ValueError: another number of names than of columns.
     """
     limits = limits or Limits()
     patients = len(set(paired.patients))
-    names = tuple(classes) or numbered(np.shape(paired.reference_logits)[1])
-    if len(names) != np.shape(paired.reference_logits)[1]:
-        raise ValueError(f"expected a name for each column of the logits, found {names}")
-    broken = {LOGITS: _broken_logits(paired), LOG_DENSITY: _broken_cc(paired)}
-    changes = [] if broken[LOGITS] else _class_changes(paired, names)
-    flipped = _flipped(paired)
-    measures: dict[QuantityName, tuple[float, Callable[[float], Quantity]]] = {
-        "macro AUC": (
-            limits.macro_auc,
-            lambda limit: _macro_auc(paired, limit, changes, names, resamples, seed),
-        ),
-        "CC": (limits.cc, lambda limit: _cc(paired, limit, resamples, seed)),
-        "flips": (
-            limits.flips,
-            lambda limit: judge_flips(_patients(paired, flipped), patients, limit),
-        ),
-    }
-    quantities = []
-    for name, (limit, measure) in measures.items():
-        head = HEAD_OF[name]
-        if reason := broken[head]:
-            quantities.append(Quantity(name=name, limit=limit, verdict="fail", reason=reason))
-        elif head in untrained:
-            reason = f"nothing taught the output {head}"
-            quantities.append(_not_measured(name, limit, reason))
+    diagnoses, maps = paired.diagnoses, paired.maps
+    quantities: list[Quantity] = []
+    changes: list[tuple[int, ClassChange, Array]] = []
+    flipped = None
+    names: tuple[str, ...] = ()
+    if diagnoses:
+        names = tuple(classes) or numbered(np.shape(diagnoses.reference)[1])
+        if len(names) != np.shape(diagnoses.reference)[1]:
+            raise ValueError(f"expected a name for each column of the scores, found {names}")
+        flipped = _flipped(diagnoses)
+        if reason := _broken_scores(diagnoses):
+            quantities += _failed(("macro AUC", "flips"), limits, reason)
         else:
-            quantities.append(measure(limit))
-    verdict, reason = _overall(quantities, untrained)
-    loss = np.where(paired.has_gaze, paired.reference_cc - paired.candidate_cc, np.nan)
-    loss[~np.isfinite(loss)] = np.nan
-    worst = int(np.nanargmax(loss)) if np.isfinite(loss).any() else None
+            who = np.asarray(paired.patients)
+            changes = _class_changes(diagnoses, names)
+            auc = _macro_auc(diagnoses, who, limits.macro_auc, changes, names, resamples, seed)
+            quantities += [auc, _flips(paired, diagnoses, flipped, limits.flips)]
+    loss = None
+    if maps:
+        loss = np.where(maps.has_gaze, maps.reference - maps.candidate, np.nan)
+        loss[~np.isfinite(loss)] = np.nan
+        if reason := _broken_cc(maps):
+            quantities += _failed(("CC",), limits, reason)
+        else:
+            quantities.append(_cc(paired.patients, maps, limits.cc, resamples, seed))
+    quantities.sort(key=lambda quantity: _SHOWN.index(quantity.name))
+    verdict, reason = _overall(quantities)
+    worst = int(np.nanargmax(loss)) if loss is not None and np.isfinite(loss).any() else None
     return Comparison(
         verdict=verdict,
         limits=limits,
@@ -156,86 +186,105 @@ def compare(
         patients=patients,
         quantities=tuple(quantities),
         classes=tuple(change for _, change, _ in changes),
-        flipped_films=int(flipped.sum()),
-        flipped_patients=_patients(paired, flipped),
+        flipped_films=None if flipped is None else int(flipped.sum()),
+        flipped_patients=None if flipped is None else _patients(paired, flipped),
         worst_film=worst,
-        worst_cc_loss=None if worst is None else float(loss[worst]),
+        worst_cc_loss=None if worst is None or loss is None else float(loss[worst]),
         can_show=can_show(
-            paired.patients, paired.labels, paired.has_gaze, limits, untrained, names
+            paired.patients,
+            diagnoses.truth if diagnoses else None,
+            maps.has_gaze if maps else None,
+            limits,
+            names,
         ),
         resamples=resamples,
         seed=seed,
     )
 
 
+_SHOWN: tuple[QuantityName, ...] = ("macro AUC", "CC", "flips")
 _REMEDY = "keep more of the network in higher precision"
 
 
-def _class_changes(paired: Paired, names: Sequence[str]) -> list[tuple[int, ClassChange, Array]]:
+def _failed(names: Sequence[QuantityName], limits: Limits, reason: str) -> list[Quantity]:
+    of = {"macro AUC": limits.macro_auc, "CC": limits.cc, "flips": limits.flips}
+    return [Quantity(name=n, limit=of[n], verdict="fail", reason=reason) for n in names]
+
+
+def _class_changes(
+    diagnoses: Diagnoses, names: Sequence[str]
+) -> list[tuple[int, ClassChange, Array]]:
     """Column, change of the AUC and its influence `(labelled films,)` of every class with one."""
-    labelled = np.asarray(paired.labels) >= 0
-    labels = np.asarray(paired.labels)[labelled]
+    some = any_known(diagnoses.truth)
+    parts = list(columns(diagnoses.truth[some]))
     changes = []
-    for c in present_classes(labels, len(names)):
+    for c in present_classes(diagnoses.truth):
+        known, has = parts[c]
         (before, old), (after, new) = (
-            auc_influence(scores[labelled, c], labels == c)
-            for scores in (paired.reference_logits, paired.candidate_logits)
+            auc_influence(scores[some, c][known], has)
+            for scores in (diagnoses.reference, diagnoses.candidate)
         )
         change = ClassChange(
             name=names[c],
-            films=int((labels == c).sum()),
+            films=int(has.sum()),
             reference=before,
             candidate=after,
             difference=after - before,
         )
-        changes.append((c, change, new - old))
+        influence: Array = np.zeros(len(known))
+        influence[known] = new - old
+        changes.append((c, change, influence))
     return changes
 
 
 def _macro_auc(
-    paired: Paired,
+    diagnoses: Diagnoses,
+    who: NDArray[np.str_],
     limit: float,
     changes: Sequence[tuple[int, ClassChange, Array]],
     names: Sequence[str],
     resamples: int,
     seed: int,
 ) -> Quantity:
-    labels, who = np.asarray(paired.labels), np.asarray(paired.patients)
-    lack = lack_of_labels(who, labels, names)
+    lack = lack_of_labels(who, diagnoses.truth, names)
     if not changes:
         return _not_measured("macro AUC", limit, lack)
-    labelled = labels >= 0
+    some = any_known(diagnoses.truth)
+    parts = list(columns(diagnoses.truth[some]))
     before, after = (
         float(np.mean([getattr(change, side) for _, change, _ in changes]))
         for side in ("reference", "candidate")
     )
 
     def difference(weights: Array) -> Array:
-        differences = [
-            weighted_auc(paired.candidate_logits[labelled, c], labels[labelled] == c, weights)
-            - weighted_auc(paired.reference_logits[labelled, c], labels[labelled] == c, weights)
-            for c, _, _ in changes
-        ]
+        differences = []
+        for c, _, _ in changes:
+            known, has = parts[c]
+            candidate, reference = (
+                weighted_auc(scores[some, c][known], has, weights[:, known])
+                for scores in (diagnoses.candidate, diagnoses.reference)
+            )
+            differences.append(candidate - reference)
         return np.asarray(np.mean(differences, axis=0))
 
     bounds = None
     if not lack:
         influence = np.mean([part for _, _, part in changes], axis=0)
         bounds = studentised(
-            who[labelled].tolist(),
+            who[some].tolist(),
             after - before,
             influence,
             difference,
             resamples=resamples,
             seed=seed,
         )
-    return _judged("macro AUC", before, after, bounds, limit, len(set(who[labelled])), lack)
+    return _judged("macro AUC", before, after, bounds, limit, len(set(who[some])), lack)
 
 
-def _cc(paired: Paired, limit: float, resamples: int, seed: int) -> Quantity:
-    some = paired.has_gaze
-    who = np.asarray(paired.patients)[some]
-    candidate, reference = paired.candidate_cc[some], paired.reference_cc[some]
+def _cc(patients: Sequence[str], maps: Maps, limit: float, resamples: int, seed: int) -> Quantity:
+    some = maps.has_gaze
+    who = np.asarray(patients)[some]
+    candidate, reference = maps.candidate[some], maps.reference[some]
     lack = lack_of_gaze(len(set(who)))
     if not len(who):
         return _not_measured("CC", limit, lack)
@@ -252,6 +301,14 @@ def _cc(paired: Paired, limit: float, resamples: int, seed: int) -> Quantity:
             seed=seed,
         )
     return _judged("CC", before, before + change, bounds, limit, len(set(who)), lack)
+
+
+def _flips(
+    paired: Paired, diagnoses: Diagnoses, flipped: NDArray[np.bool_], limit: float
+) -> Quantity:
+    if not diagnoses.decide(diagnoses.reference).shape[1]:
+        return _not_measured("flips", limit, "no finding has an operating point, so none decides")
+    return judge_flips(_patients(paired, flipped), len(set(paired.patients)), limit)
 
 
 def judge_flips(count: int, patients: int, limit: float) -> Quantity:
@@ -325,18 +382,18 @@ def _not_measured(name: QuantityName, limit: float, reason: str) -> Quantity:
     return Quantity(name=name, limit=limit, verdict="not_measured", reason=reason)
 
 
-def _overall(quantities: Sequence[Quantity], untrained: Collection[str]) -> tuple[GateOutcome, str]:
+def _overall(quantities: Sequence[Quantity]) -> tuple[GateOutcome, str]:
     def of(verdict: str) -> list[Quantity]:
         return sorted((q for q in quantities if q.verdict == verdict), key=_excess, reverse=True)
 
     if failed := of("fail"):
         return "fail", failed[0].reason
-    if missing := [q for q in of("not_measured") if q.head not in untrained]:
+    if missing := of("not_measured"):
         return "inconclusive", f"{missing[0].name} not measured: {missing[0].reason}"
     if unclear := of("inconclusive"):
         return "inconclusive", unclear[0].reason
     if not (passed := of("pass")):
-        return "inconclusive", "nothing measured: nothing taught either output"
+        return "inconclusive", "nothing measured: nothing taught any output"
     return "pass", f"nearest to its limit: {passed[0].reason}"
 
 
@@ -348,30 +405,31 @@ def _excess(quantity: Quantity) -> float:
     return (loss - quantity.limit) / max(quantity.limit, 1e-9)
 
 
-def _flipped(paired: Paired) -> NDArray[np.bool_]:
+def _flipped(diagnoses: Diagnoses) -> NDArray[np.bool_]:
     """Films with another decision, `(n,)`; one that is not finite is another."""
-    reference, candidate = paired.reference_logits, paired.candidate_logits
+    reference, candidate = diagnoses.reference, diagnoses.candidate
     finite = np.isfinite(reference).all(axis=1) & np.isfinite(candidate).all(axis=1)
-    return np.asarray((reference.argmax(axis=1) != candidate.argmax(axis=1)) | ~finite)
+    other = (diagnoses.decide(reference) != diagnoses.decide(candidate)).any(axis=1)
+    return np.asarray(other | ~finite)
 
 
 def _patients(paired: Paired, films: NDArray[np.bool_]) -> int:
     return len({p for p, some in zip(paired.patients, films, strict=True) if some})
 
 
-def _broken_logits(paired: Paired) -> str:
-    """Why the logits are no numbers, "" where they are."""
+def _broken_scores(diagnoses: Diagnoses) -> str:
+    """Why the scores are no numbers, "" where they are."""
     for whose in ("candidate", "reference"):
-        finite = np.isfinite(getattr(paired, f"{whose}_logits")).all(axis=1)
+        finite = np.isfinite(getattr(diagnoses, whose)).all(axis=1)
         if not finite.all():
-            return _not_finite(f"logits of the {whose}", int((~finite).sum()), len(finite))
+            return _not_finite(f"{LOGITS} of the {whose}", int((~finite).sum()), len(finite))
     return ""
 
 
-def _broken_cc(paired: Paired) -> str:
+def _broken_cc(maps: Maps) -> str:
     """Why the candidate's CC are no numbers, "" where they are."""
-    films = int((~np.isfinite(paired.candidate_cc[paired.has_gaze])).sum())
-    return _not_finite("CC of the candidate", films, len(paired.patients)) if films else ""
+    films = int((~np.isfinite(maps.candidate[maps.has_gaze])).sum())
+    return _not_finite("CC of the candidate", films, len(maps.candidate)) if films else ""
 
 
 def _not_finite(what: str, films: int, of: int) -> str:

@@ -44,6 +44,21 @@ def csv_rows(
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
+def csv_header(path: Path) -> list[str]:
+    """Names of the columns of a CSV file.
+
+    Raises:
+        DataError: as `csv_rows`.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, strict=True).fieldnames or ())
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
 def write_csv(path: Path, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
     """Write records with these columns as `csv_rows` reads them."""
     with path.open("w", newline="", encoding="utf-8") as file:

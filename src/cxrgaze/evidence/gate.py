@@ -10,29 +10,31 @@ Levels and rule: docs/graphs.md#gate.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.bundles import npz
 from cxrgaze.bundles.bundle import REFERENCE, Bundle
-from cxrgaze.bundles.manifest import Decision
+from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.bundles.verdicts import Gate, GateLevel, Histogram, Limits
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import metrics, phantom
-from cxrgaze.evidence.arrays import UNLABELLED, Arrays, canvas_density, load_arrays
-from cxrgaze.evidence.compare import Paired, compare
+from cxrgaze.evidence.arrays import Arrays, canvas_density, load_arrays
+from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, compare
 from cxrgaze.evidence.heatmaps import PRESETS, HeatmapPreset
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
+from cxrgaze.evidence.truth import truth_of
 from cxrgaze.files import sha256
 from cxrgaze.films.canvas import canvases
 from cxrgaze.films.film import film_from_array
-from cxrgaze.spec import LOG_DENSITY, Domain, Head, Infer, ModelSpec
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Domain, Head, Infer, ModelSpec, Outputs
 
 PHANTOMS = 1000
 """Phantoms of the gate of a network that was trained on phantoms."""
@@ -57,7 +59,7 @@ class GateSet:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of all that a verdict depends on: films, patients, labels, gaze densities."""
-        parts = zip(self.keys, self.patients, self.arrays.labels.tolist(), strict=True)
+        parts = zip(self.keys, self.patients, self.arrays.truth.tolist(), strict=True)
         lines = "\n".join(" ".join(map(str, part)) for part in parts).encode()
         return sha256(lines + sha256(self.arrays.densities.tobytes()).encode())
 
@@ -73,7 +75,7 @@ class GateSet:
             Arrays(
                 tuple(arrays.films[i] for i in index),
                 arrays.images[index],
-                arrays.labels[index],
+                arrays.truth[index],
                 arrays.densities[index],
                 tuple(arrays.geometries[i] for i in index),
                 tuple(arrays.gaze[i] for i in index),
@@ -85,8 +87,8 @@ class GateSet:
 def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTOM_SEED) -> GateSet:
     """Phantoms at the difficulty where the demo network's AUC is near 0.90; one patient each.
 
-    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle. Those of a
-    class that the network does not have are unlabelled.
+    Drawn anew wherever they are needed: a device needs no set to gate a demo bundle. Their labels
+    are known as far as the network has the phantom's classes.
     """
     seeds = range(first_seed, first_seed + films)
     drawn = [
@@ -95,12 +97,17 @@ def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTO
     read = [film_from_array(one.pixels) for one in drawn]
     images, geometries = canvases(read, spec)
     preset = PRESETS["phantom"]
-    densities = [
-        canvas_density(one.gaze, geometry, preset)
-        for one, geometry in zip(drawn, geometries, strict=True)
-    ]
+    if LOG_DENSITY in spec.heads:
+        densities = np.stack(
+            [
+                canvas_density(one.gaze, geometry, preset)
+                for one, geometry in zip(drawn, geometries, strict=True)
+            ]
+        )[:, None]
+    else:
+        densities = np.zeros_like(images)
     names = tuple(f"phantom-{seed}" for seed in seeds)
-    index = {name: number for number, name in enumerate(spec.class_names)}
+    known = [{name: name == one.label for name in phantom.LABELS} for one in drawn]
     return GateSet(
         f"{films} phantoms at difficulty {phantom.HARD}, from seed {first_seed} (synthetic)",
         "phantom",
@@ -109,8 +116,8 @@ def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTO
         Arrays(
             names,
             images,
-            np.array([index.get(one.label, UNLABELLED) for one in drawn], dtype=np.int64),
-            np.stack(densities)[:, None],
+            truth_of(known, spec),
+            densities,
             geometries,
             tuple(one.gaze for one in drawn),
         ),
@@ -148,6 +155,8 @@ def open_set(folder: Path, spec: ModelSpec, heatmap: str | None, split: Split | 
         UsageError: no preset of that name.
         DataError: not a labelled set, or one that breaks a rule.
     """
+    if LOG_DENSITY not in spec.heads:
+        heatmap = next(iter(PRESETS))  # there is no map to compare with a human one
     if heatmap not in PRESETS:
         raise UsageError(
             f"{folder}: say how its human maps are made with --heatmap, one of "
@@ -156,32 +165,37 @@ def open_set(folder: Path, spec: ModelSpec, heatmap: str | None, split: Split | 
     return labelled_set(LabelledSet.open(folder), spec, PRESETS[heatmap], split)
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """Both heads on the films of a set."""
+Predicted = Mapping[Head, NDArray[Any]]
+"""Heads of the films of a set: logits `(n, C)` float32, log-densities `(n, H, W)` float16.
 
-    logits: NDArray[np.float32]
-    """`(n, C)`."""
-    log_density: NDArray[np.float16]
-    """`(n, H, W)`; both sides of a comparison are rounded alike."""
+Both sides of a comparison are rounded alike.
+"""
 
-    def chosen(self, indices: Sequence[int]) -> Predicted:
-        """Some of the films."""
-        index = np.asarray(indices, dtype=int)
-        return Predicted(self.logits[index], self.log_density[index])
+
+def some_of(predicted: Predicted, indices: Sequence[int]) -> Predicted:
+    """What was predicted of some of the films."""
+    index = np.asarray(indices, dtype=int)
+    return {head: array[index] for head, array in predicted.items()}
 
 
 def predicted(infer: Infer, images: NDArray[np.float32]) -> Predicted:
-    """Both heads of `images` `(n, 1, H, W)`, in batches of a few films where they are small."""
+    """The heads of `images` `(n, 1, H, W)`, in batches of a few films where they are small."""
     size = max(_BATCH_PIXELS // int(np.prod(images.shape[1:])), 1)
     starts = range(0, len(images), size)
-    logits, densities = [], []
-    for start in counted(starts, len(starts), "batch"):
-        outputs = infer(np.ascontiguousarray(images[start : start + size]))
-        logits.append(outputs.logits)
+    batches = [
+        stored(infer(np.ascontiguousarray(images[start : start + size])))
+        for start in counted(starts, len(starts), "batch")
+    ]
+    return {head: np.concatenate([one[head] for one in batches]) for head in batches[0]}
+
+
+def stored(outputs: Outputs) -> Predicted:
+    """Heads as a bundle stores them."""
+    kept: dict[Head, NDArray[Any]] = dict(outputs)
+    if LOG_DENSITY in kept:
         with np.errstate(over="ignore"):  # what float16 cannot hold is not finite, and said so
-            densities.append(outputs.log_density[:, 0].astype(np.float16))
-    return Predicted(np.concatenate(logits), np.concatenate(densities))
+            kept[LOG_DENSITY] = kept[LOG_DENSITY][:, 0].astype(np.float16)
+    return kept
 
 
 _BATCH_PIXELS = 1 << 17
@@ -193,28 +207,32 @@ def judge(
     candidate: Predicted,
     limits: Limits,
     level: GateLevel,
-    untrained: Sequence[Head] = (),
-    classes: Sequence[str] = (),
+    served: Served,
 ) -> Gate:
     """The verdict on a candidate.
 
     Args:
-        classes: names of the columns of the logits.
-        untrained: outputs that nothing taught, which cannot lose anything.
+        served: what is served of the network, which alone can lose anything.
     """
-    agreement = _agreement(films, candidate, reference)
-    # Probabilities: an AUC needs them, since logits of different films share no zero.
-    before, after = (Decision().probabilities(p.logits) for p in (reference, candidate))
-    paired = Paired(
-        patients=films.patients,
-        labels=films.arrays.labels,
-        reference_logits=before,
-        candidate_logits=after,
-        reference_cc=_human_cc(films, reference),
-        candidate_cc=_human_cc(films, candidate),
-    )
-    comparison = compare(paired, limits, untrained=untrained, classes=classes)
-    worst = int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0
+    diagnoses = maps = agreement = changes = None
+    if LOGITS in served.heads:
+        # Probabilities: an AUC needs them, since logits of different films share no zero.
+        plain = replace(served, decision=Decision())
+        before, after = (plain.probabilities(p[LOGITS]) for p in (reference, candidate))
+        changes = np.abs(after - before).max(axis=1)
+        diagnoses = Diagnoses(films.arrays.truth[:, served.columns], before, after)
+        if served.spec.class_kind == "findings":  # which decide at their temperatures and points
+            before, after = (served.probabilities(p[LOGITS]) for p in (reference, candidate))
+            diagnoses = replace(
+                diagnoses, reference=before, candidate=after, decide=served.decisions
+            )
+    if LOG_DENSITY in served.heads:
+        agreement = _agreement(films, candidate, reference)
+        maps = Maps(_human_cc(films, reference), _human_cc(films, candidate))
+    comparison = compare(Paired(films.patients, diagnoses, maps), limits, classes=served.classes)
+    worst = None
+    if agreement is not None:
+        worst = films.keys[int(np.nanargmin(agreement)) if np.isfinite(agreement).any() else 0]
     return Gate(
         level=level,
         verdict=comparison.verdict,
@@ -223,15 +241,17 @@ def judge(
         set_sha256=films.identity,
         domain=films.domain,
         comparison=comparison,
-        agreement_cc_min=_number(np.nanmin, agreement),
-        agreement_cc_mean=_number(np.nanmean, agreement),
-        worst_film_sha256=films.keys[worst],
-        agreement_loss=Histogram.by_decade(1 - agreement, -8),
-        probability_change=Histogram.by_decade(np.abs(after - before).max(axis=1), -8),
+        agreement_cc_min=None if agreement is None else _number(np.nanmin, agreement),
+        agreement_cc_mean=None if agreement is None else _number(np.nanmean, agreement),
+        worst_film_sha256=worst,
+        agreement_loss=None if agreement is None else Histogram.by_decade(1 - agreement, -8),
+        probability_change=None if changes is None else Histogram.by_decade(changes, -8),
     )
 
 
-def distance(films: GateSet, reference: Predicted, candidate: Predicted, head: Head) -> float:
+def distance(
+    films: GateSet, reference: Predicted, candidate: Predicted, head: Head, served: Served
+) -> float:
     """How far one output is from the reference's, mean over films, 0 where it is the same.
 
     The largest change of a class's probability, or 1 - agreement CC. Infinity where something is
@@ -240,7 +260,8 @@ def distance(films: GateSet, reference: Predicted, candidate: Predicted, head: H
     if head == LOG_DENSITY:
         changes = 1 - _agreement(films, candidate, reference)
     else:
-        before, after = (Decision().probabilities(p.logits) for p in (reference, candidate))
+        plain = replace(served, decision=Decision())
+        before, after = (plain.probabilities(p[LOGITS]) for p in (reference, candidate))
         changes = np.abs(after - before).max(axis=1)
     return float(changes.mean()) if np.isfinite(changes).all() else float("inf")
 
@@ -277,7 +298,7 @@ def _agreement(films: GateSet, found: Predicted, reference: Predicted) -> NDArra
 
 def _inside(films: GateSet, found: Predicted, index: int) -> NDArray[np.float64]:
     """The log-density over a film's area of the canvas."""
-    inside = films.arrays.geometries[index].crop(found.log_density[index])
+    inside = films.arrays.geometries[index].crop(found[LOG_DENSITY][index])
     return inside.astype(np.float64)
 
 
@@ -286,17 +307,13 @@ def stored_reference(films: GateSet, reference: Predicted, seed: int = 0) -> byt
 
     Films are chosen by seed beyond, whole patients or not: the device counts the patients it has.
     """
-    most = max(REFERENCE_LIMIT // reference.log_density[0].nbytes, 1)
+    most = len(films.keys)
+    if LOG_DENSITY in reference:
+        most = max(REFERENCE_LIMIT // reference[LOG_DENSITY][0].nbytes, 1)
     order = np.random.default_rng(seed).permutation(len(films.keys))[:most]
     index = np.sort(order)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        keys=np.array([films.keys[i] for i in index], dtype="S64"),
-        logits=reference.logits[index],
-        log_density=reference.log_density[index],
-    )
-    return buffer.getvalue()
+    keys = np.array([films.keys[i] for i in index], dtype="S64")
+    return npz.written({"keys": keys, **some_of(reference, index.tolist())})
 
 
 def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
@@ -312,16 +329,16 @@ def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
             "again with --gate SET"
         )
     spec = bundle.manifest.spec
-    stored = bundle.read_arrays(
+    shapes: dict[Head, tuple[Any, tuple[int | None, ...]]] = {
+        LOGITS: (np.dtype(np.float32), (None, len(spec.classes))),
+        LOG_DENSITY: (np.dtype(np.float16), (None, spec.height, spec.width)),
+    }
+    found = bundle.read_arrays(
         REFERENCE,
-        {
-            "keys": (np.dtype("S64"), (None,)),
-            "logits": (np.dtype(np.float32), (None, len(spec.classes))),
-            "log_density": (np.dtype(np.float16), (None, spec.height, spec.width)),
-        },
+        {"keys": (np.dtype("S64"), (None,)), **{head: shapes[head] for head in spec.heads}},
     )
-    keys = tuple(key.decode("ascii", "replace") for key in stored["keys"])
-    return keys, Predicted(stored["logits"], stored["log_density"])
+    keys = tuple(key.decode("ascii", "replace") for key in found["keys"])
+    return keys, {head: found[head] for head in spec.heads}
 
 
 def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
@@ -343,13 +360,11 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
             f"{bundle.manifest.gate.set_name or 'not recorded'}"
         )
     part = films.chosen(with_reference)
-    matching = reference.chosen([place[key] for key in part.keys])
+    matching = some_of(reference, [place[key] for key in part.keys])
     candidate = predicted(infer, part.arrays.images)
-    manifest = bundle.manifest
-    names = manifest.spec.class_names
-    graph = manifest.gate.comparison
+    graph = bundle.manifest.gate.comparison
     limits = graph.limits if graph else Limits()
-    return judge(part, matching, candidate, limits, "engine", manifest.untrained, names)
+    return judge(part, matching, candidate, limits, "engine", bundle.manifest.served)
 
 
 def require_apart(films: GateSet, calibration: Sequence[str], keys: Sequence[str]) -> None:

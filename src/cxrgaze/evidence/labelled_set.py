@@ -1,7 +1,8 @@
 """The labelled set: one folder format for training, calibration, gate, evaluation and bench.
 
     SET/set.json        schema version, name, origin, domain, classes, SHA-256 of the split
-    SET/films.csv       one row a film; the split column is the only home of the split
+    SET/films.csv       one row a film; the split column is the only home of the split; where the
+                        classes are findings, a column finding_NAME each: 1, 0, empty if unknown
     SET/fixations.csv   one row a gaze sample or fixation, in pixels of the source film
     SET/...             the films, where films.csv says
 
@@ -11,7 +12,7 @@ Films without a label or without gaze are legal. Converters write this format; n
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cxrgaze.errors import DataError, IntegrityError
+from cxrgaze.evidence.class_presets import class_named
 from cxrgaze.evidence.csv_table import csv_rows, write_csv
 from cxrgaze.evidence.gaze import GAZE_COLUMNS, GAZE_OPTIONAL, Gaze, gaze_records, read_gaze
 from cxrgaze.files import (
@@ -30,7 +32,7 @@ from cxrgaze.files import (
     sha256,
 )
 from cxrgaze.records import Frozen, Record, complaint, parse_record
-from cxrgaze.spec import Domain, PixelSource
+from cxrgaze.spec import ClassKind, DiseaseClass, Domain, PixelSource, require_distinct
 
 MARKER = "set.json"
 
@@ -88,7 +90,10 @@ class SetInfo(Record):
     Films of one collection may stand in several sets: leakage is judged by it.
     """
     domain: Domain
-    classes: tuple[str, ...]
+    classes: tuple[DiseaseClass, ...]
+    """What films are labelled with; none where no film has a label."""
+    class_kind: ClassKind = "exclusive"
+    """One of the classes (column `label`), or findings of which a film may have any."""
     split_sha256: str = ""
     """SHA-256 over film, patient and split of every row, see `split_hash`."""
 
@@ -96,6 +101,23 @@ class SetInfo(Record):
     @classmethod
     def _older_sets_say_it_in_words(cls, content: Any) -> Any:
         return with_collection(content, "origin")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _older_sets_have_names_alone(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [class_named(one) if isinstance(one, str) else one for one in value]
+        return value
+
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> SetInfo:
+        require_distinct(self.classes, self.class_kind)
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(c.name for c in self.classes)
 
 
 class FilmRow(Frozen):
@@ -107,6 +129,9 @@ class FilmRow(Frozen):
     patient: str = Field(min_length=1)
     """Pseudonym; rows of one patient never cross splits."""
     label: str | None = None
+    """The film's class; None where it is not known, or the classes are findings."""
+    findings: dict[str, bool] = {}
+    """Whether the film has a finding, by name, where that is known."""
     view: str | None = None
     """DICOM ViewPosition: PA, AP, LL, ..."""
     age: float | None = Field(default=None, ge=0, le=130)
@@ -123,7 +148,9 @@ class FilmRow(Frozen):
         return str(checked_relative(value))
 
 
-FILM_COLUMNS = tuple(FilmRow.model_fields)
+FILM_COLUMNS = tuple(name for name in FilmRow.model_fields if name != "findings")
+_FINDING = "finding_"
+_CELLS = {"1": True, "0": False}
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,7 @@ class LabelledSet:
             info = parse_record(SetInfo, data, str(folder / MARKER))
         except IntegrityError as error:
             raise DataError(str(error)) from error
-        rows = _read_films(folder / "films.csv", info.classes)
+        rows = _read_films(folder / "films.csv", info)
         missing = [row.film for row in rows if not (folder / row.film).is_file()]
         if missing:
             raise DataError(
@@ -171,6 +198,14 @@ class LabelledSet:
         """The rows of one split."""
         rows = tuple(row for row in self.rows if row.split == name)
         return LabelledSet(self.folder, self.info, rows, self.gaze)
+
+    def known(self, row: FilmRow) -> dict[str, bool]:
+        """Whether a film has a class, by name, where that is known."""
+        if self.info.class_kind == "findings":
+            return row.findings
+        if row.label is None:
+            return {}
+        return {name: name == row.label for name in self.info.class_names}
 
     def film_bytes(self, row: FilmRow) -> bytes:
         """Bytes of a film, verified against its SHA-256.
@@ -200,12 +235,15 @@ def write_set(
         DataError: a rule is broken. UsageError: `folder` is something else.
     """
     check_split(rows)
+    for row in rows:
+        _require_known(row, info, row.film)
     info = info.model_copy(update={"split_sha256": split_hash(rows)})
     with new_folder(folder, MARKER) as new:
         for name, data in films:
             (new / checked_relative(name)).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(data)
-        write_csv(new / "films.csv", FILM_COLUMNS, (row.model_dump() for row in rows))
+        findings = _finding_columns(info)
+        write_csv(new / "films.csv", (*FILM_COLUMNS, *findings), map(_cells, rows))
         columns = (*GAZE_COLUMNS, *GAZE_OPTIONAL)
         write_csv(new / "fixations.csv", columns, gaze_records(gaze))
         (new / MARKER).write_bytes(info.rendered())
@@ -242,7 +280,8 @@ def assign_splits(
 ) -> tuple[FilmRow, ...]:
     """Deal patients to splits: grouped by patient, stratified by label and view.
 
-    A patient's stratum is that of the patient's first film. Within a stratum, patients are shuffled
+    A patient's stratum is that of the patient's first film; of findings the one that the fewest
+    films have of those that the patient has. Within a stratum, patients are shuffled
     by `seed` and each goes to the split that is furthest below its share of films so far.
 
     Raises:
@@ -254,9 +293,12 @@ def assign_splits(
     for row in rows:
         films[row.patient].append(row)
     strata: dict[tuple[str, str], list[str]] = defaultdict(list)
+    common = Counter(name for row in rows for name, has in row.findings.items() if has)
     for patient in sorted(films):
         first = films[patient][0]
-        strata[first.label or "", first.view or ""].append(patient)
+        has = {name for row in films[patient] for name, there in row.findings.items() if there}
+        rarest = min(has, key=lambda name: (common[name], name), default="")
+        strata[first.label or rarest, first.view or ""].append(patient)
     rng = np.random.default_rng(seed)
     total = sum(shares.values())
     count = dict.fromkeys(shares, 0.0)
@@ -271,15 +313,48 @@ def assign_splits(
     return tuple(row.model_copy(update={"split": assigned[row.patient]}) for row in rows)
 
 
-def _read_films(path: Path, classes: Sequence[str]) -> tuple[FilmRow, ...]:
+def _finding_columns(info: SetInfo) -> dict[str, str]:
+    """Columns of `films.csv` of the findings, and their names."""
+    names = info.class_names if info.class_kind == "findings" else ()
+    return {f"{_FINDING}{name}": name for name in names}
+
+
+def _require_known(row: FilmRow, info: SetInfo, where: str) -> None:
+    """Refuse a label or a finding that the set does not have.
+
+    Raises:
+        DataError: naming both.
+    """
+    names, is_findings = info.class_names, info.class_kind == "findings"
+    if row.label is not None and is_findings:
+        raise DataError(f"{where}: label {row.label!r}, but films of this set have findings")
+    if row.label is not None and row.label not in names:
+        raise DataError(f"{where}: label {row.label!r} is not one of {names}")
+    known = names if is_findings else ()
+    if foreign := sorted(set(row.findings) - set(known)):
+        raise DataError(f"{where}: finding {foreign[0]!r} is not one of {known}")
+
+
+def _cells(row: FilmRow) -> dict[str, Any]:
+    """A row of `films.csv`."""
+    findings = {f"{_FINDING}{name}": int(has) for name, has in row.findings.items()}
+    return {**row.model_dump(exclude={"findings"}), **findings}
+
+
+def _read_films(path: Path, info: SetInfo) -> tuple[FilmRow, ...]:
     rows: dict[str, FilmRow] = {}
-    for number, cells in csv_rows(path, FILM_COLUMNS, ()):
+    columns = _finding_columns(info)
+    for number, cells in csv_rows(path, (*FILM_COLUMNS, *columns), ()):
+        findings = {name: cells.pop(column) for column, name in columns.items()}
+        if wrong := [n for n, cell in findings.items() if cell and cell not in _CELLS]:
+            raise DataError(f"{path}, row {number}: finding {wrong[0]}: expected 1, 0 or nothing")
+        values: dict[str, Any] = {k: v for k, v in cells.items() if v != ""}
+        values["findings"] = {n: _CELLS[cell] for n, cell in findings.items() if cell}
         try:
-            row = FilmRow.model_validate({k: v for k, v in cells.items() if v != ""})
+            row = FilmRow.model_validate(values)
         except ValidationError as error:
             raise DataError(f"{path}, row {number}: {complaint(error)}") from error
-        if row.label is not None and row.label not in classes:
-            raise DataError(f"{path}, row {number}: label {row.label!r} is not one of {classes}")
+        _require_known(row, info, f"{path}, row {number}")
         if row.film in rows:
             raise DataError(f"{path}, row {number}: {row.film} is listed twice")
         rows[row.film] = row

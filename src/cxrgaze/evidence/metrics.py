@@ -11,10 +11,18 @@ defined over the film's area (`Geometry.crop`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
+
+from cxrgaze.evidence.truth import (
+    HAS,
+    UNKNOWN,
+    Truth,
+    any_known,
+    class_index,
+    columns,
+    present_classes,
+)
 
 Array = NDArray[np.floating]
 
@@ -52,95 +60,109 @@ def auc(scores: Array, positive: NDArray[np.bool_]) -> float:
     return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 
-def auc_per_class(probabilities: Array, labels: NDArray[np.integer]) -> Array:
-    """One-versus-rest AUC of each class, `(C,)`.
+def auc_per_class(scores: Array, truth: Truth) -> dict[int, float]:
+    """AUC of each class against the films that have it not, by its column.
+
+    Films of which the class is not known do not count; classes that all or no films have are not
+    there.
 
     Args:
-        probabilities: `(n, C)`, any monotone score.
-        labels: `(n,)`, class indices; every class must occur and not be the only one.
+        scores: `(n, C)`, any monotone score: of exclusive classes probabilities, since logits of
+            different films share no zero.
+        truth: `(n, C)` (`cxrgaze.evidence.truth`).
 
     Source: docs/method.md#metrics (`class_i_ROC_AUC`).
 
     Example:
-        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
-        >>> auc_per_class(probabilities, np.array([0, 0, 1, 1]))
-        array([0.75, 0.75])
+        >>> scores = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
+        >>> auc_per_class(scores, np.array([[1, 0], [1, 0], [0, 1], [0, 1]]))
+        {0: 0.75, 1: 0.75}
     """
-    return np.array([auc(probabilities[:, c], labels == c) for c in range(probabilities.shape[1])])
+    present = present_classes(truth)
+    parts = list(columns(truth))
+    return {c: auc(scores[parts[c][0], c], parts[c][1]) for c in present}
 
 
-def present_classes(labels: NDArray[np.integer], classes: int) -> list[int]:
-    """Classes that some and not all of `labels` have: those that an AUC exists for.
+def macro_auc(scores: Array, truth: Truth) -> float:
+    """Unweighted mean of `auc_per_class` (Fawcett, Pattern Recognit. Lett. 27, 2006).
+
+    Raises:
+        ValueError: no class has one.
 
     Example:
-        >>> present_classes(np.array([0, 2, 2]), 3)
-        [0, 2]
-    """
-    return [c for c in range(classes) if 0 < (labels == c).sum() < len(labels)]
-
-
-def macro_auc(
-    probabilities: Array, labels: NDArray[np.integer], classes: Sequence[int] | None = None
-) -> float:
-    """Unweighted mean of the one-versus-rest AUCs (Fawcett, Pattern Recognit. Lett. 27, 2006).
-
-    Args:
-        classes: columns to take, None for all.
-
-    Example:
-        >>> probabilities = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25]])
-        >>> macro_auc(probabilities, np.array([0, 1, 2]))
+        >>> scores = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25]])
+        >>> macro_auc(scores, np.eye(3))
         0.75
     """
-    chosen = range(probabilities.shape[1]) if classes is None else classes
-    return float(np.mean([auc(probabilities[:, c], labels == c) for c in chosen]))
+    aucs = auc_per_class(scores, truth)
+    if not aucs:
+        raise ValueError("no class has films with it and films without it")
+    return float(np.mean(list(aucs.values())))
 
 
-def micro_auc(
-    probabilities: Array, labels: NDArray[np.integer], classes: Sequence[int] | None = None
-) -> float:
-    """AUC over class indicators flattened ("micro AUC", docs/method.md#metrics).
+def micro_auc(scores: Array, truth: Truth) -> float:
+    """AUC over what is known of all classes, flattened ("micro AUC", docs/method.md#metrics).
 
-    Args:
-        classes: columns to take, None for all. A class that no film has would lift the figure by
-            its easy negatives alone.
+    Of the classes that have an AUC: one that no film has would lift the figure by its easy
+    negatives alone.
 
     Example:
-        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
-        >>> micro_auc(probabilities, np.array([0, 0, 1, 1]))
+        >>> scores = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
+        >>> micro_auc(scores, np.array([[1, 0], [1, 0], [0, 1], [0, 1]]))
         0.78125
     """
-    chosen = np.arange(probabilities.shape[1]) if classes is None else np.asarray(classes)
-    indicators = chosen[None, :] == np.asarray(labels)[:, None]
-    return auc(probabilities[:, chosen].ravel(), indicators.ravel())
+    present = present_classes(truth)
+    known = truth[:, present] != UNKNOWN
+    return auc(scores[:, present][known], truth[:, present][known] == HAS)
 
 
-def accuracy(probabilities: Array, labels: NDArray[np.integer]) -> float:
-    """Share of films whose largest probability is the true class's.
+def top_label(probabilities: Array, truth: Truth) -> tuple[Array, NDArray[np.bool_]]:
+    """Largest probability of each film with a label, and whether it is that of its class, `(m,)`.
+
+    A film that has none of these classes counts as wrong.
+
+    Args:
+        probabilities: of exclusive classes, `(n, C)`. truth: `(n, C)`.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]])
+        >>> top_label(probabilities, np.array([[1, 0], [0, 1], [-1, -1]]))
+        (array([0.75 , 0.625]), array([ True, False]))
+    """
+    known = any_known(truth)
+    chosen = np.asarray(probabilities, dtype=np.float64)[known]
+    return chosen.max(axis=1), chosen.argmax(axis=1) == class_index(truth)[known]
+
+
+def accuracy(probabilities: Array, truth: Truth) -> float:
+    """Share of films whose largest probability is that of their exclusive class.
 
     Example:
         >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5], [0.625, 0.375], [0.25, 0.75]])
-        >>> accuracy(probabilities, np.array([0, 0, 1, 1]))
+        >>> accuracy(probabilities, np.array([[1, 0], [1, 0], [0, 1], [0, 1]]))
         0.75
     """
-    return float((probabilities.argmax(axis=1) == labels).mean())
+    return float(top_label(probabilities, truth)[1].mean())
 
 
 def reliability(
-    probabilities: Array, labels: NDArray[np.integer], bins: int = 15
+    confidence: Array, right: NDArray[np.bool_], bins: int = 15
 ) -> tuple[Array, Array, NDArray[np.int64]]:
-    """Mean confidence, accuracy and films of each non-empty bin, `(b,)` each.
+    """Mean confidence, share of hits and films of each non-empty bin, `(b,)` each.
 
-    Confidence is the largest probability; bins are of equal width, closed on the right.
-    Source: Guo et al., arXiv 1706.04599, equations 1 and 2.
+    Bins are of equal width, closed on the right. Source: Guo et al., arXiv 1706.04599, equations 1
+    and 2.
+
+    Args:
+        confidence: `(n,)`, a probability: the largest of exclusive classes (`top_label`), or a
+            finding's. right: `(n,)`, whether it is that class, or has that finding.
 
     Example:
-        >>> probabilities = np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
-        >>> reliability(probabilities, np.array([0, 1, 0, 0]), bins=4)
+        >>> confidence, right = np.array([0.75, 0.75, 0.5, 1.0]), np.array([1, 0, 1, 1]) == 1
+        >>> reliability(confidence, right, bins=4)
         (array([0.5 , 0.75, 1.  ]), array([1. , 0.5, 1. ]), array([1, 2, 1]))
     """
-    confidence = np.asarray(probabilities, dtype=np.float64).max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
+    confidence = np.asarray(confidence, dtype=np.float64)
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(bin_of, minlength=bins)
     some = counts > 0
@@ -148,18 +170,20 @@ def reliability(
     return confidences / counts[some], hits / counts[some], counts[some]
 
 
-def ece(probabilities: Array, labels: NDArray[np.integer], bins: int = 15) -> float:
-    """Expected calibration error of the largest probability, in [0, 1].
+def ece(confidence: Array, right: NDArray[np.bool_], bins: int = 15) -> float:
+    """Expected calibration error, in [0, 1].
 
-    Formula: sum over bins of films / n |accuracy - confidence|.
+    Formula: sum over bins of films / n |share of hits - confidence|.
     Source: Guo et al., arXiv 1706.04599, equation 3.
 
+    Args:
+        confidence, right: as in `reliability`.
+
     Example:
-        >>> probabilities = np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
-        >>> ece(probabilities, np.array([0, 1, 0, 0]), bins=4)
+        >>> ece(np.array([0.75, 0.75, 0.5, 1.0]), np.array([1, 0, 1, 1]) == 1, bins=4)
         0.25
     """
-    confidence, hits, counts = reliability(probabilities, labels, bins)
+    confidence, hits, counts = reliability(confidence, right, bins)
     return float((counts * np.abs(hits - confidence)).sum() / counts.sum())
 
 

@@ -16,14 +16,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.evidence.class_presets import PRESETS
 from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet, SetInfo, Split, write_set
 from cxrgaze.files import sha256
 
 _STREAM = 20240316970
 SHAPES = ((96, 96), (96, 80), (80, 96))  # (H, W): square, portrait, landscape
-LABELS = ("normal", "heart_failure", "pneumonia")
-"""Those of the paper's network, in its order."""
+CLASSES = PRESETS["paper"].classes
+LABELS = tuple(c.name for c in CLASSES)
 READERS = ("reader-1", "reader-2")
 EASY = 0.0
 HARD = 0.57
@@ -125,7 +126,7 @@ def write_phantom_set(
         name=f"phantom-{difficulty:.2f}",
         origin=f"cxrgaze phantom (synthetic drawings), difficulty {difficulty}",
         domain="phantom",
-        classes=LABELS,
+        classes=CLASSES,
     )
     return write_set(folder, info, rows, gaze, films.items())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import ceil, log, log1p
 from statistics import NormalDist
 
@@ -16,8 +16,7 @@ from cxrgaze.evidence.intervals import (
     LEVEL,
     MIN_PATIENTS,
 )
-from cxrgaze.evidence.metrics import present_classes
-from cxrgaze.spec import LOG_DENSITY, LOGITS
+from cxrgaze.evidence.truth import Truth, any_known, columns, present_classes
 
 RECOMMENDED_PATIENTS = 1500
 
@@ -39,31 +38,30 @@ A candidate that loses nothing takes a quarter of the patients for AUC and CC, a
 
 def can_show(
     patients: Sequence[str],
-    labels: NDArray[np.integer],
-    has_gaze: NDArray[np.bool_],
+    truth: Truth | None,
+    has_gaze: NDArray[np.bool_] | None,
     limits: Limits | None = None,
-    untrained: Collection[str] = (),
     classes: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What a set can show at all, whatever the candidate: a sentence for each quantity.
 
     Args:
         patients: patient of each film, `(n,)`.
-        labels: `(n,)`, -1 where it is not known. has_gaze: `(n,)`.
-        untrained, classes: as in `compare`.
+        truth: `(n, C)`; None where there is no diagnosis to judge.
+        has_gaze: `(n,)`; None where there is no map to judge.
+        classes: as in `compare`.
     """
     limits = limits or Limits()
-    who, labels = np.asarray(patients), np.asarray(labels)
+    who = np.asarray(patients)
     lines = []
-    if LOGITS not in untrained:
-        names = tuple(classes) or numbered(int(labels.max()) + 1)
-        lack = lack_of_labels(who, labels, names)
-        informative = len(set(who[labels >= 0]))
+    if truth is not None:
+        lack = lack_of_labels(who, truth, tuple(classes) or numbered(truth.shape[1]))
+        informative = len(set(who[any_known(truth)]))
         lines.append(f"macro AUC: {lack or _enough(informative, RECOMMENDED_PATIENTS)}")
-    if LOG_DENSITY not in untrained:
+    if has_gaze is not None:
         informative = len(set(who[np.asarray(has_gaze, dtype=bool)]))
         lines.append(f"CC: {lack_of_gaze(informative) or _enough(informative, _RECOMMENDED_GAZE)}")
-    if LOGITS not in untrained:
+    if truth is not None:
         lines.append(f"flips: {_what_flips_can_show(len(set(who)), limits.flips)}")
     return tuple(lines)
 
@@ -110,23 +108,26 @@ def rounded_up(patients: float) -> int:
     return ceil(patients / step) * step
 
 
-def lack_of_labels(who: NDArray[np.str_], labels: NDArray[np.integer], names: Sequence[str]) -> str:
+def lack_of_labels(who: NDArray[np.str_], truth: Truth, names: Sequence[str]) -> str:
     """Why labels give no interval of the macro AUC, "" where they do."""
-    labelled = labels >= 0
-    if not labelled.any():
+    some = any_known(truth)
+    if not some.any():
         return "no film has a label; take a set with labels"
-    present = present_classes(labels[labelled], len(names))
+    present = present_classes(truth)
     if not present:
-        return f"all {int(labelled.sum())} labelled films are of one class; take a set with others"
-    fewest = {
-        c: min(len(set(who[labelled & some])) for some in (labels == c, labels != c))
-        for c in present
-    }
-    scarce = min(present, key=lambda c: fewest[c])
-    if fewest[scarce] >= MIN_PATIENTS:
+        everyone = f"all {int(some.sum())} labelled films are alike in every class that is known"
+        return f"{everyone}; take a set with others"
+    parts = list(columns(truth))
+
+    def fewest(column: int) -> int:
+        known, has = parts[column]
+        return min(len(set(who[known][side])) for side in (has, ~has))
+
+    scarce = min(present, key=fewest)
+    if fewest(scarce) >= MIN_PATIENTS:
         return ""
     return (
-        f"{names[scarce]} against the rest has films of {fewest[scarce]} patients on one side, "
+        f"{names[scarce]} against the rest has films of {fewest(scarce)} patients on one side, "
         f"expected {MIN_PATIENTS} or more"
     )
 
