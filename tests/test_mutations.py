@@ -35,7 +35,9 @@ PAIRS = {
     "src/cxrgaze/spec.py": "tests/ground_floor/test_spec.py",
     "src/cxrgaze/bundles/bundle.py": BUNDLE,
     "src/cxrgaze/bundles/manifest.py": BUNDLE,
+    "src/cxrgaze/bundles/served.py": "tests/bundles/test_served.py",
     "src/cxrgaze/evidence/bounds.py": "tests/evidence/test_compare.py -k must",
+    "src/cxrgaze/evidence/class_presets.py": "tests/evidence/test_labelled_set.py",
     "src/cxrgaze/evidence/compare.py": "tests/evidence/test_compare.py -k must",
     "src/cxrgaze/evidence/heatmaps.py": "tests/evidence/test_heatmaps.py",
     "src/cxrgaze/evidence/intervals.py": "tests/evidence/test_intervals.py -k must",
@@ -57,6 +59,7 @@ PAIRS = {
     "runtime/ort.py": "tests/runtime/test_ort.py",
     "runtime/plans.py": "tests/engines/test_plans.py",
     "runtime/reader.py": "tests/runtime/test_reader.py",
+    "runtime/reading.py": "tests/runtime/test_reader.py -k left_out",
     "runtime/trt.py": "tests/runtime/test_trt.py -k 'not gated'",
 }
 """Tests by the module whose checks they are for: arguments of pytest."""

@@ -102,6 +102,17 @@ def test_an_untrained_head_serves_nothing():
     assert map_alone.heads == ("log_density",) and map_alone.classes == ()
 
 
+def test_one_exclusive_class_alone_is_not_served_and_one_finding_is():
+    """As if the head were untrained: alone it would always be certain."""
+    for untaught in (NAMES[1:], NAMES):
+        served = _served("exclusive", untaught=untaught, operating_points={"a": 0.5})
+        assert served.heads == ("log_density",) and served.classes == served.decided == ()
+    assert _served("exclusive", untaught=NAMES[2:]).classes == ("a", "b")
+    one = _served("findings", untaught=NAMES[1:])
+    assert one.heads == ("logits", "log_density") and one.classes == ("a",)
+    assert _served("findings", untaught=NAMES).heads == ("log_density",)
+
+
 POINTS = {"operating_points": {"d": 0.3, "b": 0.6}}  # not in the order of the classes
 SHARES = {"a": 0.5, "b": 0.2, "c": 0.0, "d": 0.3}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from cxrgaze.bundles.bundle import GRAPH, Bundle
+from cxrgaze.bundles.bundle import GRAPH, MANIFEST, Bundle
 from cxrgaze.command import Deferred
 from cxrgaze.engines import build as engine
 from cxrgaze.engines import cli, inspect_cli
@@ -423,6 +423,9 @@ def test_inspect_lists_plans_without_loading_them(bundles, tmp_path, capsys):
     assert inspect_cli.main([bundle, "--device", "--cache", cache, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bundle"]["parity"] == "pass" and "onnxruntime" in found["device"]["libraries"]
+    assert found["bundle"]["heads"] == "logits, log_density"
+    assert found["bundle"]["classes"] == "normal, heart_failure, pneumonia (exclusive)"
+    assert "nothing taught" not in found["bundle"]
     (plan,) = found["plans"]
     assert plan["precision"].startswith("opaque: no engine was loaded") and "86, 89" in plan["for"]
     assert plan["host code"] == "no" and "cannot be loaded here: no GPU" in plan["here"]
@@ -432,6 +435,16 @@ def test_inspect_lists_plans_without_loading_them(bundles, tmp_path, capsys):
     (tmp_path / "plans" / f"{plan['plan']}.json").write_text("{}")
     assert inspect_cli.main([bundle, "--cache", cache]) == 0
     assert "refused" in capsys.readouterr().out
+
+
+def test_inspect_names_what_nothing_taught(bundles, tmp_path, capsys):
+    bundle = shutil.copytree(bundles / "demo-fp16.cxrgaze", tmp_path / "b.cxrgaze")
+    changes = {"untrained": ("log_density",), "untaught": ("normal",)}
+    manifest = Bundle.open(bundle).manifest.model_copy(update=changes)
+    (bundle / MANIFEST).write_bytes(manifest.rendered())
+    assert inspect_cli.main([str(bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bundle"]["nothing taught"] == "log_density, normal"
 
 
 def test_inspect_needs_something_to_inspect(capsys):

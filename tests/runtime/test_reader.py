@@ -274,6 +274,10 @@ LEFT_OUT = {
         {"untrained": ("logits",), "untaught": ("normal",)},
         ("the output logits",),
     ),
+    "all but one of exclusive classes": (
+        {"untaught": ("normal", "pneumonia")},
+        ("the class normal", "the class pneumonia"),
+    ),
 }
 
 
