@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.films.decode import load_film
     from cxrgaze.films.find import find_films
     from cxrgaze.films.isolate import IsolatedLoader
-    from cxrgaze.runtime.predict import PredictOptions, predict
+    from cxrgaze.runtime.predict import PredictOptions, predict, require_heatmaps
     from cxrgaze.runtime.reader import load
 
     if args.heatmap and not args.output:
@@ -123,6 +123,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.isolate:
             loader = IsolatedLoader(memory_limit=args.isolate_memory << 20)
             decode = stack.enter_context(loader).load
+        require_heatmaps(reader, args.heatmap)  # before a folder is made
         output = make_output_folder(args.output) if args.output else None
         if output:
             stack.enter_context(only_run(output))

@@ -64,11 +64,7 @@ def predict(reader: Reader, found: Found, decode: Decode, options: PredictOption
     Raises:
         UsageError: heatmaps of a network without a map; a result that would overwrite a film.
     """
-    if options.heatmap and LOG_DENSITY not in reader.served.heads:
-        raise UsageError(
-            f"--heatmap {options.heatmap}: {reader.bundle.manifest.name} gives no map, it has the "
-            "diagnosis alone; leave --heatmap out"
-        )
+    require_heatmaps(reader, options.heatmap)
     paths = [path for path, _ in found.films]
     names = _output_names([relative for _, relative in found.films])
     if options.output:
@@ -92,6 +88,19 @@ def predict(reader: Reader, found: Found, decode: Decode, options: PredictOption
         if options.output and records:
             write_atomic(options.output / TABLE, _table(records, reader).encode())
     return records
+
+
+def require_heatmaps(reader: Reader, heatmap: Heatmap | None) -> None:
+    """Refuse to write heatmaps of a network without a map.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if heatmap and LOG_DENSITY not in reader.served.heads:
+        raise UsageError(
+            f"--heatmap {heatmap}: {reader.bundle.manifest.name} gives no map, it has the "
+            "diagnosis alone; leave --heatmap out"
+        )
 
 
 def _print(record: Record, options: PredictOptions) -> None:

@@ -275,7 +275,7 @@ class Reader(AbstractContextManager["Reader"]):
         manifest = self.bundle.manifest
         warnings = [manifest.spec.caution] if manifest.spec.caution else []
         untaught = [f"the output {head}" for head in manifest.untrained]
-        if LOGITS in self.served.heads:
+        if LOGITS not in manifest.untrained:
             untaught += [f"the class {name}" for name in manifest.untaught]
         warnings += [f"nothing taught {what}: it is left out" for what in untaught]
         warnings += manifest.calibration.warnings if manifest.calibration else ()

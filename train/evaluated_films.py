@@ -108,7 +108,7 @@ def evaluate_films(
         )
     served = model.served
     left_out = [f"a meaning of {head}: nothing taught this output" for head in served.untrained]
-    if served.classes:
+    if LOGITS not in served.untrained:
         left_out += [f"the class {name}: nothing taught it" for name in served.untaught]
     prior = None
     if LOG_DENSITY in served.heads and arrays.has_gaze.any():

@@ -6,10 +6,12 @@ import argparse
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxrgaze import command
-from cxrgaze.evidence.class_presets import PRESETS, Classes, class_named
+
+if TYPE_CHECKING:
+    from cxrgaze.evidence.class_presets import Classes
 
 
 def add(commands: Any) -> None:
@@ -65,9 +67,9 @@ def add(commands: Any) -> None:
     prepare.add_argument(
         "--classes",
         metavar="CLASSES",
-        help=f"classes that the set shall have, in this order: names with commas between, a preset "
-        f"({', '.join(PRESETS)}), or a TOML file with [[classes]] of name, display and snomed; "
-        "default: those that the labels name",
+        help="classes that the set shall have, in this order: names with commas between, a preset "
+        "(paper), or a TOML file with [[classes]] of name, display and snomed; default: those that "
+        "the labels name",
     )
     prepare.add_argument(
         "--findings",
@@ -125,6 +127,7 @@ def _classes(text: str | None) -> Classes | None:
     from pydantic import ValidationError
 
     from cxrgaze.errors import UsageError
+    from cxrgaze.evidence.class_presets import PRESETS, Classes, class_named
     from cxrgaze.files import read_toml
     from cxrgaze.records import complaint
     from cxrgaze.spec import DiseaseClass
@@ -150,6 +153,7 @@ def _classes(text: str | None) -> Classes | None:
 
 def _table(args: argparse.Namespace, classes: Classes | None, label_map: dict[str, str]) -> Any:
     """The table of labels (`label_tables.Table`)."""
+    from cxrgaze.evidence.class_presets import class_named
     from cxrgaze.train import label_tables
 
     if not args.findings and not label_tables.is_published(args.labels):

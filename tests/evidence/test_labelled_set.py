@@ -325,3 +325,17 @@ def test_a_preset_that_needs_a_sigma_says_so(labelled):
     _, weights, sigmas = gaze.weighted(PRESETS["phantom"], 96)
     assert np.allclose(sigmas, 4.8) and weights.max() > 200  # milliseconds
     assert not len(gaze.weighted(PRESETS["paper"], 96)[1])  # no raw samples in a phantom
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"findings": {"nobody": True}}, "finding 'nobody' is not one of"),
+        ({"label": "opacity"}, "label 'opacity', but films of this set have findings"),
+    ],
+)
+def test_a_set_of_findings_is_not_written_with_others(findings, tmp_path, update, words):
+    rows = [findings.rows[0].model_copy(update=update), *findings.rows[1:]]
+    with pytest.raises(DataError, match=words):
+        labelled_set.write_set(tmp_path / "new", findings.info, rows, {}, [])
+    assert not (tmp_path / "new").exists()
