@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_gate(parser)
     _add_int8(parser)
+    _add_validation(parser)
     parser.add_argument(
         "--sign",
         type=Path,
@@ -155,11 +156,13 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gate", type=Path, metavar="SET", help="a labelled set")
     command.add_split(group, "--gate-split", "test")
     group.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
+    command.add_identity_key(group)
     group.add_argument(
         "--limits",
         type=Path,
         metavar="TOML",
-        help="limits as macro_auc = 0.005, cc = 0.01, flips = 0.02 (these are the defaults)",
+        help="other limits, each a table with limit and reason: [flips], [macro_auc], [cc], "
+        "[sensitivity], [specificity], [brier]",
     )
     group.add_argument(
         "--no-gate", action="store_true", help="none; every reading will say not_gated"
@@ -167,16 +170,33 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fallback",
         action="store_true",
-        help="where the gate does not pass, blocks go back to higher precision until it does; an "
-        "interrupted search goes on where it was",
+        help="blocks are ranked on validation films; then forms are looked at from the one with "
+        "most blocks in higher precision on, as long as they pass, and the last that passed ships",
     )
     group.add_argument(
         "--fallback-trials",
         type=command.bounded(1, 1000),
         default=40,
         metavar="N",
-        help="at most so many forms are tried (default 40)",
+        help="at most so many looks at the gate's films (default 40)",
     )
+
+
+def _add_validation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "validation of a low precision",
+        "Temperature and operating points are fitted anew on what the low-precision graph says of "
+        "validation films, as training did at float32; never on the gate's films.",
+    )
+    group.add_argument(
+        "--validation",
+        type=Path,
+        metavar="SET",
+        help="a labelled set, best that of training (default: the calibration's; networks that "
+        "ship take the phantoms of their validation; with none, float32's stay, and the manifest "
+        "says so)",
+    )
+    command.add_split(group, "--validation-split", "val")
 
 
 def _add_int8(parser: argparse.ArgumentParser) -> None:
@@ -222,8 +242,15 @@ def _run(args: argparse.Namespace) -> int:
         import torch
 
         from cxrgaze.evidence.labelled_set import split_named
+        from cxrgaze.evidence.seen import read_key
         from cxrgaze.export import network_source, pipeline
-        from cxrgaze.export.options import ExportOptions, GateOptions, Int8Options, read_limits
+        from cxrgaze.export.options import (
+            ExportOptions,
+            GateOptions,
+            Int8Options,
+            ValidationOptions,
+            read_limits,
+        )
         from cxrgaze.processors import cpu_count
     torch.set_num_threads(args.threads or cpu_count())
     with step("make random weights" if args.random_weights else "load the checkpoint"):
@@ -244,6 +271,7 @@ def _run(args: argparse.Namespace) -> int:
             skip=args.no_gate,
             heatmap=args.heatmap,
             limits=read_limits(args.limits),
+            identity_key=read_key(args.identity_key),
         ),
         Int8Options(
             args.calibration,
@@ -251,6 +279,7 @@ def _run(args: argparse.Namespace) -> int:
             films=args.calibration_films,
             method=args.method,
         ),
+        ValidationOptions(args.validation, split_named(args.validation_split)),
         fallback_trials=args.fallback_trials if args.fallback else 0,
     )
     bundle = pipeline.export(source, options, step)

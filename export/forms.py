@@ -1,4 +1,4 @@
-"""The typed forms of a graph that an export tries, in order: the first that passes ships."""
+"""The typed forms of a graph that an export tries, the most precise first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Forms:
     """Of `int8.calibrate`, for int8."""
 
     def with_kept(self, kept: Collection[str] = ()) -> Iterator[Form]:
-        """One for fp32, fp16 and int8 on the CPU; for TensorRT two, float32 scales second.
+        """One for fp32, fp16 and int8 on the CPU; for TensorRT two, float32 scales first.
 
         Args:
             kept: blocks that go back: to float16 from int8, to float32 from fp16.

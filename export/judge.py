@@ -9,11 +9,14 @@ import numpy as np
 import onnx
 
 from cxrgaze.bundles.manifest import Calibration, FormRecord
+from cxrgaze.bundles.served import Decision
 from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.command import say
-from cxrgaze.evidence import gate
+from cxrgaze.evidence import gate, phantom
 from cxrgaze.evidence.heatmaps import PRESETS
-from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.evidence.labelled_set import LabelledSet, log_look
+from cxrgaze.evidence.seen import Seen, require_unseen
+from cxrgaze.evidence.truth import any_known
 from cxrgaze.export import graph, int8, parity
 from cxrgaze.export.canvases import CALIBRATION_SEED
 from cxrgaze.export.forms import Form
@@ -23,10 +26,11 @@ from cxrgaze.export.source import Answers, Source, served_of
 from cxrgaze.export.targets import TARGETS
 from cxrgaze.files import sha256
 from cxrgaze.runtime.ort import witness
-from cxrgaze.spec import Head
+from cxrgaze.spec import LOGITS
+from cxrgaze.train.decision import MIN_FILMS, fit_decision
 
 RANKING_FILMS = 200
-"""Films of the gate's set that blocks are ranked on; the gate takes all."""
+"""Films that blocks are ranked on; none of them is the gate's."""
 FEW_FILMS = 32
 """Below so many calibration films a warning is written."""
 
@@ -37,11 +41,8 @@ class Gated:
 
     films: gate.GateSet
     reference: gate.Predicted
-
-    def first(self, count: int) -> Gated:
-        """The first so many films."""
-        some = range(min(count, len(self.films.keys)))
-        return Gated(self.films.chosen(some), gate.some_of(self.reference, some))
+    not_compared: str = ""
+    """What was not compared with what the network was trained on."""
 
 
 def gate_films(source: Source, options: ExportOptions, model: onnx.ModelProto) -> Gated | None:
@@ -49,23 +50,60 @@ def gate_films(source: Source, options: ExportOptions, model: onnx.ModelProto) -
     asked, spec = options.gate, source.spec
     if asked.skip or (asked.folder is None and spec.domain != "phantom"):
         return None
+    not_compared = ""
     if asked.folder is None:
         if options.precision == "fp32":
             return None  # its own reference
         films = gate.phantom_set(spec)
     else:
         heatmap = asked.heatmap or source.facts.heatmap
+        rows = LabelledSet.open(asked.folder).rows
+        rows = tuple(row for row in rows if asked.split in (None, row.split))
+        these = Seen.of(rows, asked.identity_key)
+        not_compared = require_unseen(source.facts.seen, these, str(asked.folder))
         films = gate.open_set(asked.folder, spec, heatmap, asked.split)
+        if asked.split in (None, "test"):
+            what = f"gate of {options.precision}, target {options.target}"
+            log_look(LabelledSet.open(asked.folder), source.facts.name, source.facts.sha256, what)
     infer = witness(graph.finished(model, spec))
-    return Gated(films, gate.predicted(infer, films.arrays.images))
+    return Gated(films, gate.predicted(infer, films.arrays.images), not_compared)
+
+
+def validation_films(
+    source: Source, options: ExportOptions, gated: Gated | None
+) -> gate.GateSet | None:
+    """The films that a low precision's temperatures and points are fitted on; None where none are.
+
+    Raises:
+        DataError: a set that breaks a rule, or shares patients or films with the gate's.
+    """
+    asked, spec = options.validation, source.spec
+    if options.precision == "fp32" or not served_of(source).classes or spec.domain == "none":
+        return None
+    folder = asked.folder or options.int8.folder
+    if folder is None:
+        if not source.facts.validated_on_phantoms:
+            return None
+        first, count = gate.VALIDATION_PHANTOMS
+        films = gate.phantom_set(spec, count, first, phantom.EASY)
+    else:
+        labelled = LabelledSet.open(folder)
+        if asked.folder is None and asked.split and not labelled.split(asked.split).rows:
+            return None
+        labelled = replace(labelled, gaze={})
+        films = gate.labelled_set(labelled, spec, PRESETS["paper"], asked.split)
+    if gated:
+        gate.require_apart(gated.films, films.patients, films.keys, "validation")
+    return films
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Ranges of activations, and the record of the films that they were found on."""
+    """Ranges of activations, and the films that they were found on."""
 
     ranges: int8.Ranges
     record: Calibration
+    films: gate.GateSet
 
 
 def calibrated(
@@ -105,7 +143,7 @@ def calibrated(
         sha256=sha256("\n".join(chosen.keys).encode()),
         warnings=tuple(warnings),
     )
-    return Calibrated(ranges, record)
+    return Calibrated(ranges, record, chosen)
 
 
 @dataclass(frozen=True)
@@ -118,13 +156,16 @@ class FormJudge:
     domain: str
     """What the parity films are."""
     gated: Gated | None
+    validation: gate.GateSet | None = None
+    """Films that a form's temperatures and points are fitted on."""
 
     def __call__(self, form: Form) -> JudgedForm:
         """The form with both verdicts."""
         data = graph.finished(form.model, self.source.spec)
         served, precision = served_of(self.source), self.options.precision
         agreement = parity.compare(self.answers, data, precision, self.domain, served)
-        verdict = self._gate(data)
+        decision, origin = self._decision(data)
+        verdict = self._gate(data, decision)
         record = FormRecord(
             form=form.name,
             kept=form.kept,
@@ -135,27 +176,40 @@ class FormJudge:
             gate=verdict.verdict,
             gate_reason=verdict.reason,
         )
-        return JudgedForm(form, data, agreement, verdict, record)
+        return JudgedForm(form, data, agreement, verdict, record, decision, origin)
 
-    def distance_at(self, head: Head) -> Callable[[Form], float]:
-        """How far a form is from the reference at one output, on the first films of the gate's set.
+    def _decision(self, data: bytes) -> tuple[Decision, str]:
+        """Temperatures and points of a form, and where they are from."""
+        facts, served = self.source.facts, served_of(self.source)
+        films = self.validation
+        if films is None:
+            return facts.decision, "the float32 network's"
+        labelled = int(any_known(films.arrays.truth).sum())
+        if labelled < MIN_FILMS:
+            return facts.decision, f"the float32 network's: {labelled} validation films are too few"
+        logits = gate.predicted(witness(data), films.arrays.images)[LOGITS]
+        fitted = fit_decision(logits, films.arrays.truth, served, facts.operating_sensitivity)
+        points = {**facts.decision.operating_points, **fitted.operating_points}
+        fitted = fitted.model_copy(update={"operating_points": points})
+        return fitted, f"fitted on {labelled} films of this graph: {films.name}"
 
-        Raises:
-            ValueError: there is no gate.
+    def ranking(self, films: gate.GateSet, model: onnx.ModelProto) -> Callable[[Form], float]:
+        """How far a form is from the float32 graph on some films that are none of the gate's.
+
+        The largest over the heads of its distance, in parts of 1: both are of one scale.
         """
-        if self.gated is None:
-            raise ValueError("there is no gate's set to measure a distance on")
-        some = self.gated.first(RANKING_FILMS)
+        some = films.chosen(range(min(RANKING_FILMS, len(films.keys))))
+        served, spec = served_of(self.source), self.source.spec
+        reference = gate.predicted(witness(graph.finished(model, spec)), some.arrays.images)
 
         def distance(form: Form) -> float:
-            infer = witness(graph.finished(form.model, self.source.spec))
-            candidate = gate.predicted(infer, some.films.arrays.images)
-            served = served_of(self.source)
-            return gate.distance(some.films, some.reference, candidate, head, served)
+            infer = witness(graph.finished(form.model, spec))
+            found = gate.predicted(infer, some.arrays.images)
+            return max(gate.distance(some, reference, found, h, served) for h in served.heads)
 
         return distance
 
-    def _gate(self, data: bytes) -> Gate:
+    def _gate(self, data: bytes, decision: Decision) -> Gate:
         spec = self.source.spec
         if spec.domain == "none":
             reason = "random weights have no accuracy to lose"
@@ -174,4 +228,5 @@ class FormJudge:
             self.options.gate.limits,
             "graph",
             served_of(self.source),
+            decision,
         )

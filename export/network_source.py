@@ -16,6 +16,7 @@ from cxrgaze.spec import ModelSpec
 from cxrgaze.train import checkpoint
 from cxrgaze.train.model import Network, block_of, kept_in, random_network, spec_of
 from cxrgaze.train.rewrites import rewrites_of, rewritten
+from cxrgaze.train.shipped import networks
 
 
 def source_from_checkpoint(path: Path) -> TorchSource:
@@ -26,11 +27,14 @@ def source_from_checkpoint(path: Path) -> TorchSource:
         path.name,
         card.weights_sha256,
         card.trained_on,
-        card.decision,
-        card.untrained,
-        card.untaught,
-        card.lineage[-1].split_sha256 if card.lineage else "",
-        card.config.get("heatmap"),
+        decision=card.decision,
+        untrained=card.untrained,
+        untaught=card.untaught,
+        training_split_sha256=card.lineage[-1].split_sha256 if card.lineage else "",
+        operating_sensitivity=card.config.get("operating_sensitivity"),
+        validated_on_phantoms=path.resolve() in map(Path.resolve, networks().values()),
+        seen=checkpoint.seen_by(path, card),
+        heatmap=card.config.get("heatmap"),
     )
     return _source(network, card.spec, facts)
 

@@ -29,6 +29,8 @@ class GateOptions:
     heatmap: str | None = None
     """Preset of the human maps; None takes the one that the network was trained with."""
     limits: Limits = Limits()
+    identity_key: bytes | None = None
+    """A site's key, under which the training run recorded its patients."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Int8Options:
 
 
 @dataclass(frozen=True)
+class ValidationOptions:
+    """What temperatures and operating points of a low precision are fitted on."""
+
+    folder: Path | None = None
+    """A labelled set; None takes the calibration's, or of a network that ships its phantoms."""
+    split: Split | None = "val"
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """What `cxrgaze-export` was asked for."""
 
@@ -56,6 +67,7 @@ class ExportOptions:
     """Private key to sign the bundle with."""
     gate: GateOptions = GateOptions()
     int8: Int8Options = Int8Options()
+    validation: ValidationOptions = ValidationOptions()
     fallback_trials: int = 0
     """Trials of the fallback search; 0: none."""
 
@@ -63,12 +75,23 @@ class ExportOptions:
 def read_limits(path: Path | None) -> Limits:
     """Limits of the gate from a TOML file, the defaults without one.
 
+    A table for each limit that is not the default: `limit`, and `reason` in words.
+
     Raises:
-        UsageError: no such file, or not limits.
+        UsageError: no such file, not limits, or one without its reason.
     """
     if path is None:
         return Limits()
+    content, reasons = read_toml(path), {}
+    for name, table in content.items():
+        if not isinstance(table, dict) or set(table) != {"limit", "reason"} or not table["reason"]:
+            raise UsageError(
+                f'{path}: {name}: expected a table, [{name}] with limit = ... and reason = "...": '
+                "why so much may be lost"
+            )
+        reasons[name] = str(table["reason"])
+    values = {name: table["limit"] for name, table in content.items()}
     try:
-        return Limits.model_validate(read_toml(path))
+        return Limits.model_validate({**values, "reasons": reasons})
     except ValidationError as error:
         raise UsageError(f"{path}: {complaint(error)}") from error

@@ -15,6 +15,7 @@ from cxrgaze.bundles.bundle import (
     GRAPH,
     MANIFEST,
     REFERENCE,
+    SEEN,
     Bundle,
     bundle_path,
     fill_bundle,
@@ -35,6 +36,7 @@ from cxrgaze.export.judge import (
     Gated,
     calibrated,
     gate_films,
+    validation_films,
 )
 from cxrgaze.export.options import ExportOptions
 from cxrgaze.export.report import pages
@@ -105,7 +107,8 @@ def _made(source: Source, options: ExportOptions, step: Steps) -> _Made:
             calibration = calibrated(source, options, model, gated)
     with step(f"type the graph as {precision}; parity and gate"):
         say("")
-        judge = FormJudge(source, options, source.answers(images), domain, gated)
+        validation = validation_films(source, options, gated)
+        judge = FormJudge(source, options, source.answers(images), domain, gated, validation)
         ranges = calibration.ranges if calibration else None
         forms = Forms(model, precision, options.target, source.layout, ranges)
         judged = _judged(forms, judge, calibration)
@@ -137,27 +140,24 @@ def _require_sets(source: Source, options: ExportOptions) -> None:
 def _judged(
     forms: Forms, judge: FormJudge, calibration: Calibrated | None
 ) -> list[search.JudgedForm]:
-    """The forms with their verdicts; where none passes and it was asked for, blocks go back."""
+    """The forms that were looked at with their verdicts, the most precise first."""
     options, gated = judge.options, judge.gated
-    judged = search.all_of(list(forms.with_kept()), judge)
-    best = search.best(judged)
-    failed = best.gate.verdict in ("fail", "inconclusive")
-    if not failed or not options.fallback_trials or gated is None:
-        return judged
-    say("  blocks go back to higher precision:")
-    head = search.weakest_head(best, judge.source.spec)
+    ranked = judge.validation or (calibration.films if calibration else None)
+    if not options.fallback_trials or gated is None or ranked is None:
+        return search.in_turn(forms.with_kept(), judge)
+    say("  blocks are ranked, then leave higher precision one by one:")
     key = search.log_key(
-        f"cxrgaze {version('cxrgaze')}, each block alone, {head}, {RANKING_FILMS} films",
+        f"cxrgaze {version('cxrgaze')}, each block alone, {RANKING_FILMS} films",
         sha256(graph.finished(forms.model, judge.source.spec)),
-        gated.films.identity,
+        ranked.identity,
         options.precision,
         options.target,
-        options.gate.limits.model_dump_json(),
         calibration.record.model_dump_json() if calibration else "",
     )
     log = search.Log(_log_path(_target(judge.source, options)), key)
-    distance = judge.distance_at(head)
-    return judged + search.fallback(forms, judge, distance, log, options.fallback_trials)
+    distance = judge.ranking(ranked, forms.model)
+    sequence = search.with_fewer_kept(forms, distance, log, options.fallback_trials)
+    return search.in_turn(sequence, judge)
 
 
 def _log_path(target: Path) -> Path:
@@ -183,7 +183,6 @@ def _require_gate(chosen: search.JudgedForm, judged: Sequence[search.JudgedForm]
 def _manifest(source: Source, options: ExportOptions, made: _Made) -> Manifest:
     facts, chosen = source.facts, made.chosen
     model = onnx.load_from_string(chosen.data)
-    others = [one.record for one in made.judged if one is not chosen]
     return Manifest(
         name=_target(source, options).stem,
         spec=source.spec,
@@ -193,16 +192,20 @@ def _manifest(source: Source, options: ExportOptions, made: _Made) -> Manifest:
         ir_version=model.ir_version,
         float32_nodes=chosen.form.float32_nodes,
         convolution_macs=chosen.record.macs,
-        decision=facts.decision,
+        decision=chosen.decision,
+        reference_decision=facts.decision,
+        decision_from=chosen.decision_from,
         untrained=facts.untrained,
         untaught=facts.untaught,
         self_test=parity.self_test_tolerances(options.precision, chosen.parity),
         parity=chosen.parity,
         gate=chosen.gate,
+        not_compared=made.gated.not_compared if made.gated else "",
         rewrites=made.rewrites,
         audit=made.audit,
         calibration=made.calibration.record if made.calibration else None,
-        forms_tried=(*others, chosen.record),
+        forms_tried=tuple(one.record for one in made.judged),
+        form_shipped=made.judged.index(chosen),
         provenance=Provenance(
             checkpoint=facts.origin,
             checkpoint_sha256=facts.sha256,
@@ -226,6 +229,8 @@ def _files(
         drawn = {"fp16": graph.finished(half.model, spec), **drawn}
     phantoms = source.answers(phantom_canvases(spec, 3, GOLDEN_SEED + 1))
     files = {GRAPH: data, GOLDEN: _golden(source), **pages(manifest, phantoms, drawn)}
+    if source.facts.seen:
+        files[SEEN] = source.facts.seen.rendered()
     if made.gated:
         files[REFERENCE] = gate.stored_reference(made.gated.films, made.gated.reference)
     return files

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cxrgaze.bundles.manifest import DataType, FormRecord, Manifest, Precision
-from cxrgaze.bundles.verdicts import HEAD_WORDS, Histogram
+from cxrgaze.bundles.verdicts import HEAD_WORDS, REASONS, Histogram, Quantity, losing, shown
 from cxrgaze.export.source import Answers
 from cxrgaze.files import render_json
 from cxrgaze.report import (
@@ -18,6 +18,7 @@ from cxrgaze.report import (
     Heading,
     Paragraph,
     Table,
+    Verdict,
     drawn,
     html_page,
     markdown_page,
@@ -49,6 +50,7 @@ def pages(
         "search": _search(manifest),
         "activations": _activations(manifest),
         "differences": _differences(manifest),
+        "gate": _forest(manifest),
     }
     figures = {name: figure for name, figure in drawings.items() if figure}
     title = f"{manifest.name}: parity and gate"
@@ -69,7 +71,14 @@ def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
         return [figures[name]] if name in figures else []
 
     return [
+        *_verdict(manifest),
+        *drawing("gate"),
         Paragraph(f"{manifest.notice} {manifest.spec.caution or ''}".rstrip()),
+        Paragraph(
+            f"Made {manifest.provenance.created_utc} by cxrgaze "
+            f"{manifest.provenance.versions.get('cxrgaze', '')} of "
+            f"{manifest.provenance.checkpoint} ({manifest.provenance.checkpoint_sha256[:12]})."
+        ),
         Paragraph(
             f"Graph: {manifest.precision}, target {manifest.target}, opset {manifest.opset}, IR "
             f"{manifest.ir_version}, {manifest.float32_nodes} nodes kept float32 on purpose. Exact "
@@ -89,6 +98,74 @@ def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
         *([Heading("Maps")] if "maps" in figures else []),
         *drawing("maps"),
     ]
+
+
+def _verdict(manifest: Manifest) -> list[Block]:
+    """What the gate came to, on what, what it did not show, and what to do next."""
+    gate = manifest.gate
+    kind = " (synthetic: drawings)" if gate.domain == "phantom" else ""
+    words: dict[str, tuple[str, Literal["good", "bad", "open"]]] = {
+        "pass": ("Passed the gate", "good"),
+        "fail": ("Failed the gate", "bad"),
+        "inconclusive": ("Inconclusive", "open"),
+        "not_gated": ("Not gated", "open"),
+    }
+    word, tone = words[gate.verdict]
+    if (comparison := gate.comparison) is None:
+        return [Verdict(word, f"{gate.reason[:1].upper()}{gate.reason[1:]}.", tone)]
+    on = f"{comparison.films} films of {comparison.patients} patients{kind}"
+    text = f"{manifest.precision} against float32 on {on}, at {gate.level} level: {gate.reason}."
+    measured = [q for q in comparison.quantities if q.difference is not None]
+    nearest = sorted(measured, key=lambda q: -_share_of_limit(q))[:3]
+    lines = []
+    for q in nearest:
+        within = ""
+        if q.low is not None and q.high is not None:
+            within = f" [{shown(q.kind, q.low)}, {shown(q.kind, q.high)}]"
+        limit = shown(q.kind, losing(q.kind) * q.limit)
+        lines.append(f"{q.name}: {shown(q.kind, q.difference or 0)}{within}, limit {limit}")
+    missing = [q for q in comparison.quantities if q.verdict == "not_measured"]
+    lines += [f"not measured: {q.name}: {q.reason}" for q in missing]
+    looks = len(manifest.forms_tried)
+    lines.append(
+        f"look {manifest.form_shipped + 1} of {looks} at these films ships; looks go from the most "
+        "precise form on and end with the first that does not pass"
+    )
+    lines.append(
+        f"temperature and operating points: {manifest.decision_from or 'those of the network'}"
+    )
+    lines += [manifest.not_compared] if manifest.not_compared else []
+    return [Verdict(word, text, tone), Bullets(lines)]
+
+
+def _share_of_limit(quantity: Quantity) -> float:
+    bound = quantity.difference if quantity.bound is None else quantity.bound
+    return losing(quantity.kind) * (bound or 0.0) / (quantity.limit or 1e-9)
+
+
+def _forest(manifest: Manifest) -> Figure | None:
+    """Every gated quantity with its interval, as a share of its limit."""
+    comparison = manifest.gate.comparison
+    drawn_ones = [q for q in comparison.quantities if q.low is not None] if comparison else []
+    if not drawn_ones:
+        return None
+    plot = new_plot(7, 0.9 + 0.32 * len(drawn_ones))
+    axes = plot.add_subplot(xlabel="loss, in parts of what may be lost (the limit is 1)")
+    for row, quantity in enumerate(reversed(drawn_ones)):
+        scale = losing(quantity.kind) / (quantity.limit or 1e-9)
+        ends = sorted((scale * (quantity.low or 0), scale * (quantity.high or 0)))
+        colour = {"pass": "#0072b2", "fail": "#d55e00"}.get(quantity.verdict, "#8a6d00")
+        marker = {"pass": "o", "fail": "X"}.get(quantity.verdict, "D")
+        axes.plot(ends, [row, row], color=colour, linewidth=1.5)
+        axes.plot([scale * (quantity.difference or 0)], [row], marker, color=colour)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.axvline(1, color="#d55e00", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(drawn_ones)), [q.name for q in reversed(drawn_ones)], fontsize=8)
+    caption = (
+        "Loss against float32 with its 95 % interval, in parts of its limit; the dashed line is "
+        "the limit. Circle: passes; diamond: inconclusive; cross: fails."
+    )
+    return drawn("gate.svg", plot, caption)
 
 
 def _parity(manifest: Manifest) -> list[Block]:
@@ -184,6 +261,15 @@ def _gate(manifest: Manifest) -> list[Block]:
         *blocks,
         Paragraph(f"Films: {gate.set_name}.{synthetic}{agreement}"),
         Table(comparison.header(), comparison.rows()),
+        Table(
+            ("limit", "most that may be lost", "why"),
+            [
+                (name, f"{getattr(comparison.limits, name):g}", comparison.limits.why(name))
+                for name in REASONS
+            ],
+        ),
+        Heading("What this set can show"),
+        Bullets(comparison.can_show),
     ]
 
 
@@ -211,7 +297,7 @@ def _trials(trials: Sequence[FormRecord]) -> list[Block]:
         "parity",
         "gate",
     )
-    return [Heading("Forms that were tried"), Table(header, rows)]
+    return [Heading("Forms that were looked at, in turn"), Table(header, rows)]
 
 
 def _work(macs: Mapping[DataType, int]) -> str:

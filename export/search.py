@@ -1,21 +1,22 @@
-"""Trying forms of a graph until one passes: parity, then the gate, then blocks that go back."""
+"""Trying forms of a graph from the most precise on, as long as they pass: parity, then the gate."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from cxrgaze.bundles.manifest import FormRecord
+from cxrgaze.bundles.served import Decision
 from cxrgaze.bundles.verdicts import Gate, Parity
 from cxrgaze.command import say
 from cxrgaze.errors import ParityError
 from cxrgaze.export.forms import Form
 from cxrgaze.files import parse_json, read_regular, render_json, sha256, write_atomic
-from cxrgaze.spec import Head, ModelSpec
 
 _LOG_LIMIT = 1 << 24
 
@@ -30,6 +31,15 @@ class JudgedForm:
     parity: Parity
     gate: Gate
     record: FormRecord
+    decision: Decision
+    """Temperatures and operating points that it is served with."""
+    decision_from: str
+    """Where they are from."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether both verdicts are pass."""
+        return self.gate.verdict == "pass" and self.parity.verdict == "pass"
 
 
 Judge = Callable[[Form], JudgedForm]
@@ -47,12 +57,20 @@ class Choices(Protocol):
         ...
 
 
-def all_of(forms: Iterable[Form], judge: Judge) -> list[JudgedForm]:
-    """Each form with its verdicts; the caller takes `best`."""
+def in_turn(forms: Iterable[Form], judge: Judge) -> list[JudgedForm]:
+    """Forms from the most precise on, until one does not pass: every look at the gate's films.
+
+    A fixed sequence: the order is none of the gate's, and what comes after a form that does not
+    pass is not looked at, so that the probability that a form beyond a limit ships is that of one
+    look (Maurer, Hothorn & Lehmacher, 1995; docs/precision.md#search).
+    """
     judged = []
     for form in forms:
         judged.append(judge(form))
-        say(f"  {form.name}: {judged[-1].gate.verdict}, {judged[-1].gate.reason}")
+        kept = f", kept: {', '.join(form.kept)}" if form.kept else ""
+        say(f"  {form.name}{kept}: {judged[-1].gate.verdict}, {judged[-1].gate.reason}")
+        if not judged[-1].passes:
+            break
     return judged
 
 
@@ -60,17 +78,13 @@ _ORDER = {"pass": 0, "not_gated": 1, "inconclusive": 2, "fail": 3}
 
 
 def best(judged: Sequence[JudgedForm]) -> JudgedForm:
-    """The form with the best verdict, the first among equals; broken graphs last."""
+    """The last form that passed; where none did the best verdict, the first among equals.
+
+    Broken graphs come last.
+    """
+    if passing := [one for one in judged if one.passes]:
+        return passing[-1]
     return min(judged, key=lambda a: (a.parity.verdict != "pass", _ORDER[a.gate.verdict]))
-
-
-def weakest_head(judged: JudgedForm, spec: ModelSpec) -> Head:
-    """The output behind the gated quantity that is furthest outside its limit."""
-    comparison = judged.gate.comparison
-    measured = [q for q in comparison.quantities if q.loss is not None] if comparison else []
-    if not measured:
-        return spec.heads[0]
-    return max(measured, key=lambda q: (q.loss or 0.0) / (q.limit or 1e-9)).head
 
 
 @dataclass
@@ -103,32 +117,27 @@ class Log:
         return self._known[name]
 
 
-def fallback(
-    forms: Choices, judge: Judge, distance: Callable[[Form], float], log: Log, budget: int
-) -> list[JudgedForm]:
-    """Blocks go back to higher precision until the gate passes: the smallest set by their rank.
+def with_fewer_kept(
+    forms: Choices, distance: Callable[[Form], float], log: Log, budget: int
+) -> Iterator[Form]:
+    """Forms from the one with the most blocks in higher precision to the one with none.
 
-    Each block is tried alone in low precision, and ranked by how far from the reference that takes
-    the output that fails; then the first one, two, ... of the ranking go back together until the
-    gate passes. What ranks is continuous: counts of flips change by chance from block to block. And
-    it is a block's own error: with all others in low precision, errors of two blocks can make up
-    for each other, and taking one of them away looks like a loss.
+    Each block is tried alone in low precision on films that are none of the gate's, and ranked by
+    how far from the reference that takes the outputs. All but the least harmful one are kept
+    first, then one fewer each time, the least harmful leaving first. What ranks is continuous, and
+    a block's own error: with all others in low precision, errors of two blocks can make up for
+    each other.
 
     Args:
-        distance: of a form to the reference, at the output that fails.
-        budget: trials that may be made; the ranking takes as many as there are blocks.
-
-    Returns:
-        The forms of the second part, up to the first set that passes.
+        distance: of a form to the reference.
+        budget: forms that may be looked at on the gate's films; the first of the sequence.
 
     Raises:
-        ParityError: the budget is smaller than the number of blocks.
+        ParityError: a budget of none.
     """
     blocks = forms.blocks()
-    if budget < len(blocks):
-        raise ParityError(
-            f"--fallback-trials {budget}: ranking {len(blocks)} blocks takes {len(blocks)} trials"
-        )
+    if budget < 1:
+        raise ParityError(f"--fallback-trials {budget}: a search takes one look at least")
 
     def nearest(kept: Collection[str]) -> float:
         return min(distance(form) for form in forms.with_kept(kept))
@@ -137,16 +146,10 @@ def fallback(
     for number, block in enumerate(blocks, start=1):
         others = [other for other in blocks if other != block]
         ranks[block] = log.distance(others, partial(nearest, others))
-        say(f"  trial {number}: {block} alone takes the output {ranks[block]:.2g} from fp32")
+        say(f"  block {number}: {block} alone takes the outputs {ranks[block]:.2g} from fp32")
     order = sorted(blocks, key=lambda block: -ranks[block])
-    judged: list[JudgedForm] = []
-    for count in range(1, min(len(order), budget - len(blocks)) + 1):
-        kept = order[:count]
-        say(f"  trial {len(blocks) + count}: back go {', '.join(kept)}")
-        judged += all_of(forms.with_kept(kept), judge)
-        if any(one.gate.verdict == "pass" and one.parity.verdict == "pass" for one in judged):
-            break
-    return judged
+    sequence = (f for n in range(len(order) - 1, -1, -1) for f in forms.with_kept(order[:n]))
+    return itertools.islice(sequence, budget)
 
 
 def log_key(*parts: str) -> str:

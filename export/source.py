@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cxrgaze.bundles.served import Decision, Served
+from cxrgaze.evidence.seen import Seen
 from cxrgaze.export import graph
 from cxrgaze.spec import Head, ModelSpec, Outputs
 
@@ -39,6 +40,12 @@ class Facts:
     untaught: tuple[str, ...] = ()
     """Classes that nothing taught."""
     training_split_sha256: str = ""
+    operating_sensitivity: float | None = None
+    """That its operating points were to reach; None for Youden's J."""
+    validated_on_phantoms: bool = False
+    """Whether its decision was fitted on `gate.VALIDATION_PHANTOMS`."""
+    seen: Seen | None = None
+    """What it was trained on, where it is recorded."""
     heatmap: str | None = None
     """Preset of the human maps that it was trained with."""
     random_seed: int | None = None

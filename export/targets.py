@@ -42,7 +42,7 @@ def _int8_tensorrt(
     model: onnx.ModelProto, ranges: int8.Ranges, layout: Layout, keep: Collection[str]
 ) -> Iterator[Typed]:
     quantized = int8.for_tensorrt(model, ranges, keep)
-    for name, also in (("float16 scales", frozenset[str]()), ("float32 scales", _Q_DQ)):
+    for name, also in (("float32 scales", _Q_DQ), ("float16 scales", frozenset[str]())):
         typed = fp16.to_fp16(quantized, fp16.KEEP | also)
         int8.lint(typed)
         yield Typed(f"int8, float16 else, {name}", typed, fp16.check_kept(typed))

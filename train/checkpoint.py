@@ -21,7 +21,8 @@ from torch import nn
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.environment import versions
 from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
-from cxrgaze.files import read_regular, sha256, write_atomic
+from cxrgaze.evidence.seen import Seen
+from cxrgaze.files import read_regular, read_verified, sha256, write_atomic
 from cxrgaze.records import Record, parse_record
 from cxrgaze.spec import NOTICE, Head, ModelSpec
 from cxrgaze.train.model import VARIANTS, Network, network_of
@@ -30,6 +31,7 @@ from cxrgaze.train.shipped import networks
 
 _WEIGHTS_LIMIT = 4 << 30
 _CARD_LIMIT = 16 << 20
+SEEN_SUFFIX = ".seen"
 UNREADABLE = (
     SafetensorError,
     RuntimeError,
@@ -68,6 +70,8 @@ class Card(Record):
     """Whether the network has the learnable centre prior."""
     decision: Decision = Decision()
     """Fitted on validation films."""
+    seen_sha256: str = ""
+    """Of the file `NAME.seen` (`cxrgaze.evidence.seen`); "" where there is none."""
     command: str
     """The one command that makes this checkpoint again."""
     config: dict[str, Any]
@@ -94,16 +98,38 @@ class Card(Record):
         )
 
 
-def save(path: Path, network: Network, **card: Any) -> Card:
+def seen_by(path: Path, card: Card) -> Seen | None:
+    """The films and patients that the weights `path` were trained on; None where not recorded.
+
+    Raises:
+        IntegrityError: the file beside the card is missing or altered.
+    """
+    if not card.seen_sha256:
+        return None
+    listed = path.with_suffix(SEEN_SUFFIX)
+    data = read_verified(
+        listed,
+        listed.stat().st_size if listed.is_file() else 0,
+        card.seen_sha256,
+        source=path.with_suffix(".json").name,
+        remedy="take the checkpoint with all its files",
+    )
+    return Seen.parse(data, str(listed))
+
+
+def save(path: Path, network: Network, *, seen: Seen | None = None, **card: Any) -> Card:
     """Write weights to `path` and the card beside it.
 
     Weights that are float16 numbers (`round_to_half`) are stored as such.
 
     Args:
+        seen: films and patients that they were trained on.
         card: fields of `Card`; schema version, hash, parameters and environment are filled in.
     """
     weights = weights_bytes(network)
+    listed = seen.rendered() if seen else b""
     saved = Card(
+        seen_sha256=sha256(listed) if seen else "",
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
@@ -114,6 +140,8 @@ def save(path: Path, network: Network, **card: Any) -> Card:
         **card,
     )
     write_atomic(path, weights)
+    if seen:
+        write_atomic(path.with_suffix(SEEN_SUFFIX), listed)
     write_card(path, saved)
     return saved
 

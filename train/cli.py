@@ -74,6 +74,7 @@ def _add_fit(commands: Any) -> None:
         action="store_true",
         help="take weights that may have seen the set's test films",
     )
+    command.add_identity_key(fit)
     fit.add_argument(
         "--allow-untaught",
         action="store_true",
@@ -137,6 +138,7 @@ def _add_evaluate(commands: Any) -> None:
         "--resamples", type=command.bounded(200, 100_000), default=2000, help="(default 2000)"
     )
     evaluate.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
+    command.add_identity_key(evaluate)
     command.add_threads(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -183,6 +185,7 @@ def _add_demo(commands: Any) -> None:
 def _fit(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.evidence.labelled_set import LabelledSet
+    from cxrgaze.evidence.seen import read_key
     from cxrgaze.train.config import load_config
     from cxrgaze.train.fit import fit
     from cxrgaze.train.run_folder import Start, read_run
@@ -216,6 +219,7 @@ def _fit(args: argparse.Namespace) -> int:
         machine=machine,
         resume=args.resume,
         command=_command_of(args, "fit", str(args.set)),
+        identity_key=read_key(args.identity_key),
     )
     if card:
         _print_card(args.output / f"{config.name}.safetensors", card.results["validation"], card)
@@ -236,6 +240,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             resamples=args.resamples,
             seed=args.seed,
             threads=args.threads,
+            identity_key=args.identity_key,
         )
     )
     for line in summary(evaluation):

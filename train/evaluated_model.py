@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from cxrgaze.bundles.bundle import MANIFEST, Bundle
 from cxrgaze.bundles.served import Served
 from cxrgaze.errors import UsageError
+from cxrgaze.evidence.gate import read_seen
+from cxrgaze.evidence.seen import Seen
 from cxrgaze.runtime.ort import OnnxRuntime
 from cxrgaze.spec import Infer, ModelSpec, Outputs
 from cxrgaze.train import checkpoint
@@ -32,6 +34,8 @@ class EvaluatedModel:
     origins: tuple[Origin, ...]
     """What it was trained on; of a bundle, the last set alone is known."""
     predict: Infer
+    seen: Seen | None = None
+    """What it was trained on, where it is recorded."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -80,6 +84,7 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
         heatmap="phantom" if manifest.spec.domain == "phantom" else None,
         origins=(Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256),),
         predict=predict_one_by_one,
+        seen=read_seen(bundle),
     )
 
 
@@ -101,4 +106,5 @@ def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:
         heatmap=card.config.get("heatmap"),
         origins=card.lineage,
         predict=lambda images: predict(network, images),
+        seen=checkpoint.seen_by(path, card),
     )

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxrgaze.command import say
-from cxrgaze.environment import now_utc, versions
+from cxrgaze.environment import versions
 from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
-from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, Split
-from cxrgaze.files import make_output_folder, render_json, write_atomic
+from cxrgaze.evidence.labelled_set import LabelledSet, Split, log_look
+from cxrgaze.evidence.seen import Seen, read_key
+from cxrgaze.files import make_output_folder, write_atomic
 from cxrgaze.spec import LOG_DENSITY
 from cxrgaze.train.diagnosis_figures import diagnosis_of
 from cxrgaze.train.evaluated_films import EvaluatedFilms, evaluate_films
 from cxrgaze.train.evaluated_model import EvaluatedModel, open_model
-from cxrgaze.train.evaluation_record import FILE, Evaluation, Look, SetIdentity
+from cxrgaze.train.evaluation_record import FILE, Evaluation, SetIdentity
 from cxrgaze.train.evaluation_report import pages
 from cxrgaze.train.origin import leakage
 from cxrgaze.train.saliency_figures import saliency_of
@@ -42,6 +43,8 @@ class EvaluationOptions:
     """Of the bootstrap over patients."""
     seed: int = 0
     threads: int | None = None
+    identity_key: Path | None = None
+    """A site's key, under which the training run recorded its patients."""
 
 
 def evaluate_model(options: EvaluationOptions) -> Evaluation:
@@ -84,6 +87,23 @@ def _heatmap(options: EvaluationOptions, model: EvaluatedModel, labelled: Labell
     return heatmap or "paper"
 
 
+def _leakage(
+    films: EvaluatedFilms,
+    labelled: LabelledSet,
+    model: EvaluatedModel,
+    options: EvaluationOptions,
+) -> str | None:
+    """Why the model may have been trained on these films: by their hashes, else by its words."""
+    asked = Seen.of(films.rows, read_key(options.identity_key))
+    if model.seen and (shared := model.seen.shared(asked)):
+        own = "" if options.split == "test" else f" (split {options.split})"
+        return (
+            f"{shared} of {len(films.rows)} films were trained on{own}, by the hashes that the "
+            "model keeps: figures of them flatter."
+        )
+    return leakage(labelled.info, model.origins)
+
+
 def _evaluation(
     films: EvaluatedFilms,
     labelled: LabelledSet,
@@ -104,13 +124,17 @@ def _evaluation(
                 "an honest figure for temperature and operating points: they were fitted on these "
                 "films"
             )
+    if model.seen is None:
+        left_out.append("a comparison with the model's training films: they are not recorded")
+    elif reason := model.seen.not_compared(Seen.of([], read_key(options.identity_key))):
+        left_out.append(f"a comparison of patients: {reason}")
     if films.saliency:
         saliency, reasons = saliency_of(films, heatmap, resamples=resamples, seed=seed)
         left_out += reasons
     return Evaluation(
         synthetic=info.domain == "phantom",
         caution=model.spec.caution,
-        leakage=leakage(info, model.origins),
+        leakage=_leakage(films, labelled, model, options),
         model=model.identity,
         set=SetIdentity(
             name=info.name,
@@ -126,23 +150,7 @@ def _evaluation(
         saliency=saliency,
         left_out=tuple(left_out),
         environment={**versions("cxrgaze", "python"), "machine": platform.machine()},
-        look=_log_look(labelled, model) if options.split == "test" else None,
+        look=log_look(labelled, model.identity.name, model.identity.sha256, "evaluation")
+        if options.split == "test"
+        else None,
     )
-
-
-def _log_look(labelled: LabelledSet, model: EvaluatedModel) -> Look:
-    """Add this look at the test split to the set's log."""
-    line = {
-        "utc": now_utc(),
-        "model": model.identity.name,
-        "model_sha256": model.identity.sha256,
-        "split_sha256": labelled.info.split_sha256,
-    }
-    path = labelled.folder / LOOKS
-    try:
-        with path.open("ab") as file:
-            file.write(render_json(line).replace(b"\n", b" ").strip() + b"\n")
-    except OSError as error:
-        say(f"this look at the test split is not logged: {path}: {error.strerror}")
-        return Look(number=None, logged=False)
-    return Look(number=len(path.read_bytes().splitlines()), logged=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cxrgaze.evidence.intervals import Interval
-from cxrgaze.evidence.labelled_set import Split
+from cxrgaze.evidence.labelled_set import Look, Split
 from cxrgaze.files import read_regular
 from cxrgaze.records import Digested, Frozen, parse_record
 from cxrgaze.spec import NOTICE
@@ -131,14 +131,6 @@ class Saliency(Frozen):
     between_readers: BetweenReaders
     pad_mass: Interval
     """Mass that the network put outside the film."""
-
-
-class Look(Frozen):
-    """One look at a set's test split."""
-
-    number: int | None
-    """Its place in the set's log; None where it was not logged."""
-    logged: bool
 
 
 class Evaluation(Digested):

@@ -16,6 +16,7 @@ from cxrgaze.evidence import heatmaps
 from cxrgaze.evidence.arrays import Arrays, load_arrays
 from cxrgaze.evidence.class_presets import Classes
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
+from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import UNKNOWN, any_known, present_classes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec
 from cxrgaze.train import checkpoint, initial
@@ -47,12 +48,15 @@ def fit(
     machine: Machine = Machine(),  # noqa: B008 - frozen
     resume: bool = False,
     command: str = "",
+    identity_key: bytes | None = None,
 ) -> checkpoint.Card | None:
     """Train on the set's split `train`, choose on `val`; `test` is not opened.
 
     Args:
         run: its folder (`cxrgaze.train.run_folder`); new, or with `resume` that of the same run.
         command: to make this checkpoint again, for the card.
+        identity_key: under which patients are recorded (`cxrgaze.evidence.seen`); None records
+            films alone.
 
     Returns:
         The card of the checkpoint `RUN/NAME.safetensors`; None in all processes but the first.
@@ -74,6 +78,15 @@ def fit(
     teacher = _teacher(config, start)
     origins = before.origins + (teacher[1].descent if teacher else ())
     check_leakage(labelled.info, origins, allow=start.allow_leakage)
+    taught_before = [before.seen]
+    if teacher and start.teacher:
+        taught_before.append(checkpoint.seen_by(start.teacher, teacher[1]))
+    own = Seen.of((row for row in labelled.rows if row.split in ("train", "val")), identity_key)
+    test = Seen.of((row for row in labelled.rows if row.split == "test"), identity_key)
+    for seen in filter(None, taught_before):
+        if not start.allow_leakage:
+            require_unseen(seen, test, f"{labelled.folder}, split test")
+        own = own.joined(seen)
     preset = heatmaps.PRESETS[config.heatmap]
     train, val = (
         _arrays(labelled, name, spec, preset, machine.cache, teacher) for name in ("train", "val")
@@ -129,6 +142,7 @@ def fit(
         run / f"{config.name}.safetensors",
         network,
         name=config.name,
+        seen=own,
         spec=spec,
         trained_on=labelled.info.origin,
         lineage=(*origins, Origin.of_set(labelled.info)),

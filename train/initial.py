@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cxrgaze.command import say
 from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
+from cxrgaze.evidence.seen import Seen
 from cxrgaze.files import read_regular, sha256
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec, same_diagnosis
 from cxrgaze.train import checkpoint
@@ -35,6 +36,8 @@ class Before(NamedTuple):
     """Outputs of the network that were taught before."""
     classes: frozenset[str] = frozenset()
     """Classes of the diagnosis that were taught before."""
+    seen: Seen | None = None
+    """What they were trained on, where it is recorded."""
 
 
 def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> Before:
@@ -95,7 +98,8 @@ def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> Before:
                 say(f"note: {path.name} has other heads or classes; {what}: {listed}")
     checkpoint.load_weights(network, weights, str(path))
     taught = card.served.classes if LOGITS in heads else ()
-    return Before(card.descent, heads, frozenset(taught))
+    seen = checkpoint.seen_by(path, card)
+    return Before(card.descent, heads, frozenset(taught), seen)
 
 
 def _part(name: str) -> str:

@@ -135,6 +135,17 @@ def add_split(arguments: argparse._ActionsContainer, flag: str, default: str) ->
     arguments.add_argument(flag, choices=choices, default=default, help=f"(default {default})")
 
 
+def add_identity_key(arguments: argparse._ActionsContainer) -> None:
+    """Add the key under which patients are compared (`cxrgaze.evidence.seen`)."""
+    arguments.add_argument(
+        "--identity-key",
+        type=Path,
+        metavar="FILE",
+        help="a key of your site (head -c 32 /dev/urandom), never written anywhere: patients are "
+        "recorded and compared as HMACs under it; without it films are, by their SHA-256",
+    )
+
+
 def say(text: str) -> None:
     """Text on standard error."""
     print(text, file=sys.stderr, flush=True)

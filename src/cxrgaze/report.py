@@ -7,7 +7,7 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Plot
@@ -21,6 +21,11 @@ td { font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; background: #fff; }
 figcaption { font-size: .9rem; opacity: .8; }
+.verdict { border-left: .5rem solid var(--tone); padding: .4rem .8rem; font-size: 1.1rem; }
+.verdict b { color: var(--tone); }
+.good { --tone: #00734f; } .bad { --tone: #b8430a; } .open { --tone: #7a6100; }
+@media (prefers-color-scheme: dark) {
+  .good { --tone: #35c796; } .bad { --tone: #ff8a4c; } .open { --tone: #e0b93b; } }
 @media print { body { max-width: none; margin: 0; font-size: 11px; }
   table, figure { break-inside: avoid; } }
 @page { size: A4; margin: 15mm; }
@@ -55,6 +60,27 @@ class Paragraph:
     def html(self) -> str:
         """As HTML."""
         return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a page comes to, in a word and a sentence; a sign, so that colour is not alone."""
+
+    word: str
+    text: str
+    tone: Literal["good", "bad", "open"]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"**{_SIGNS[self.tone]} {self.word}.** {self.text}"
+
+    def html(self) -> str:
+        """As HTML."""
+        word, text = html.escape(self.word), html.escape(self.text)
+        return f'<p class="verdict {self.tone}"><b>{_SIGNS[self.tone]} {word}.</b> {text}</p>'
+
+
+_SIGNS = {"good": "✓", "bad": "✗", "open": "?"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,7 @@ def _markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+Block = Heading | Paragraph | Verdict | Bullets | Table | Figure
 
 
 def markdown_page(title: str, blocks: Sequence[Block]) -> str:

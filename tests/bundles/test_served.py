@@ -121,8 +121,24 @@ def test_exclusive_classes_decide_by_the_most_probable():
     served = _served("exclusive", **POINTS)
     assert served.label(SHARES) == "a"
     assert served.flags(SHARES) == {"b": False, "d": True}  # which is not the label
-    found = served.decisions(np.array([[0.5, 0.2, 0, 0.3], [0.1, 0.2, 0.3, 0.4]]))
-    assert found.tolist() == [[0], [3]]
+    films = np.array([[0.5, 0.2, 0, 0.3], [0.1, 0.2, 0.3, 0.4], [0.05, 0.6, 0.35, 0]])
+    labels = [[True, False, False, False], [False, False, False, True], [False, True, False, False]]
+    assert served.labelled(films).tolist() == labels and served.decides.tolist() == [True] * 4
+    # Of b and d whether they reach their point, of a and c whether they are the label.
+    flags = [[True, False, False, True], [False, False, False, True], [False, True, False, False]]
+    assert served.flagged(films).tolist() == flags
+    assert served.decisions(films).tolist() == [
+        one + two for one, two in zip(labels, flags, strict=True)
+    ]
+
+
+def test_a_point_decides_without_the_label_and_the_label_without_the_point():
+    """Both are served, so a decision is another where either is."""
+    served = _served("exclusive", **POINTS)
+    one, below, other = np.array([[0.5, 0.2, 0, 0.3], [0.5, 0.21, 0, 0.29], [0.4, 0.1, 0.5, 0.3]])
+    changed = served.decisions(np.array([one])) != served.decisions(np.array([below, other]))
+    assert np.flatnonzero(changed[0]).tolist() == [7]  # the flag of d alone
+    assert np.flatnonzero(changed[1]).tolist() == [0, 2, 4, 6]  # a to c, as label and as flag
 
 
 def test_findings_decide_by_their_operating_points_and_have_no_label():
@@ -130,14 +146,29 @@ def test_findings_decide_by_their_operating_points_and_have_no_label():
     assert served.label(SHARES) is None and served.flags(SHARES) == {"b": False, "d": True}
     assert list(served.flags(SHARES)) == list(served.decided) == ["b", "d"]
     films = np.array([[1, 0.2, 1, 0.3], [0, 0.6, 0, 0.29]])
-    assert served.decisions(films).tolist() == [[False, True], [True, False]]
-    assert _served("findings").decisions(films).shape == (2, 0)
+    flags = [[False, False, False, True], [False, True, False, False]]
+    assert served.flagged(films).tolist() == flags and not served.labelled(films).any()
+    assert served.decisions(films).tolist() == [[False] * 4 + row for row in flags]
+    assert served.decides.tolist() == [False, True, False, True]
+    without = _served("findings")
+    assert not without.decisions(films).any() and not without.decides.any()
 
 
 def test_findings_decide_by_the_right_column_where_others_are_left_out():
     served = _served("findings", untaught=("a", "b"), **POINTS)
     assert served.decided == ("d",)
-    assert served.decisions(np.array([[0.9, 0.3], [0.9, 0.1]])).tolist() == [[True], [False]]
+    assert served.decides.tolist() == [False, True]
+    films = np.array([[0.9, 0.3], [0.9, 0.1]])
+    assert served.flagged(films).tolist() == [[False, True], [False, False]]
+    assert served.decisions(films)[:, 3].tolist() == [True, False]
+
+
+def test_exclusive_classes_decide_by_the_right_columns_where_others_are_left_out():
+    served = _served("exclusive", untaught=("a",), **POINTS)  # b, c and d are left
+    assert served.decides.tolist() == [True] * 3
+    films = np.array([[0.6, 0.4, 0.0], [0.2, 0.5, 0.3]])
+    assert served.labelled(films).tolist() == [[True, False, False], [False, True, False]]
+    assert served.flagged(films).tolist() == [[True, False, False], [False, True, True]]
 
 
 FOREIGN = {

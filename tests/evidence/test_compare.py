@@ -2,8 +2,9 @@
 
 Drawn sets, unless said otherwise: patients with 1 to 4 films (1.85 on average) whose scores share
 half of their variance; classes of 60, 25 and 15 %; binormal scores, so that the AUC of either
-network is known: Phi(shift / sqrt 2). Findings come with those frequencies too, and a third of
-their cells is unknown.
+network is known: Phi(shift / sqrt 2), also of their sigmoids, which are the probabilities. The
+largest is the label, and the flag. Findings come with those frequencies too, and a third of their
+cells is unknown.
 """
 
 from __future__ import annotations
@@ -15,19 +16,28 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from scipy import stats
-from sklearn.metrics import roc_auc_score
+from scipy import optimize, stats
+from scipy.special import expit, logit, xlogy
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from cxrgaze.bundles import verdicts
+from cxrgaze.bundles.served import Served
 from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.evidence import bounds, intervals, power
 from cxrgaze.evidence import compare as compare_module
-from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, compare, judge_flips
-from cxrgaze.evidence.truth import HAS, UNKNOWN, any_known, class_index, one_of
+from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, Says, compare, judge_flips
+from cxrgaze.evidence.truth import HAS, HAS_NOT, UNKNOWN, any_known, class_index, one_of
+from cxrgaze.spec import DiseaseClass, ModelSpec
+from cxrgaze.train.decision import fit_decision
 
 PREVALENCE = (0.6, 0.25, 0.15)
 AUC = 0.9
 LIMITS = Limits()
+NAMES = ("class 0", "class 1", "class 2")
+BY_CLASS = [f"{kind} of {name}" for kind in ("sensitivity", "specificity") for name in NAMES]
+OF_DIAGNOSES = ["macro AUC", "flips", *BY_CLASS, "Brier"]
+ENOUGH = 598
+"""Patients of whom an identical candidate passes: `unseen` in 0.005 of the macro AUC."""
 
 
 def _films(rng, patients):
@@ -82,13 +92,30 @@ def _paired(seed=0, patients=200, macro=0.0, cc=0.0, correlation=0.99, few=False
     patient, label = _films(rng, patients)
     draw = _few_broken if few else lambda *args: _scores(*args, correlation)
     truth = one_of(label, 3)
-    logits = draw(rng, patient, truth == HAS, macro)
+    probabilities = expit(draw(rng, patient, truth == HAS, macro))
     ccs = _skewed_cc(rng, patient, cc)
-    return Paired([f"p{i:04d}" for i in patient], Diagnoses(truth, *logits), Maps(*ccs))
+    diagnoses = _diagnoses(truth, *probabilities)
+    return Paired([f"p{i:04d}" for i in patient], diagnoses, Maps(*ccs))
+
+
+def _says(probabilities, points=None):
+    """Of exclusive classes; with `points` of findings."""
+    columns = np.arange(probabilities.shape[1])
+    labels = probabilities.argmax(axis=1)[:, None] == columns
+    if points is None:
+        return Says(probabilities, labels, labels)
+    return Says(probabilities, np.zeros_like(labels), probabilities >= points)
+
+
+def _diagnoses(truth, reference, candidate, points=None):
+    """Of probabilities; NaN is the point of a finding without one."""
+    decides = np.isfinite(points) if points is not None else np.ones(truth.shape[1], dtype=bool)
+    says = _says(reference, points), _says(candidate, points)
+    return Diagnoses(truth, *says, decides, exclusive=points is None)
 
 
 def _with(paired, diagnoses=(), maps=()):
-    """With other arrays of an output, by name."""
+    """With other arrays of an output, by name; of the networks' probabilities alone too."""
     return replace(
         paired,
         diagnoses=paired.diagnoses and replace(paired.diagnoses, **dict(diagnoses)),
@@ -104,17 +131,35 @@ def _same(paired):
 
 def _of(paired, name, **options):
     options = {"resamples": 400, **options}
-    return next(q for q in compare(paired, **options).quantities if q.name == name)
+    return _named(compare(paired, **options), name)
+
+
+def _named(found, name):
+    return next(q for q in found.quantities if q.name == name)
+
+
+def _verdicts(found):
+    return {q.name: q.verdict for q in found.quantities}
+
+
+def _some(says, films, classes=slice(None)):
+    """What is said of some films, and some classes."""
+    parts = (says.probabilities, says.labels, says.flags)
+    return Says(*(part[films][:, classes] for part in parts))
 
 
 def _chosen(paired, index):
-    def some(output, *names):
-        return output and replace(output, **{name: getattr(output, name)[index] for name in names})
-
+    diagnoses, maps = paired.diagnoses, paired.maps
     return Paired(
         [paired.patients[i] for i in index],
-        some(paired.diagnoses, "truth", "reference", "candidate"),
-        some(paired.maps, "reference", "candidate"),
+        diagnoses
+        and replace(
+            diagnoses,
+            truth=diagnoses.truth[index],
+            reference=_some(diagnoses.reference, index),
+            candidate=_some(diagnoses.candidate, index),
+        ),
+        maps and Maps(maps.reference[index], maps.candidate[index]),
     )
 
 
@@ -125,8 +170,8 @@ def _slow_macro(paired):
     changes = []
     for truth, before, after in zip(
         paired.diagnoses.truth.T,
-        paired.diagnoses.reference.T,
-        paired.diagnoses.candidate.T,
+        paired.diagnoses.reference.probabilities.T,
+        paired.diagnoses.candidate.probabilities.T,
         strict=True,
     ):
         known = truth >= 0
@@ -144,7 +189,27 @@ def _slow_cc(paired):
     return sum(changes) / len(changes)
 
 
-SLOW = {"macro AUC": _slow_macro, "CC": _slow_cc}
+def _slow_brier(paired):
+    """Film by film: the sum over exclusive classes, the mean over findings that are known."""
+    findings = not paired.diagnoses.reference.labels.any()
+    rises = []
+    for truth, before, after in zip(
+        paired.diagnoses.truth.tolist(),
+        paired.diagnoses.reference.probabilities.tolist(),
+        paired.diagnoses.candidate.probabilities.tolist(),
+        strict=True,
+    ):
+        cells = [
+            (b - y) ** 2 - (a - y) ** 2
+            for y, a, b in zip(truth, before, after, strict=True)
+            if y >= 0
+        ]
+        if cells:
+            rises.append(sum(cells) / (len(cells) if findings else 1))
+    return sum(rises) / len(rises)
+
+
+SLOW = {"macro AUC": _slow_macro, "CC": _slow_cc, "Brier": _slow_brier}
 
 
 def _unlabelled():
@@ -155,23 +220,29 @@ def _unlabelled():
     return _with(paired, {"truth": truth})
 
 
-POINTS = (1.5, 1.0, 2.0)
+POINTS = tuple(expit([1.5, 1.0, 2.0]).tolist())
 
 
-def _findings():
+def _findings(patients=100):
     """Three findings of which a film may have any; some cells are unknown, and some whole rows."""
     rng = np.random.default_rng(13)
-    patient, _ = _films(rng, 100)
-    has = rng.random((100, 3))[patient] < PREVALENCE
+    patient, _ = _films(rng, patients)
+    has = rng.random((patients, 3))[patient] < PREVALENCE
     has ^= rng.random(has.shape) < 0.1
     scores = _scores(rng, patient, has, 0.01, 0.5)
     truth = np.where(rng.random(has.shape) < 1 / 3, UNKNOWN, has).astype(np.int8)
     truth[::11] = UNKNOWN
-    diagnoses = Diagnoses(truth, *scores, decide=lambda scores: scores >= POINTS)
+    diagnoses = _diagnoses(truth, *expit(scores), points=POINTS)
     return Paired([f"p{i:04d}" for i in patient], diagnoses)
 
 
-MEASURED = [(_unlabelled, 0, "macro AUC"), (_unlabelled, 1, "CC"), (_findings, 0, "macro AUC")]
+MEASURED = [
+    (_unlabelled, 0, "macro AUC"),
+    (_unlabelled, 1, "Brier"),
+    (_unlabelled, 2, "CC"),
+    (_findings, 0, "macro AUC"),
+    (_findings, 1, "Brier"),
+]
 
 
 @pytest.fixture
@@ -199,7 +270,7 @@ def test_a_difference_is_that_of_the_slow_form(drawn, _, name):
     found = _of(paired, name)
     assert found.difference == pytest.approx(SLOW[name](paired), abs=1e-12)
     assert found.difference == pytest.approx(found.candidate - found.reference, abs=1e-12)
-    assert found.loss == -found.difference
+    assert found.loss == (found.difference if name == "Brier" else -found.difference)
 
 
 @pytest.mark.parametrize("drawn,place,name", MEASURED)
@@ -229,18 +300,21 @@ def test_the_bootstrap_is_brute_force_resampling(drawn, place, name, asked):
     names = sorted(set(patients))
     parts = np.array([influence[who == p].sum() for p in names])
     labelled = (paired.diagnoses.truth >= 0).any(axis=1)
-    used = np.flatnonzero(labelled if name == "macro AUC" else paired.maps.has_gaze)
+    used = np.flatnonzero(paired.maps.has_gaze if name == "CC" else labelled)
+    sign = -1 if name == "Brier" else 1  # which was asked for as a fall, a loss as all others
     pivots = []
     for drawn_films in weights:
         resampled = _chosen(paired, np.repeat(used, drawn_films))
         again = np.repeat(parts, [drawn_films[who == p][0] for p in names])
         error = again.std(ddof=1) * np.sqrt(len(again))
-        pivots.append((SLOW[name](resampled) - value) / error)
+        pivots.append((sign * SLOW[name](resampled) - value) / error)
     assert 1 / np.sum((parts**2 / (parts**2).sum()) ** 2) > 10, "the bootstrap was not used"
     error = parts.std(ddof=1) * np.sqrt(len(parts))
     pivots.sort()
-    for level, place in ((found.bound, 38), (found.low, 39), (found.high, 1)):  # of 40
-        assert level == pytest.approx(value - error * pivots[place - 1])
+    low, high = (found.low, found.high)[::sign]
+    for level, place in ((found.bound, 38), (low, 39), (high, 1)):  # of 40
+        assert sign * level == pytest.approx(value - error * pivots[place - 1])
+    assert found.low <= found.difference <= found.high
 
 
 @pytest.mark.parametrize("count,total", [(0, 1), (1, 1), (0, 149), (3, 120), (60, 120), (9, 5000)])
@@ -285,8 +359,8 @@ def test_flips_are_counted_in_patients_and_take_unlabelled_films(unlabelled):
         patient
         for patient, a, b in zip(
             unlabelled.patients,
-            unlabelled.diagnoses.reference.tolist(),
-            unlabelled.diagnoses.candidate.tolist(),
+            unlabelled.diagnoses.reference.probabilities.tolist(),
+            unlabelled.diagnoses.candidate.probabilities.tolist(),
             strict=True,
         )
         if a.index(max(a)) != b.index(max(b))
@@ -301,7 +375,7 @@ def test_flips_are_counted_in_patients_and_take_unlabelled_films(unlabelled):
 def test_a_film_flips_where_any_of_its_flags_does():
     """Not where the largest score is another, nor for each flag once more."""
     paired = _findings()
-    sides = (paired.diagnoses.reference.tolist(), paired.diagnoses.candidate.tolist())
+    sides = [p.tolist() for p in _arrays(paired)[1:]]
     flags = [[[a >= p for a, p in zip(film, POINTS, strict=True)] for film in s] for s in sides]
     changed = [
         (patient, sum(a != b for a, b in zip(before, after, strict=True)))
@@ -313,17 +387,101 @@ def test_a_film_flips_where_any_of_its_flags_does():
     who = {patient for patient, _ in changed}
     assert (found.flipped_films, found.flipped_patients) == (len(changed), len(who))
     assert found.quantities[1].difference == len(who) / found.patients
-    largest = compare(replace(paired, diagnoses=Diagnoses(*_arrays(paired))), resamples=50)
+    largest = compare(replace(paired, diagnoses=_diagnoses(*_arrays(paired))), resamples=50)
     assert largest.flipped_films != found.flipped_films
 
 
 def test_findings_without_an_operating_point_decide_nothing_and_must_not_pass():
-    paired = _findings()
+    paired = _findings(800)
     truth, reference, _ = _arrays(paired)
-    undecided = Diagnoses(truth, reference, reference, decide=lambda scores: scores[:, :0] > 0)
+    undecided = _diagnoses(truth, reference, reference, [np.nan] * 3)
     found = compare(replace(paired, diagnoses=undecided), resamples=50)
-    assert [q.verdict for q in found.quantities] == ["pass", "not_measured"]
+    none = dict.fromkeys(OF_DIAGNOSES, "not_measured")
+    assert _verdicts(found) == {**none, "macro AUC": "pass", "Brier": "pass"}
     assert found.verdict == "inconclusive" and "no finding has an operating point" in found.reason
+    assert found.decisions == () and found.flipped_films == 0
+
+
+def test_a_finding_without_an_operating_point_is_named_and_must_not_pass():
+    """Those beside it are judged; what its flags say is served to nobody."""
+    paired = _findings(800)
+    truth, reference, _ = _arrays(paired)
+    diagnoses = _diagnoses(truth, reference, reference, (POINTS[0], np.nan, POINTS[2]))
+    raised = replace(diagnoses.candidate, flags=diagnoses.candidate.flags | [False, True, False])
+    diagnoses = replace(diagnoses, candidate=raised)
+    found = compare(replace(paired, diagnoses=diagnoses), classes=("a", "b", "c"), resamples=50)
+    of_b = {"sensitivity of b", "specificity of b"}
+    assert {name for name, v in _verdicts(found).items() if v != "pass"} == of_b
+    assert {_named(found, name).verdict for name in of_b} == {"not_measured"}
+    assert found.verdict == "inconclusive" and "b has no operating point" in found.reason
+    assert [d.name for d in found.decisions] == ["a", "c"] and found.flipped_films == 0
+
+
+def test_a_label_or_a_flag_alone_is_a_flip():
+    paired = _same(_paired())
+    diagnoses = paired.diagnoses
+    for part in ("labels", "flags"):
+        other = getattr(diagnoses.reference, part).copy()
+        other[7] = np.roll(other[7], 1)
+        says = replace(diagnoses.reference, **{part: other})
+        found = compare(_with(paired, {"candidate": says}), resamples=50)
+        assert (found.flipped_films, found.flipped_patients) == (1, 1)
+        assert sum(d.raised + d.dropped for d in found.decisions) == 2 * (part == "flags")
+
+
+def test_sensitivity_and_specificity_are_of_the_patients_of_a_class():
+    """Found where any film that has it is flagged, spared where none that has it not is."""
+    both_ways = 0
+    for paired in (_unlabelled(), _findings()):
+        diagnoses, found = paired.diagnoses, compare(paired, resamples=50)
+        for c, name in enumerate(NAMES):
+            shares, changes = {}, {}
+            for kind, side in (("sensitivity", HAS), ("specificity", HAS_NOT)):
+                right = []
+                for says in (diagnoses.reference, diagnoses.candidate):
+                    by_patient = {}
+                    rows = zip(
+                        paired.patients, diagnoses.truth[:, c], says.flags[:, c], strict=True
+                    )
+                    for patient, truth, flag in rows:
+                        if truth == side:
+                            by_patient.setdefault(patient, []).append(bool(flag))
+                    good = any if side == HAS else (lambda flags: not any(flags))
+                    right.append({patient: good(flags) for patient, flags in by_patient.items()})
+                shares[kind] = [sum(r.values()) / len(r) for r in right]
+                pairs = Counter((right[0][p], right[1][p]) for p in right[0])
+                changes[kind] = (pairs[True, False], pairs[False, True], len(right[0]))
+            both_ways += sum(lost > 0 and gained > 0 for lost, gained, _ in changes.values())
+            for kind in shares:
+                quantity = _named(found, f"{kind} of {name}")
+                assert quantity.kind == kind and quantity.of == name
+                assert [quantity.reference, quantity.candidate] == pytest.approx(shares[kind])
+                low, high, bound = bounds.paired_shares(*changes[kind])
+                assert (quantity.low, quantity.high, quantity.bound) == (-high, -low, -bound)
+                assert f"in {changes[kind][2]} patients" in quantity.reason
+    assert both_ways > 3
+
+
+def test_what_changed_is_counted_by_direction_by_hand():
+    """Five patients, the first and the last with two films."""
+    patients = ["a", "a", "b", "c", "d", "e", "e"]
+    before = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [1, 0], [0, 0], [1, 0]], dtype=bool)
+    after = np.array([[0, 0], [0, 1], [0, 0], [1, 1], [1, 0], [1, 0], [0, 0]], dtype=bool)
+    # Of x: a is dropped twice, c is raised, e is raised in one film and dropped in the other.
+    # Of y: a is raised, b is dropped.
+    p, none = np.full((7, 2), 0.5), np.zeros((7, 2), dtype=bool)
+    truth = np.zeros((7, 2), dtype=np.int8)
+    decides = np.array([True, True])
+    diagnoses = Diagnoses(truth, Says(p, none, before), Says(p, none, after), decides)
+    found = compare(Paired(patients, diagnoses), classes=("x", "y"), resamples=50)
+    assert [(d.name, d.raised, d.dropped) for d in found.decisions] == [("x", 2, 2), ("y", 1, 1)]
+    assert (found.flipped_films, found.flipped_patients) == (6, 4)
+    rows = {row[0]: row[3] for row in found.rows()}
+    assert (rows["patients: x"], rows["patients: y"]) == ("+2 -2", "+1 -1")
+    of_y = replace(diagnoses, decides=np.array([False, True]))
+    found = compare(Paired(patients, of_y), classes=("x", "y"), resamples=50)
+    assert [(d.name, d.raised, d.dropped) for d in found.decisions] == [("y", 1, 1)]
+    assert (found.flipped_films, found.flipped_patients) == (2, 2)
 
 
 def test_a_finding_that_nobody_has_or_that_nobody_lacks_has_no_auc():
@@ -334,7 +492,7 @@ def test_a_finding_that_nobody_has_or_that_nobody_lacks_has_no_auc():
         part[part[:, 1] >= 0, 1] = alike
         found = compare(_with(paired, {"truth": part}), classes=("a", "b", "c"), resamples=50)
         assert [change.name for change in found.classes] == ["a", "c"]
-        rest = Diagnoses(part[:, [0, 2]], *(s[:, [0, 2]] for s in scores))
+        rest = _diagnoses(part[:, [0, 2]], *(s[:, [0, 2]] for s in scores))
         assert found.quantities[0].difference == pytest.approx(
             compare(replace(paired, diagnoses=rest), resamples=50).quantities[0].difference
         )
@@ -347,7 +505,8 @@ def test_what_is_not_gated_is_reported(unlabelled):
     known = label >= 0
     for index, change in enumerate(found.classes):
         positive = label[known] == index
-        expected = roc_auc_score(positive, unlabelled.diagnoses.candidate[known, index])
+        scores = unlabelled.diagnoses.candidate.probabilities[known, index]
+        expected = roc_auc_score(positive, scores)
         assert change.candidate == pytest.approx(expected) and change.films == positive.sum()
     assert np.mean([k.difference for k in found.classes]) == pytest.approx(
         found.quantities[0].difference
@@ -371,6 +530,93 @@ def test_each_findings_auc_is_of_the_films_where_it_is_known():
         assert change.reference == pytest.approx(roc_auc_score(has[known], before[known]))
         assert change.candidate == pytest.approx(roc_auc_score(has[known], after[known]))
         assert change.films == has[known].sum()
+
+
+# Paired shares
+
+
+def _slow_score(lost, gained, total, difference):
+    """The score statistic at the maximum of the likelihood of pairs with this difference."""
+
+    def against(gaining):
+        losing = max(gaining + difference, 0)
+        rest = max(1 - losing - gaining, 0)
+        counts = ((lost, losing), (gained, gaining), (total - lost - gained, rest))
+        return -sum(xlogy(count, max(share, 1e-300)) for count, share in counts)
+
+    ends = max(0.0, -difference), (1 - difference) / 2
+    inside = optimize.minimize_scalar(
+        against, bounds=ends, method="bounded", options={"xatol": 1e-13, "maxiter": 500}
+    )
+    gaining = min((inside.x, *ends), key=against)
+    variance = total * (2 * gaining + difference - difference**2)
+    return (lost - gained - total * difference) / np.sqrt(variance)
+
+
+PAIRS = [(0, 0, 52), (1, 0, 60), (0, 3, 60), (5, 2, 60), (9, 9, 150), (40, 3, 150), (60, 0, 60)]
+
+
+@pytest.mark.parametrize("lost,gained,total", [*PAIRS, (1, 1, 4000), (30, 30, 60), (0, 60, 60)])
+def test_paired_shares_are_where_the_score_statistic_is_at_its_quantiles(lost, gained, total):
+    """Where changes go one way only, or there are none, the exact interval where it is wider."""
+    found = bounds.paired_shares(lost, gained, total)
+    assert found.low <= (lost - gained) / total <= found.high and found.bound <= found.high
+    exact = {"low": -np.inf, "high": -np.inf, "bound": -np.inf}  # how far it goes at least
+    if not gained:
+        interval = stats.binomtest(lost, total).proportion_ci(0.95, "exact")
+        exact["high"] = interval.high
+        exact["bound"] = stats.beta.ppf(0.95, lost + 1, total - lost) if lost < total else 1
+    if not lost:
+        exact["low"] = stats.binomtest(gained, total).proportion_ci(0.95, "exact").high
+    for name, level, sign in (("low", 0.975, -1), ("high", 0.025, 1), ("bound", 0.05, 1)):
+        end = getattr(found, name)
+        by_exact = sign * end == pytest.approx(exact[name], rel=1e-9)
+        assert by_exact or sign * end > exact[name]
+        if abs(end) < 1 - 1e-9:  # all lost or all gained: the interval goes to the end
+            excess = _slow_score(lost, gained, total, end) - stats.norm.ppf(level)
+            assert sign * excess < 2e-4, f"{name} is nearer than the score's"
+            assert by_exact or abs(excess) < 2e-4
+    other = bounds.paired_shares(gained, lost, total)
+    assert (other.low, other.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
+
+
+def test_paired_shares_have_a_width_where_nothing_changes():
+    for total in (1, 10, 52, 209, 333):
+        wide = [
+            max(z**2 / (total + z**2), 1 - tail ** (1 / total))
+            for tail in (0.05, 0.025)
+            for z in [stats.norm.ppf(tail)]
+        ]
+        low, high, bound = bounds.paired_shares(0, 0, total)
+        assert (bound, high, -low) == pytest.approx((*wide, wide[1]), rel=1e-9)
+
+
+def test_counts_of_pairs_must_be_of_a_total():
+    for counts in ((0, 0, 0), (-1, 0, 5), (0, -1, 5), (3, 3, 5)):
+        with pytest.raises(ValueError, match="expected counts in a total"):
+            bounds.paired_shares(*counts)
+
+
+@pytest.mark.parametrize("total", [60, 150])
+@pytest.mark.parametrize("gaining", [0.0, 0.005, 0.02, 0.05, 0.1, 0.2])
+def test_a_true_loss_of_the_limit_seldom_passes_exactly_enumerated(total, gaining):
+    """Every pair of counts that passes; a share `gaining` of the patients is found anew."""
+    limit = LIMITS.sensitivity
+    size = 0.0
+    for gained in range(total + 1):
+        if stats.binom.pmf(gained, total, gaining) < 1e-9:
+            continue
+        passing = -1  # the largest count of losses that does; fewer do too
+        while passing + gained < total:
+            if bounds.paired_shares(passing + 1, gained, total).bound >= limit:
+                break
+            passing += 1
+        if passing >= 0:
+            losing = (gaining + limit) / (1 - gaining)
+            size += stats.binom.pmf(gained, total, gaining) * stats.binom.cdf(
+                passing, total - gained, losing
+            )
+    assert 0 < size <= 0.06
 
 
 # What must and must not matter
@@ -403,7 +649,9 @@ def test_films_without_a_label_or_gaze_do_not_matter_to_accuracy(unlabelled):
     for paired in (unlabelled, _findings()):
         known = np.flatnonzero(any_known(paired.diagnoses.truth))
         assert 0 < len(known) < len(paired.patients)
-        assert _of(paired, "macro AUC") == _of(_chosen(paired, known), "macro AUC")
+        one, other = (compare(p, resamples=400) for p in (paired, _chosen(paired, known)))
+        for name in ("macro AUC", *BY_CLASS, "Brier"):
+            assert _named(one, name) == _named(other, name)
     gaze = np.flatnonzero(unlabelled.maps.has_gaze)
     assert _of(unlabelled, "CC") == _of(_chosen(unlabelled, gaze), "CC")
 
@@ -413,10 +661,14 @@ def test_a_score_of_a_finding_that_is_not_known_does_not_matter_to_accuracy():
     truth, *scores = _arrays(paired)
     noise = np.random.default_rng(0).normal(size=truth.shape)
     other = [
-        np.where(truth == UNKNOWN, side * noise, s) for side, s in zip((3, -3), scores, strict=True)
+        np.where(truth == UNKNOWN, expit(side * noise), s)
+        for side, s in zip((3, -3), scores, strict=True)
     ]
-    changed = _with(paired, {"reference": other[0], "candidate": other[1]})
-    assert _of(changed, "macro AUC") == _of(paired, "macro AUC")
+    changed = replace(paired, diagnoses=_diagnoses(truth, *other, points=POINTS))
+    one, other = (compare(p, resamples=400) for p in (changed, paired))
+    for name in ("macro AUC", *BY_CLASS, "Brier"):
+        assert _named(one, name) == _named(other, name)
+    assert _named(one, "flips").difference > _named(other, "flips").difference
 
 
 def test_the_same_seed_gives_the_same():
@@ -429,48 +681,106 @@ def test_the_same_seed_gives_the_same():
 
 
 def test_an_identical_candidate_passes_with_enough_patients_and_only_then():
-    enough, few = (compare(_same(_paired(patients=n))) for n in (149, 148))
+    enough, few = (compare(_same(_paired(patients=n))) for n in (ENOUGH, ENOUGH - 1))
     assert enough.verdict == "pass" and few.verdict == "inconclusive"
-    assert (enough.quantities[0].low, enough.quantities[0].high) == (0, 0)
-    assert [q.verdict for q in few.quantities] == ["pass", "pass", "inconclusive"]
+    assert _verdicts(enough) == dict.fromkeys(["macro AUC", "CC", *OF_DIAGNOSES[1:]], "pass")
+    unseen = 1 - 0.025 ** (1 / ENOUGH)
+    auc = enough.quantities[0]
+    assert (auc.low, auc.high) == pytest.approx((-unseen, unseen))
+    assert auc.bound == pytest.approx(-(1 - 0.05 ** (1 / ENOUGH)))
+    assert {name for name, verdict in _verdicts(few).items() if verdict != "pass"} == {"macro AUC"}
     assert few.reason == (
-        "flips 0 % in 148 patients, 95 % bound 2.004 %, limit 2 %: take about 149 patients"
+        "macro AUC +0.0000 in 597 patients, 95 % bound -0.0050, limit -0.0050: take about 600 "
+        "patients"
     )
     nine = compare(_same(_paired(patients=9)))
-    assert {q.verdict for q in nine.quantities} == {"inconclusive"}
+    assert nine.verdict == "inconclusive"
+    assert set(_verdicts(nine).values()) == {"inconclusive", "not_measured"}
+    assert {n for n, v in _verdicts(nine).items() if v == "not_measured"} == set(BY_CLASS)
+
+
+ALONE = {"macro AUC": 598, "CC": 299, "flips": 149, "sensitivity": 59, "specificity": 59}
+
+
+@pytest.mark.parametrize("kind", [*ALONE, "Brier"])
+def test_where_no_patient_changes_as_many_patients_as_the_rule_of_three_must_be_there(kind):
+    """One film a patient, of which half have each of two classes."""
+    needed = ALONE.get(kind, 299)
+    for patients, verdict in ((needed, "pass"), (needed - 1, "inconclusive")):
+        films = 2 * patients if kind in ("sensitivity", "specificity") else patients
+        truth = one_of(np.arange(films) % 2, 2)
+        p = np.where(truth == HAS, 0.8, 0.2)
+        maps = Maps(*np.full((2, films), 0.5))
+        names = [str(i) for i in range(films)]
+        found = compare(Paired(names, _diagnoses(truth, p, p), maps), resamples=50)
+        of_kind = [q for q in found.quantities if q.kind == kind]
+        assert {q.verdict for q in of_kind} == {verdict}, of_kind
+        named = {q.reason.split(": take about ")[1] for q in of_kind if verdict != "pass"}
+        who = " who have class 0" if kind == "sensitivity" else ""
+        step = 10 if needed > 99 and kind != "flips" else 1
+        about = -(-needed // step) * step
+        assert verdict == "pass" or f"{about} patients{who}" in named
 
 
 def test_the_default_limits_are_the_designs():
     assert (LIMITS.macro_auc, LIMITS.cc, LIMITS.flips) == (0.005, 0.01, 0.02)
-    with pytest.raises(ValidationError):
-        Limits(cc=-0.1)
+    assert (LIMITS.sensitivity, LIMITS.specificity, LIMITS.brier) == (0.05, 0.05, 0.01)
+    kinds = ("macro AUC", "CC", "flips", "sensitivity", "specificity", "Brier")
+    assert [LIMITS.of(kind) for kind in kinds] == [0.005, 0.01, 0.02, 0.05, 0.05, 0.01]
+    for limit in ("cc", "sensitivity", "specificity", "brier"):
+        with pytest.raises(ValidationError):
+            Limits(**{limit: -0.1})
+
+
+@pytest.mark.parametrize(
+    "kind", ["macro AUC", "CC", "flips", "sensitivity", "specificity", "Brier"]
+)
+def test_each_quantity_is_judged_by_its_own_limit(kind):
+    """Any limit but its own at 0; the worst film and each class lose something."""
+    paired = _paired(seed=6, patients=ENOUGH, macro=0.002, cc=0.002, correlation=0.999)
+    wide = dict.fromkeys(("macro_auc", "cc", "flips", "sensitivity", "specificity", "brier"), 1)
+    field = kind.lower().replace(" ", "_")
+    assert compare(paired, Limits(**wide), resamples=100).verdict == "pass"
+    found = compare(paired, Limits(**{**wide, field: 0}), resamples=100)
+    assert {q.kind for q in found.quantities if q.verdict != "pass"} == {kind}
 
 
 def test_a_rounding_in_the_last_digits_passes():
     """As float16 does: a few films change their ranks."""
-    paired = _paired(patients=300)
+    paired = _paired(patients=ENOUGH)
     rng = np.random.default_rng(0)
-    rounded = (
-        {"candidate": output.reference + 1e-4 * rng.normal(size=output.reference.shape)}
-        for output in (paired.diagnoses, paired.maps)
-    )
-    found = compare(_with(paired, *rounded))
+    truth, reference, _ = _arrays(paired)
+    scores = logit(reference) + 1e-4 * rng.normal(size=reference.shape)
+    cc = paired.maps.reference + 1e-4 * rng.normal(size=paired.maps.reference.shape)
+    diagnoses = _diagnoses(truth, reference, expit(scores))
+    found = compare(replace(paired, diagnoses=diagnoses, maps=Maps(paired.maps.reference, cc)))
     assert found.verdict == "pass" and found.quantities[0].low < found.quantities[0].high
-    assert found.reason.startswith("nearest to its limit: flips ")
+    nearest = max(found.quantities, key=lambda q: abs(q.bound) / q.limit)
+    assert nearest.of == "class 2" and nearest.kind == "sensitivity"  # of the fewest patients
+    assert found.reason.startswith(f"nearest to its limit: {nearest.name} ")
 
 
 def test_swapped_classes_fail():
-    paired = _same(_paired())
-    swapped = compare(_with(paired, {"candidate": paired.diagnoses.reference[:, [1, 0, 2]]}))
+    paired = _same(_paired(patients=ENOUGH))
+    says = _some(paired.diagnoses.reference, slice(None), [1, 0, 2])
+    swapped = compare(_with(paired, {"candidate": says}))
     assert swapped.verdict == "fail"
-    assert [q.verdict for q in swapped.quantities] == ["fail", "pass", "fail"]
+    unharmed = {"CC", "sensitivity of class 2", "specificity of class 2"}
+    assert {name for name, v in _verdicts(swapped).items() if v != "fail"} == unharmed
+    assert {name for name, v in _verdicts(swapped).items() if v == "pass"} == unharmed
 
 
 def test_a_shift_of_all_maps_fails_without_any_spread():
-    paired = _same(_paired())
+    paired = _same(_paired(patients=ENOUGH))
     found = compare(_with(paired, maps={"candidate": paired.maps.reference - 0.02}))
     assert found.verdict == "fail"
-    assert found.quantities[1].high == pytest.approx(-0.02)
+    with_gaze = len(set(np.array(paired.patients)[paired.maps.has_gaze]))
+    cc = found.quantities[1]  # unless others, whom no patient here shows, gain
+    assert cc.high == pytest.approx(-0.02 + 1 - 0.025 ** (1 / with_gaze))
+    few = compare(
+        _chosen(_with(paired, maps={"candidate": paired.maps.reference - 0.02}), range(50))
+    )
+    assert few.quantities[1].verdict == "inconclusive" and few.verdict == "inconclusive"
     assert "CC -0.0200" in found.reason and "limit -0.0100" in found.reason
     assert "higher precision" in found.reason
 
@@ -484,21 +794,27 @@ def test_a_shift_of_all_maps_fails_without_any_spread():
 def test_what_is_not_finite_never_passes(output, side, bad, alone):
     """Alone: the other output is not served."""
     paired = _same(_paired())
-    values = getattr(getattr(paired, output), side).copy()
+    whole = getattr(getattr(paired, output), side)
+    values = (whole if output == "maps" else whole.probabilities).copy()
     values[np.flatnonzero(paired.maps.has_gaze)[0]] = bad
-    broken = _with(paired, **{output: {side: values}})
+    broken = values if output == "maps" else replace(whole, probabilities=values)
+    broken = _with(paired, **{output: {side: broken}})
     if alone:
         broken = Paired(paired.patients, **{output: getattr(broken, output)})
     found = compare(broken)
     assert found.verdict == "fail" and "not finite in 1 of" in found.reason
-    of_it = {"diagnoses": ["macro AUC", "flips"], "maps": ["CC"]}[output]
+    kinds = ["macro AUC", "flips", "sensitivity", "specificity", "Brier"]
+    of_it = {"diagnoses": kinds, "maps": ["CC"]}[output]
     assert [q.name for q in found.quantities if q.verdict == "fail"] == of_it
-    assert len(found.quantities) == (len(of_it) if alone else 3)
+    others = {"diagnoses": ["CC"], "maps": OF_DIAGNOSES}[output]
+    assert len(found.quantities) == len(of_it) + (0 if alone else len(others))
+    if output == "diagnoses":
+        assert found.flipped_films == 1
     verdicts.Comparison.model_validate_json(found.model_dump_json())
 
 
 def test_a_candidate_that_is_nan_where_there_is_no_gaze_is_no_failure():
-    paired = _same(_paired())
+    paired = _same(_paired(patients=ENOUGH))
     assert np.isnan(paired.maps.candidate).any()
     assert compare(paired).verdict == "pass"
 
@@ -517,34 +833,49 @@ def _without(paired, what):
 
 
 def _arrays(paired):
-    return paired.diagnoses.truth, paired.diagnoses.reference, paired.diagnoses.candidate
+    """Truth, and what is probable by the reference and by the candidate."""
+    diagnoses = paired.diagnoses
+    says = (diagnoses.reference, diagnoses.candidate)
+    return diagnoses.truth, *(each.probabilities for each in says)
 
 
 @pytest.mark.parametrize(
-    "what,output,reason",
+    "what,output,missing,reason",
     [
-        ("gaze", "maps", "CC not measured: no film has gaze"),
-        ("labels", "diagnoses", "macro AUC not measured: no film has a label"),
-        ("other classes", "diagnoses", "labelled films are alike in every class"),
+        ("gaze", "maps", ["CC"], "CC not measured: no film has gaze"),
+        (
+            "labels",
+            "diagnoses",
+            ["macro AUC", *BY_CLASS, "Brier"],
+            "macro AUC not measured: no film has a label",
+        ),
+        (
+            "other classes",
+            "diagnoses",
+            ["macro AUC", *BY_CLASS[1:3], BY_CLASS[3]],
+            "labelled films are alike in every class",
+        ),
     ],
 )
-def test_what_cannot_be_measured_cannot_pass_unless_it_is_not_served(what, output, reason):
-    paired = _without(_same(_paired()), what)
+def test_what_cannot_be_measured_cannot_pass_unless_it_is_not_served(what, output, missing, reason):
+    paired = _without(_same(_paired(patients=ENOUGH)), what)
     found = compare(paired)
     assert found.verdict == "inconclusive" and reason in found.reason
-    assert [q.verdict for q in found.quantities].count("not_measured") == 1
+    assert [q.name for q in found.quantities if q.verdict == "not_measured"] == missing
+    assert {q.verdict for q in found.quantities if q.name not in missing} == {"pass"}
     excused = compare(replace(paired, **{output: None}))
     assert excused.verdict == "pass"
-    measured = {"maps": ["macro AUC", "flips"], "diagnoses": ["CC"]}[output]
+    measured = {"maps": OF_DIAGNOSES, "diagnoses": ["CC"]}[output]
     assert [q.name for q in excused.quantities] == measured
-    assert [line.split(":")[0] for line in excused.can_show] == measured
+    shown = {"maps": ["macro AUC", "flips"], "diagnoses": ["CC"]}[output]
+    assert [line.split(":")[0] for line in excused.can_show] == shown
     assert {len(row) for row in excused.rows()} == {len(excused.header())}
 
 
 def test_where_nothing_is_served_nothing_passes():
     found = compare(Paired(["a", "b"]))
     assert found.verdict == "inconclusive" and found.reason.startswith("nothing measured")
-    assert found.quantities == found.classes == found.can_show == ()
+    assert found.quantities == found.classes == found.can_show == found.decisions == ()
     assert found.flipped_films is found.flipped_patients is found.worst_film is None
     assert found.rows() == []
 
@@ -564,11 +895,31 @@ def test_a_class_of_few_patients_gives_no_interval():
     found = compare(_with(paired, {"truth": one_of(label, 3)}), classes=("a", "b", "rare"))
     auc = found.quantities[0]
     assert auc.verdict == "inconclusive" and auc.low is None and auc.difference == 0
-    assert found.reason == auc.reason and "rare against the rest has films of 4" in auc.reason
+    assert "rare against the rest has films of 4" in auc.reason
+    rare = _named(found, "sensitivity of rare")
+    assert rare.verdict == "not_measured" and rare.low is rare.difference is None
+    assert found.verdict == "inconclusive" and found.reason.endswith(rare.reason)
+    assert found.reason.startswith("sensitivity of rare not measured: of rare 4 patients have it")
+
+
+@pytest.mark.parametrize("patients,verdict", [(9, "not_measured"), (10, "inconclusive")])
+def test_ten_patients_must_have_a_class_or_be_without_it(patients, verdict):
+    """Two classes of which the second has so few patients, with two films each."""
+    index = np.where(np.arange(300) < patients, 1, 0).repeat(2)
+    truth = one_of(index, 2)
+    p = np.where(truth == HAS, 0.8, 0.2)
+    names = [f"{i // 2}" for i in range(600)]
+    found = compare(Paired(names, _diagnoses(truth, p, p)), classes=("many", "few"), resamples=50)
+    for name in ("sensitivity of few", "specificity of many"):
+        assert _named(found, name).verdict == verdict
+    for name in ("sensitivity of many", "specificity of few"):
+        assert _named(found, name).verdict == "pass"
 
 
 def test_a_limit_of_zero_never_passes():
-    found = compare(_same(_paired()), Limits(macro_auc=0, cc=0, flips=0))
+    names = ("macro_auc", "cc", "flips", "sensitivity", "specificity", "brier")
+    found = compare(_same(_paired(patients=ENOUGH)), Limits(**dict.fromkeys(names, 0)))
+    assert len(found.quantities) == 10
     assert {q.verdict for q in found.quantities} == {"inconclusive"}
     assert "limit of 0" in found.reason
 
@@ -599,12 +950,15 @@ def test_what_a_set_can_show():
     small = lines(_paired(patients=120))
     assert small[2] == "flips: with 120 patients even zero flips cannot exclude 2 %: 149 can"
     assert "120 patients, fewer than the 1500 recommended" in small[0]
+    rare = [line for line in small if line.startswith("sensitivity of class 2: ")]
+    assert len(rare) == 1 and rare[0].endswith("patients cannot exclude 5 %: 59 can")
     large = lines(_paired(patients=400))
     assert large[2] == "flips: up to 3 of 400 patients may flip and exclude 2 % still"
     assert "limit of 0" in lines(_paired(patients=30), limits=Limits(flips=0))[2]
     paired = _paired(patients=120)
     assert power.can_show(paired.patients, None, paired.maps.has_gaze) == small[1:2]
-    assert power.can_show(paired.patients, paired.diagnoses.truth, None) == (small[0], small[2])
+    labels_alone = power.can_show(paired.patients, paired.diagnoses.truth, None)
+    assert labels_alone == (small[0], *small[2:])
     assert power.can_show(paired.patients, None, None) == ()
     blind = _without(_without(_paired(), "gaze"), "labels")
     assert "no film has a label" in lines(blind)[0] and "no film has gaze" in lines(blind)[1]
@@ -626,14 +980,30 @@ def test_a_pair_must_be_of_the_same_films():
     paired = _paired(patients=20)
     truth, reference, candidate = _arrays(paired)
     n = len(paired.patients)
+    says = paired.diagnoses.reference
+    for change in (
+        {"probabilities": reference[1:]},
+        {"probabilities": reference[:, :2]},
+        {"labels": says.labels[:, :2]},
+        {"flags": says.flags[1:]},
+        {"flags": says.flags[:, 0]},
+        dict.fromkeys(("probabilities", "labels", "flags"), np.zeros(n)),
+        dict.fromkeys(("probabilities", "labels", "flags"), np.zeros((n, 0))),
+        dict.fromkeys(("probabilities", "labels", "flags"), np.zeros((n, 3, 1))),
+    ):
+        with pytest.raises(ValueError, match=r"expected arrays of one shape \(n, K\)"):
+            replace(says, **change)
+    two, fewer = _some(says, slice(None), [0, 1]), _some(says, slice(1, None))
     for change in (
         {"diagnoses": {"truth": truth[1:]}},
         {"diagnoses": {"truth": class_index(truth)}},
-        {"diagnoses": {"candidate": candidate[:, :2]}},
-        {"diagnoses": {"truth": truth[:, :1], "reference": reference[:, :2]}},
-        {"diagnoses": {"reference": np.zeros(n), "candidate": np.zeros(n)}},
-        {"diagnoses": dict.fromkeys(("truth", "reference", "candidate"), np.zeros(n))},
-        {"diagnoses": dict.fromkeys(("truth", "reference", "candidate"), np.zeros((n, 0)))},
+        {"diagnoses": {"candidate": two}},
+        {"diagnoses": {"candidate": fewer}},
+        {"diagnoses": {"reference": fewer, "candidate": fewer}},
+        {"diagnoses": {"truth": truth[:, :1], "reference": two}},
+        {"diagnoses": {"reference": two, "candidate": two}},
+        {"diagnoses": {"decides": np.ones(2, dtype=bool)}},
+        {"diagnoses": {"decides": np.ones((n, 3), dtype=bool)}},
         {"diagnoses": {"truth": np.full((n, 3), 2)}},
         {"diagnoses": {"truth": np.full((n, 3), -2)}},
         {"maps": {"candidate": paired.maps.candidate[1:]}},
@@ -644,13 +1014,189 @@ def test_a_pair_must_be_of_the_same_films():
     for change in (
         {"patients": paired.patients[1:]},
         {"maps": Maps(*np.zeros((2, n - 1)))},
-        {"diagnoses": Diagnoses(truth[1:], reference[1:], candidate[1:])},
+        {"diagnoses": _diagnoses(truth[1:], reference[1:], candidate[1:])},
         {"patients": [], "maps": None, "diagnoses": None},
     ):
         with pytest.raises(ValueError, match="expected outputs of the same n > 0 films"):
             replace(paired, **change)
     with pytest.raises(ValueError, match="expected a name for each column"):
         compare(paired, classes=("a", "b"))
+
+
+# Faults that are planted, each in a set that is large enough
+
+
+def _network(kind="exclusive"):
+    classes = tuple(DiseaseClass(name=n, display=n) for n in ("a", "b", "c"))
+    return Served(
+        ModelSpec(
+            variant="tiny",
+            model_version="1",
+            heads=("logits",),
+            classes=classes,
+            class_kind=kind,
+            height=32,
+            width=32,
+            pixel_source="image-8bit",
+            domain="none",
+        )
+    )
+
+
+def _served_films(kind, patients=1000):
+    """Patients, truth and logits of films to judge by; and the network with its decision fitted."""
+    drawn = []
+    for seed in (1, 2):
+        rng = np.random.default_rng([seed, 99])
+        patient, label = _films(rng, patients)
+        truth = one_of(label, 3)
+        if kind == "findings":
+            has = rng.random((patients, 3))[patient] < PREVALENCE
+            truth = (has ^ (rng.random(has.shape) < 0.1)).astype(np.int8)
+        drawn.append((patient, truth, _scores(rng, patient, truth == HAS, 0, 1)[0]))
+    (_, *validation), (patient, truth, logits) = drawn
+    served = _network(kind)
+    served = replace(served, decision=fit_decision(validation[1], validation[0], served))
+    return [f"p{i:04d}" for i in patient], truth, logits, served, validation
+
+
+def _judged(patients, truth, reference, candidate, served, own=None):
+    own = own or served
+    says = Says.of(served, reference), Says.of(own, candidate)
+    exclusive = served.spec.class_kind == "exclusive"
+    diagnoses = Diagnoses(truth, *says, served.decides | own.decides, exclusive)
+    return compare(Paired(patients, diagnoses), classes=served.classes, resamples=400)
+
+
+KINDS = ("exclusive", "findings")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halved_logits_must_be_refitted_to_pass(kind):
+    """An AUC of a sigmoid does not see them: flags do, and probabilities are another."""
+    patients, truth, logits, served, (of_validation, before) = _served_films(kind)
+    assert _judged(patients, truth, logits, logits, served).verdict == "pass"
+    found = _judged(patients, truth, logits, logits / 2, served)
+    assert found.verdict == "fail"
+    assert _named(found, "flips").verdict == "fail"
+    assert _named(found, "Brier").loss > 0
+    if kind == "findings":
+        assert _named(found, "macro AUC").difference == 0
+    else:
+        assert _named(found, "Brier").verdict == "fail"
+    own = replace(served, decision=fit_decision(before / 2, of_validation, served))
+    assert own.decision != served.decision
+    refitted = _judged(patients, truth, logits, logits / 2, served, own)
+    assert refitted.verdict == "pass", refitted.reason
+    assert _judged(patients, truth, logits, logits, served, own).verdict == "fail"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_class_upside_down_fails(kind, column):
+    patients, truth, logits, served, _ = _served_films(kind)
+    turned = logits.copy()
+    turned[:, column] *= -1
+    found = _judged(patients, truth, logits, turned, served)
+    name = served.classes[column]
+    assert found.verdict == "fail"
+    for of_it in ("macro AUC", "flips", f"sensitivity of {name}", "Brier"):
+        assert _named(found, of_it).verdict == "fail", of_it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_class_that_nobody_has_is_named_and_must_not_pass(kind, column):
+    patients, truth, logits, served, _ = _served_films(kind)
+    kept = truth[:, column] != HAS
+    patients = [p for p, keep in zip(patients, kept, strict=True) if keep]
+    truth, logits = truth[kept], logits[kept]
+    name = served.classes[column]
+    for candidate in (logits, logits * np.where(np.arange(3) == column, -1, 1)):
+        found = _judged(patients, truth, logits, candidate, served)
+        assert found.verdict == ("inconclusive" if candidate is logits else "fail")
+        lacking = _named(found, f"sensitivity of {name}")
+        assert lacking.verdict == "not_measured" and name in lacking.reason
+        assert f"of {name} 0 patients have it" in lacking.reason
+        assert any(row[0] == lacking.name and row[-1] == "not measured" for row in found.rows())
+    same = _judged(patients, truth, logits, logits, served)
+    assert f"sensitivity of {name} not measured" in same.reason
+    others = {q.name for q in same.quantities if q.verdict == "not_measured"}
+    assert others == {f"sensitivity of {name}"}
+
+
+def test_flips_that_all_go_one_way_must_not_pass():
+    """Twenty of a class's patients are lost, all else is the same: few enough as flips."""
+    paired = _same(_paired(patients=1800))
+    diagnoses, who = paired.diagnoses, np.array(paired.patients)
+    reference = diagnoses.reference
+    has = diagnoses.truth[:, 2] == HAS
+    found_ones = np.unique(who[has & reference.flags[:, 2]])
+    of_class = len(set(who[has]))
+    flags = reference.flags.copy()
+    flags[np.isin(who, found_ones[:20]), 2] = False
+    candidate = replace(reference, flags=flags)
+    found = compare(_with(paired, {"candidate": candidate}), classes=("a", "b", "c"))
+    lost = _named(found, "sensitivity of c")
+    assert lost.difference == pytest.approx(-20 / of_class)
+    assert lost.verdict != "pass" and found.verdict != "pass"
+    assert {q.name for q in found.quantities if q.verdict != "pass"} == {lost.name}
+    assert [(d.name, d.raised, d.dropped) for d in found.decisions] == [
+        ("a", 0, 0),
+        ("b", 0, 0),
+        ("c", 0, 20),
+    ]
+
+
+def test_flags_that_are_raised_must_not_pass():
+    """The other way: a tenth of the patients are called ill who were not, and are not."""
+    paired = _same(_paired(patients=ENOUGH))
+    diagnoses, who = paired.diagnoses, np.array(paired.patients)
+    flags = diagnoses.reference.flags.copy()
+    flags[np.isin(who, np.unique(who)[::10]) & (diagnoses.truth[:, 2] != HAS), 2] = True
+    found = compare(_with(paired, {"candidate": replace(diagnoses.reference, flags=flags)}))
+    assert found.verdict == "fail"
+    assert {n for n, v in _verdicts(found).items() if v == "fail"} == {"flips", BY_CLASS[5]}
+    assert [(d.raised > 0, d.dropped) for d in found.decisions] == [(False, 0)] * 2 + [(True, 0)]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_an_auc_of_one_on_twenty_patients_must_not_pass(classes):
+    """Nothing is lost on them, whether the candidate is the reference or another without a flaw."""
+    index = np.arange(20) % classes
+    truth = one_of(index, classes)
+    names = [str(i) for i in range(20)]
+    rng = np.random.default_rng(0)
+    sure, other = (
+        np.where(truth == HAS, 0.9, 0.1) + rng.uniform(0, 0.05, truth.shape) for _ in "ab"
+    )
+    for candidate in (sure, other):
+        found = compare(Paired(names, _diagnoses(truth, sure, candidate)))
+        auc = found.quantities[0]
+        assert auc.reference == auc.candidate == 1 and found.flipped_films == 0
+        assert auc.verdict == "inconclusive" and found.verdict == "inconclusive"
+        assert not any(q.verdict == "pass" for q in found.quantities if q.kind != "Brier")
+
+
+def test_probabilities_that_are_too_sure_must_not_pass():
+    """Ranks, labels and flags are the same: the Brier score alone is another."""
+    paired = _same(_paired(patients=ENOUGH))
+    diagnoses = paired.diagnoses
+    sharp = replace(
+        diagnoses.reference, probabilities=expit(4 * logit(diagnoses.reference.probabilities))
+    )
+    found = compare(_with(paired, {"candidate": sharp}))
+    assert {n for n, v in _verdicts(found).items() if v != "pass"} == {"Brier"}
+    assert found.verdict == "fail" and "Brier +0." in found.reason
+    label = class_index(diagnoses.truth)
+    known = label != UNKNOWN
+    rise = [
+        sum(brier_score_loss(label[known] == c, p[known, c]) for c in range(3))
+        for p in (diagnoses.reference.probabilities, sharp.probabilities)
+    ]
+    brier = _named(found, "Brier")
+    assert [brier.reference, brier.candidate] == pytest.approx(rise)
+    assert _named(compare(_with(paired, {"reference": sharp})), "Brier").verdict == "pass"
 
 
 # The statistics: coverage, size and power

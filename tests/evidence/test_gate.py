@@ -14,12 +14,20 @@ from cxrgaze.bundles.bundle import REFERENCE, Bundle
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.bundles.verdicts import Gate, Limits
 from cxrgaze.errors import DataError, IntegrityError
-from cxrgaze.evidence import gate, metrics
+from cxrgaze.evidence import gate, metrics, phantom
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.phantom import write_phantom_set
 from cxrgaze.evidence.truth import UNKNOWN
 from cxrgaze.runtime.ort import OnnxRuntime
+
+FILMS = 600
+OF_DIAGNOSES = [
+    "macro AUC",
+    "flips",
+    *(f"{kind} of {name}" for kind in ("sensitivity", "specificity") for name in phantom.LABELS),
+    "Brier",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,8 @@ def bundle(bundles):
 
 @pytest.fixture(scope="module")
 def films(bundle):
-    return gate.phantom_set(bundle.manifest.spec, 400, 3_000_000)
+    """As many as it takes where nothing is lost."""
+    return gate.phantom_set(bundle.manifest.spec, FILMS, 3_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +58,8 @@ def served(bundle):
 def judged(films, served):
     """The verdict on a candidate, by what the bundle serves unless said otherwise."""
 
-    def judge(reference, candidate, of=films, by=served, **limits):
-        return gate.judge(of, reference, candidate, Limits(**limits), "graph", by)
+    def judge(reference, candidate, of=films, by=served, decision=None, **limits):
+        return gate.judge(of, reference, candidate, Limits(**limits), "graph", by, decision)
 
     return judge
 
@@ -70,7 +79,7 @@ def test_phantoms_are_the_same_wherever_they_are_drawn(bundle, films, tmp_path):
     # Coordinates in a labelled set have three decimals.
     np.testing.assert_allclose(films.arrays.densities[:3], arrays.densities, rtol=1e-2, atol=1e-8)
     assert np.array_equal(films.arrays.truth[:3], arrays.truth)
-    assert len(set(films.keys)) == len(set(films.patients)) == 400
+    assert len(set(films.keys)) == len(set(films.patients)) == FILMS
 
 
 def test_the_bundle_stores_the_float32_outputs_of_every_film(bundle, bundles, films, reference):
@@ -94,6 +103,70 @@ def test_identical_outputs_pass(judged, reference):
 def test_swapped_classes_fail(judged, reference):
     found = judged(reference, _with(reference, logits=reference["logits"][:, ::-1]))
     assert found.verdict == "fail"
+
+
+def _halved(decision):
+    """What halved logits are served with to say the same."""
+    return decision.model_copy(update={"temperature": decision.temperature / 2})
+
+
+def test_each_network_is_served_with_its_own_decision(judged, reference, served):
+    """Halved logits say the same at half the temperature alone."""
+    halves = _with(reference, logits=reference["logits"] / 2)
+    own = _halved(served.decision)
+    refitted = judged(reference, halves, decision=own)
+    assert refitted.verdict == "pass" and refitted.comparison.flipped_films == 0
+    for found in (judged(reference, halves), judged(reference, reference, decision=own)):
+        assert found.verdict != "pass" and found.comparison.flipped_films > 0
+    assert judged(halves, reference, by=replace(served, decision=own)).verdict != "pass"
+    other = judged(halves, reference, by=replace(served, decision=own), decision=served.decision)
+    assert other.verdict == "pass"
+
+
+def test_what_is_served_is_what_is_compared(films, judged, reference, served):
+    """Labels, flags and probabilities by hand, of a candidate with some noise."""
+    noise = np.random.default_rng(3).normal(0, 0.4, reference["logits"].shape)
+    other = _with(reference, logits=(reference["logits"] + noise).astype("f4"))
+    names = served.spec.class_names
+    own = served.decision.model_copy(
+        update={"temperature": 1.7, "operating_points": {names[0]: 0.4, names[2]: 0.3}}
+    )
+    decisions = []
+    shares = []
+    for logits, decision in ((reference["logits"], served.decision), (other["logits"], own)):
+        odds = np.exp(logits.astype(float) / decision.temperature)
+        p = odds / odds.sum(axis=1, keepdims=True)
+        label = p.argmax(axis=1)
+        flags = np.stack(
+            [
+                p[:, c] >= decision.operating_points[n]
+                if n in decision.operating_points
+                else label == c
+                for c, n in enumerate(names)
+            ],
+            axis=1,
+        )
+        shares.append(p)
+        decisions.append((label, flags))
+    (label, flags), (new_label, new_flags) = decisions
+    found = judged(reference, other, decision=own).comparison
+    changed = (label != new_label) | (flags != new_flags).any(axis=1)
+    assert found.flipped_films == changed.sum() > (label != new_label).sum() > 0
+    truth = films.arrays.truth
+    for c, name in enumerate(names):
+        by_name = {q.name: q for q in found.quantities}
+        quantity = by_name[f"sensitivity of {name}"]
+        assert quantity.reference == pytest.approx(flags[truth[:, c] == 1, c].mean())
+        assert quantity.candidate == pytest.approx(new_flags[truth[:, c] == 1, c].mean())
+        quantity = by_name[f"specificity of {name}"]
+        assert quantity.reference == pytest.approx(1 - flags[truth[:, c] == 0, c].mean())
+        assert quantity.candidate == pytest.approx(1 - new_flags[truth[:, c] == 0, c].mean())
+        change = next(d for d in found.decisions if d.name == name)
+        assert change.raised == (new_flags & ~flags)[:, c].sum()
+        assert change.dropped == (flags & ~new_flags)[:, c].sum()
+    brier = found.quantities[-1]
+    expected = [((p - truth) ** 2).sum(axis=1).mean() for p in shares]
+    assert [brier.reference, brier.candidate] == pytest.approx(expected)
 
 
 def test_a_map_of_another_film_fails(judged, reference):
@@ -140,6 +213,29 @@ def test_an_engine_is_judged_against_what_the_bundle_stores(bundle, films):
         return {**outputs, "logits": outputs["logits"][:, ::-1]}
 
     assert gate.judge_engine(bundle, films, swapped).verdict == "fail"
+
+
+def test_an_engine_is_judged_with_the_two_decisions_of_its_bundle(bundle, films):
+    """An engine whose logits are halved passes by a decision of its own alone."""
+    backend = OnnxRuntime()
+    backend.activate(bundle)
+
+    def halved(image):
+        outputs = backend.infer(image)
+        return {**outputs, "logits": outputs["logits"] / 2}
+
+    def judged(infer, **decisions):
+        manifest = bundle.manifest.model_copy(update=decisions)
+        return gate.judge_engine(Bundle(bundle.path, manifest, bundle.sha256), films, infer)
+
+    manifest = bundle.manifest
+    assert judged(halved).verdict == "fail"
+    own = judged(halved, decision=_halved(manifest.decision))
+    assert own.verdict == "pass"
+    assert own.comparison == judged(backend.infer).comparison
+    other = judged(halved, reference_decision=_halved(manifest.reference_decision))
+    assert other.verdict == "fail"
+    assert judged(backend.infer, decision=_halved(manifest.decision)).verdict == "fail"
 
 
 def test_an_engine_is_judged_by_the_limits_of_its_graph(bundle, films, judged, reference):
@@ -227,7 +323,7 @@ def test_a_head_that_nothing_taught_is_not_judged(films, judged, reference, serv
     moved = np.roll(reference["log_density"], 1, axis=0)
     found = judged(reference, _with(reference, log_density=moved * np.nan), by=blind)
     assert found.verdict == "pass"
-    assert [q.name for q in found.comparison.quantities] == ["macro AUC", "flips"]
+    assert [q.name for q in found.comparison.quantities] == OF_DIAGNOSES
     assert found.agreement_cc_min is found.agreement_cc_mean is found.agreement_loss is None
     assert found.worst_film_sha256 is None and found.probability_change is not None
     mute = Served(served.spec, untrained=("logits",))
@@ -250,7 +346,12 @@ def test_a_class_that_nothing_taught_is_not_judged(films, judged, reference, ser
     found = judged(reference, other, by=two)
     assert judged(reference, other).verdict == "fail"
     assert found.verdict == "pass" and found.comparison.flipped_films == 0
-    assert [q.difference for q in found.comparison.quantities[::2]] == [0, 0]
+    kept = [name for name in phantom.LABELS if name != "pneumonia"]
+    by_class = [f"{kind} of {name}" for kind in ("sensitivity", "specificity") for name in kept]
+    names = ["macro AUC", "CC", "flips", *by_class, "Brier"]
+    assert [q.name for q in found.comparison.quantities] == names
+    assert [q.difference for q in found.comparison.quantities] == [0] * 8
+    assert [d.name for d in found.comparison.decisions] == kept
     assert gate.distance(films, reference, other, "logits", two) == 0
     kept = [c for c in range(3) if c != column]
     assert [c.name for c in found.comparison.classes] == [served.spec.class_names[c] for c in kept]
@@ -288,7 +389,14 @@ def test_findings_flip_by_their_temperatures_and_points(films, judged, reference
 def test_findings_that_are_not_known_are_judged_by_those_that_are(
     films, judged, reference, findings
 ):
-    assert judged(reference, reference, by=findings).verdict == "pass"
+    same = judged(reference, reference, by=findings)
+    missing = {q.name for q in same.comparison.quantities if q.verdict != "pass"}
+    assert missing == {"sensitivity of heart_failure", "specificity of heart_failure"}
+    assert same.verdict == "inconclusive" and "has no operating point" in same.reason
+    decision = findings.decision
+    points = {**decision.operating_points, "heart_failure": 0.5}
+    decided = replace(findings, decision=decision.model_copy(update={"operating_points": points}))
+    assert judged(reference, reference, by=decided).verdict == "pass"
     truth = films.arrays.truth.copy()
     truth[: len(truth) // 2, 0] = UNKNOWN
     part = replace(films, arrays=replace(films.arrays, truth=truth))

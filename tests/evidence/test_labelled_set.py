@@ -76,6 +76,28 @@ def test_findings_written_and_opened_again(findings):
     assert cells[:3] == [["1", "1", ""], ["", "0", ""], ["", "", ""]]
 
 
+def test_a_look_is_a_line_of_the_log_and_its_number(labelled):
+    rows = labelled.rows
+    for number, what in enumerate(("evaluation", "gate of fp16", "gate of int8"), start=1):
+        look = labelled_set.log_look(labelled, "net", 64 * str(number), what)
+        assert look == labelled_set.Look(number=number, logged=True)
+    lines = (labelled.folder / labelled_set.LOOKS).read_bytes().splitlines()
+    looks = [json.loads(line) for line in lines]
+    assert [look["what"] for look in looks] == ["evaluation", "gate of fp16", "gate of int8"]
+    assert [look["model_sha256"] for look in looks] == [64 * c for c in "123"]
+    assert {look["model"] for look in looks} == {"net"}
+    assert {look["split_sha256"] for look in looks} == {labelled.info.split_sha256}
+    assert all(look["utc"].startswith("20") for look in looks)
+    assert labelled_set.LabelledSet.open(labelled.folder).rows == rows
+
+
+def test_a_look_that_cannot_be_logged_says_so(labelled, capsys):
+    (labelled.folder / labelled_set.LOOKS).mkdir()
+    look = labelled_set.log_look(labelled, "net", 64 * "0", "evaluation")
+    assert look == labelled_set.Look(number=None, logged=False)
+    assert f"is not logged: {labelled.folder / labelled_set.LOOKS}" in capsys.readouterr().err
+
+
 def test_what_is_known_of_a_film_with_one_class(labelled):
     first = labelled.rows[0]
     known = labelled.known(first)

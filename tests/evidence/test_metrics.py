@@ -126,6 +126,50 @@ def test_the_top_label_is_of_films_with_a_label_and_wrong_where_they_have_anothe
     assert metrics.accuracy(scores[:, :2], truth) == pytest.approx(right.mean())
 
 
+def test_brier_of_exclusive_classes_is_scikit_learns_summed_over_them():
+    scores, labels = _scores()
+    found = metrics.brier(scores, one_of(labels, 3), exclusive=True)
+    expected = sum(
+        sklearn.metrics.brier_score_loss(labels == c, scores[:, c], pos_label=True)
+        for c in range(3)
+    )
+    assert found.shape == (200,) and found.mean() == pytest.approx(expected, abs=1e-12)
+
+
+def test_brier_of_findings_is_of_those_that_are_known():
+    """Each film's mean over them, also where all are known and one is there."""
+    scores, truth = _findings()
+    known = truth != UNKNOWN
+    found = metrics.brier(scores, truth, exclusive=False)
+    whole = known.all(axis=1)
+    assert 10 < whole.sum() < len(truth) - 10
+    assert {0, 1, 2} <= set((truth[whole] == 1).sum(axis=1).tolist())
+    for film, (p, y, some) in enumerate(zip(scores, truth, known, strict=True)):
+        expected = sklearn.metrics.brier_score_loss(y[some], p[some], pos_label=1, labels=[0, 1])
+        assert found[film] == pytest.approx(expected, abs=1e-12)
+    by_column = [
+        sklearn.metrics.brier_score_loss(truth[some, c], scores[some, c])
+        for c, some in enumerate(known.T)
+    ]
+    each = np.full_like(truth, UNKNOWN)
+    for c, some in enumerate(known.T):
+        alone = each.copy()
+        alone[:, c] = truth[:, c]
+        assert np.mean(metrics.brier(scores, alone, exclusive=False)[some]) == pytest.approx(
+            by_column[c]
+        )
+
+
+def test_brier_by_hand():
+    """0 is right and sure; nothing is said of a film of which nothing is known."""
+    truth = one_of([0, 1, UNKNOWN], 2)
+    sure = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    found = metrics.brier(sure, truth, exclusive=True)
+    assert found[:2].tolist() == [0, 2] and np.isnan(found[2])
+    half = metrics.brier(np.full((2, 2), 0.5), truth[:2], exclusive=True)
+    assert half.tolist() == [0.5, 0.5]
+
+
 def test_cc_equals_numpy_and_scipy():
     p, q = _maps()
     assert metrics.cc(p, q) == pytest.approx(np.corrcoef(p.ravel(), q.ravel())[0, 1], abs=1e-12)

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from scipy.special import softmax
 
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.errors import DataError, ExitCode, IntegrityError, ParityError, UsageError
@@ -118,11 +119,22 @@ def test_a_flip_is_another_decision_of_what_is_served(source, images):
         assert found.verdict == "fail" and set(found.outputs) == {"logits", "log_density"}
         return found.flips
 
-    served = served_of(source)
-    assert flips(served) == of_two
-    normal, failure, pneumonia = answers.outputs["logits"].T
+    served, logits = served_of(source), answers.outputs["logits"]
+    plain = replace(served, decision=Decision())
+    assert flips(plain) == of_two
+    normal, failure, pneumonia = logits.T
     others = ((failure > pneumonia) != (normal > pneumonia)).sum()
-    assert flips(replace(served, untaught=("normal",))) == others
+    assert flips(replace(plain, untaught=("normal",))) == others
+    points, temperature = served.decision.operating_points, served.decision.temperature
+    swapped = logits[:, [1, 0, 2]]
+    for names in (source.spec.class_names, source.spec.class_names[1:]):
+        first, thresholds = 3 - len(names), [points[name] for name in names]
+        one, other = (softmax(x[:, first:] / temperature, axis=1) for x in (logits, swapped))
+        changed = ((one >= thresholds) != (other >= thresholds)).any(axis=1)
+        changed |= one.argmax(axis=1) != other.argmax(axis=1)
+        untaught = source.spec.class_names[:first]
+        assert flips(replace(served, untaught=untaught)) == changed.sum() > 0
+    assert changed.sum() > others  # a flag alone is a flip too
     for nothing in ({"untrained": ("logits",)}, {"untaught": ("normal", "heart_failure")}):
         assert flips(replace(served, **nothing)) is None
     spec = source.spec.model_copy(update={"class_kind": "findings"})

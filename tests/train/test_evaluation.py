@@ -16,7 +16,7 @@ from cxrgaze.errors import ExitCode, IntegrityError
 from cxrgaze.evidence import heatmaps, metrics, phantom
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.gaze import Gaze
-from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, SetInfo, write_set
+from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, Look, SetInfo, write_set
 from cxrgaze.evidence.truth import one_of
 from cxrgaze.files import render_json
 from cxrgaze.train import checkpoint, cli, evaluation
@@ -24,7 +24,7 @@ from cxrgaze.train.baseline import view_and_age
 from cxrgaze.train.diagnosis_figures import exact_share
 from cxrgaze.train.evaluated_model import open_model
 from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
-from cxrgaze.train.evaluation_record import Evaluation, Look, SaliencyMeans, read_evaluation
+from cxrgaze.train.evaluation_record import Evaluation, SaliencyMeans, read_evaluation
 from cxrgaze.train.figures import saliency_by_film
 from cxrgaze.train.origin import Origin
 
@@ -129,6 +129,7 @@ def test_nothing_is_changed_but_the_log_of_looks(labelled, tmp_path):
     assert checkpoint.demo_path().read_bytes() == weights
     looks = [json.loads(line) for line in (folder / LOOKS).read_text().splitlines()]
     assert len(looks) == 2 and {look["model"] for look in looks} == {"demo"}
+    assert {look["what"] for look in looks} == {"evaluation"}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["look"] == {"number": 2, "logged": True}
     assert "look number 2" in (tmp_path / "out" / "report.md").read_text()

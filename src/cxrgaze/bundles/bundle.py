@@ -34,6 +34,8 @@ GRAPH = "model.onnx"
 GOLDEN = "reference/golden.npz"
 REFERENCE = "reference/gate.npz"
 """fp32 outputs on the gate's films, where there was a gate."""
+SEEN = "reference/seen.txt"
+"""Films and patients that the network was trained on, where that is known, as hashes."""
 _MANIFEST_LIMIT = 16 << 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -100,6 +101,11 @@ class Manifest(Digested):
     convolution_macs: dict[DataType, int] = {}
     """Multiply-accumulates of the graph's convolutions for one film, by the type of their input."""
     decision: Decision = Decision()
+    """That readings are served with."""
+    reference_decision: Decision = Decision()
+    """That the float32 network is served with: what the gate compares with."""
+    decision_from: str = ""
+    """Where `decision` is from: the float32 network, or validation films of this graph."""
     untrained: tuple[Head, ...] = ()
     """Heads that nothing has taught; they are not served, and every reading says so."""
     untaught: tuple[str, ...] = ()
@@ -108,6 +114,8 @@ class Manifest(Digested):
     """Tolerances of the golden input by what a backend computes in (`Backend.arithmetic`)."""
     parity: Parity
     gate: Gate
+    not_compared: str = ""
+    """What of the gate's films was not compared with those of training; "" where all was."""
     rewrites: tuple[str, ...] = ()
     """Exact rewrites of the network before the export."""
     audit: Audit | None = None
@@ -115,7 +123,9 @@ class Manifest(Digested):
     calibration: Calibration | None = None
     """None but for int8."""
     forms_tried: tuple[FormRecord, ...] = ()
-    """Forms that were tried, in order; the last is the one that ships."""
+    """Forms that were tried, in the order of the looks at the gate's films."""
+    form_shipped: int = 0
+    """Index of the one that ships."""
     provenance: Provenance
     files: tuple[FileRecord, ...] = ()
 
@@ -125,7 +135,7 @@ class Manifest(Digested):
         for of in (self.parity.outputs.keys(), *(one.keys() for one in self.self_test.values())):
             if of != set(heads):
                 raise ValueError(f"parity or tolerances of {sorted(of)}, the network has {heads}")
-        _ = self.served
+        _ = self.served, replace(self.served, decision=self.reference_decision)
         return self
 
     @property

@@ -89,7 +89,7 @@ class Served:
         return tuple(name for name in self.classes if name in self.decision.operating_points)
 
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Of logits `(..., C)` the probabilities of `classes` `(..., K)`; NaN where not finite.
+        """Of logits `(..., C)` the probabilities of `classes` `(..., K)`; NaN of what is no number.
 
         Exclusive ones sum to 1 over the classes that something taught.
         """
@@ -103,17 +103,29 @@ class Served:
             shares = 1 / (1 + np.exp(-chosen / np.asarray(each)))
             return np.where(np.isfinite(chosen), shares, np.nan)
 
-    def decisions(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[Any]:
-        """What is decided of each film, of probabilities `(n, K)`.
+    @cached_property
+    def decides(self) -> NDArray[np.bool_]:
+        """`(K,)`, of which classes something is decided: exclusive ones all, findings by point."""
+        exclusive = self.spec.class_kind == "exclusive"
+        return np.array([exclusive or name in self.decided for name in self.classes], dtype=bool)
 
-        Exclusive classes: the column of the label, `(n, 1)`. Findings: the flags of those that have
-        an operating point, `(n, D)`.
-        """
-        if self.spec.class_kind == "exclusive":
-            return np.asarray(probabilities.argmax(axis=1))[:, None]
-        columns = [self.classes.index(name) for name in self.decided]
-        points = [self.decision.operating_points[name] for name in self.decided]
-        return np.asarray(probabilities[:, columns] >= np.asarray(points))
+    def labelled(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Whether each class is the label, of probabilities `(n, K)` `(n, K)`; no finding is."""
+        columns = np.arange(probabilities.shape[1])
+        if self.spec.class_kind == "findings":
+            return np.zeros(probabilities.shape, dtype=bool)
+        return np.asarray(probabilities.argmax(axis=1)[:, None] == columns)
+
+    def flagged(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Of probabilities `(n, K)` each class's flag; the label of a class without a point."""
+        points = [self.decision.operating_points.get(name, np.inf) for name in self.classes]
+        has_point = np.isfinite(points)
+        flags = probabilities >= np.asarray(points)
+        return np.where(has_point, flags, self.labelled(probabilities))
+
+    def decisions(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """All that is decided of films, of probabilities `(n, K)`: labels and flags, `(n, 2 K)`."""
+        return np.hstack([self.labelled(probabilities), self.flagged(probabilities)])
 
     def flags(self, probabilities: dict[str, float]) -> dict[str, bool]:
         """Whether each class's probability reaches its operating point."""

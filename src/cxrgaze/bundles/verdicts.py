@@ -13,7 +13,7 @@ from cxrgaze.spec import LOG_DENSITY, LOGITS, Domain, Head
 
 Verdict = Literal["pass", "fail", "inconclusive", "not_gated"]
 GateLevel = Literal["graph", "engine"]
-QuantityName = Literal["macro AUC", "CC", "flips"]
+QuantityKind = Literal["macro AUC", "CC", "flips", "sensitivity", "specificity", "Brier"]
 GateOutcome = Literal["pass", "fail", "inconclusive"]
 
 
@@ -102,12 +102,19 @@ class Histogram(Frozen):
         return cls(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
 
 
-HEAD_OF: dict[QuantityName, Head] = {"macro AUC": LOGITS, "CC": LOG_DENSITY, "flips": LOGITS}
-"""The output that a gated quantity is measured on."""
+REASONS = {
+    "macro_auc": "about a quarter of the half-width of an AUC of 0.90 itself on 1,000 patients",
+    "cc": "a hundredth of the scale: maps that differ less look alike",
+    "flips": "one patient in fifty gets another answer; without any, 149 patients show it",
+    "sensitivity": "one in twenty who have the class is lost; without any, 59 who have it show it",
+    "specificity": "one in twenty without the class is alarmed; without any, 59 of them show it",
+    "brier": "what probabilities that are off by 0.07 in every film bring about",
+}
+"""Why the default limits are what they are: choices, not findings."""
 
 
 class Limits(Frozen):
-    """The most that a candidate may lose.
+    """The most that a candidate may lose, each with its reason (docs/precision.md#limits).
 
     A limit of 0 can be failed but never passed: no set shows that nothing at all is lost.
     """
@@ -116,13 +123,32 @@ class Limits(Frozen):
     cc: float = Field(default=0.01, ge=0, le=2)
     """Of the mean CC to the human map."""
     flips: float = Field(default=0.02, ge=0, le=1)
-    """Share of patients with another decision in any film."""
+    """Share of patients with another decision, label or flag, in any film."""
+    sensitivity: float = Field(default=0.05, ge=0, le=1)
+    """Of each class, over the patients who have it."""
+    specificity: float = Field(default=0.05, ge=0, le=1)
+    """Of each class, over the patients with a film that has it not."""
+    brier: float = Field(default=0.01, ge=0, le=2)
+    """Rise of the mean Brier score."""
+    reasons: dict[str, str] = {}
+    """Why a limit is what it is, by its name; those without one are the defaults."""
+
+    def why(self, name: str) -> str:
+        """The reason of the limit of this name."""
+        return self.reasons.get(name, REASONS[name])
+
+    def of(self, kind: QuantityKind) -> float:
+        """The limit of a quantity."""
+        value: float = getattr(self, kind.lower().replace(" ", "_"))
+        return value
 
 
 class Quantity(Frozen):
     """One gated quantity; numbers are None where they are not defined."""
 
-    name: QuantityName
+    kind: QuantityKind
+    of: str = ""
+    """The class that it is of, where it is of one."""
     reference: float | None = None
     candidate: float | None = None
     difference: float | None = None
@@ -131,32 +157,50 @@ class Quantity(Frozen):
     """Two-sided 95 % interval of the difference."""
     high: float | None = None
     bound: float | None = None
-    """One-sided 95 % bound of the difference: the lower one, of flips the upper one."""
+    """One-sided 95 % bound of the difference, on the side of the loss."""
     limit: float
     verdict: Literal["pass", "fail", "inconclusive", "not_measured"]
     reason: str
 
     @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.kind} of {self.of}" if self.of else self.kind
+
+    @property
     def head(self) -> Head:
         """The output that it is measured on."""
-        return HEAD_OF[self.name]
+        return LOG_DENSITY if self.kind == "CC" else LOGITS
 
     @property
     def loss(self) -> float | None:
         """How much is lost, on the scale of the limit; below 0 where the candidate is better."""
-        if self.difference is None:
-            return None
-        return self.difference if self.name == "flips" else -self.difference
+        return None if self.difference is None else losing(self.kind) * self.difference
+
+
+def losing(kind: QuantityKind) -> int:
+    """The sign of a difference that is a loss."""
+    return 1 if kind in ("flips", "Brier") else -1
 
 
 class ClassChange(Frozen):
-    """The AUC of one class against the rest; reported, not gated."""
+    """The AUC of one class against the rest; reported, gated as their mean."""
 
     name: str
     films: int
     reference: float
     candidate: float
     difference: float
+
+
+class DecisionChange(Frozen):
+    """Patients in whom the decision on one class changed, by direction; in some films both ways."""
+
+    name: str
+    raised: int
+    """A flag (of a class without a point, the label) that the reference had not."""
+    dropped: int
+    """One that the candidate has no more."""
 
 
 class Comparison(Frozen):
@@ -171,6 +215,8 @@ class Comparison(Frozen):
     quantities: tuple[Quantity, ...]
     classes: tuple[ClassChange, ...]
     """Classes that some but not all of the labelled films have."""
+    decisions: tuple[DecisionChange, ...] = ()
+    """Of every class that is decided on."""
     flipped_films: int | None
     """None without a diagnosis, as the next."""
     flipped_patients: int | None
@@ -202,6 +248,9 @@ class Comparison(Frozen):
         for c in self.classes:
             values = (f"{c.reference:.4f}", f"{c.candidate:.4f}", f"{c.difference:+.4f}")
             rows.append((f"AUC of {c.name} ({c.films} films)", *values, "", "", "", "reported"))
+        for d in self.decisions:
+            changed = f"+{d.raised} -{d.dropped}"
+            rows.append((f"patients: {d.name}", "", "", changed, "", "", "", "reported"))
         if self.flipped_films is not None:
             flipped = f"{self.flipped_films} of {self.films}"
             rows.append(("films with a flip", "", flipped, "", "", "", "", "reported"))
@@ -262,26 +311,27 @@ def _row(quantity: Quantity) -> tuple[str, ...]:
     """One row of `Comparison.rows`."""
 
     def cell(value: float | None, signed: bool = True) -> str:
-        return "" if value is None else shown(quantity.name, value, signed)
+        return "" if value is None else shown(quantity.kind, value, signed)
 
-    flips = quantity.name == "flips"
     low, high = cell(quantity.low), cell(quantity.high)
     return (
-        "flips, share of patients" if flips else quantity.name,
+        "flips, share of patients" if quantity.kind == "flips" else quantity.name,
         cell(quantity.reference, signed=False),
         cell(quantity.candidate, signed=False),
         cell(quantity.difference),
         f"{low} to {high}" if low else "",
         cell(quantity.bound),
-        cell(quantity.limit if flips else -quantity.limit),
+        cell(losing(quantity.kind) * quantity.limit),
         quantity.verdict.replace("_", " "),
     )
 
 
-def shown(name: QuantityName, value: float, signed: bool = True) -> str:
+def shown(kind: QuantityKind, value: float, signed: bool = True) -> str:
     """A figure of this quantity as text: shares in percent, others with four digits."""
-    if name == "flips":
+    if kind == "flips":
         return percent(value)
+    if kind in ("sensitivity", "specificity"):
+        return f"{100 * value:+.2f} %" if signed else f"{100 * value:.1f} %"
     return f"{value:+.4f}" if signed else f"{value:.4f}"
 
 

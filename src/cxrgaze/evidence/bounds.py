@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp, lgamma, log, log1p, sqrt
+from math import exp, expm1, lgamma, log, log1p, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -51,6 +51,53 @@ def clopper_pearson(count: int, total: int) -> Bounds:
     return Bounds(low, upper(1 - tail), upper(LEVEL))
 
 
+def paired_shares(lost: int, gained: int, total: int) -> Bounds:
+    """Interval of a paired difference of shares, (lost - gained) / total, and its upper bound.
+
+    The score interval; where changes go one way only, or there are none, not narrower than the
+    exact interval of that one share, since the score's size then goes up to 0.06.
+
+    Source: Tango, Statist. Med. 17 (1998) 891, equations 7 to 9; `clopper_pearson`.
+
+    Raises:
+        ValueError: counts below 0 or above a total that is above 0.
+    """
+    if min(lost, gained) < 0 or lost + gained > total or not total:
+        raise ValueError(f"expected counts in a total above 0, found {lost}, {gained} of {total}")
+
+    def score(difference: float) -> float:
+        """Of the hypothesis of this difference; it falls as the difference rises."""
+        half = difference * (1 - difference)
+        b = (2 * total - lost + gained) * difference - lost - gained
+        gaining = (sqrt(max(b**2 + 8 * total * gained * half, 0)) - b) / (4 * total)
+        variance = total * (2 * gaining + half)
+        excess = lost - gained - total * difference
+        return excess / sqrt(variance) if variance > 0 else float("inf") * excess if excess else 0.0
+
+    def where(level: float) -> float:
+        wanted, low, high = NormalDist().inv_cdf(level), -1.0, 1.0
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (middle, high) if score(middle) > wanted else (low, middle)
+        return middle
+
+    tail = (1 - LEVEL) / 2
+    low, high, bound = where(1 - tail), where(tail), where(1 - LEVEL)
+    if not gained:
+        exact = clopper_pearson(lost, total)
+        high, bound = max(high, exact.high), max(bound, exact.bound)
+    if not lost:
+        low = min(low, -clopper_pearson(gained, total).high)
+    return Bounds(low, high, bound)
+
+
+def unseen(patients: int, level: float) -> float:
+    """The share of patients of whom none among so many need not surprise at a level.
+
+    The rule of three: 3 / n at 0.95, exactly 1 - (1 - level)^(1 / n).
+    """
+    return -expm1(log(1 - level) / patients)
+
+
 def studentised(
     patients: Sequence[str],
     value: float,
@@ -65,7 +112,8 @@ def studentised(
     Each resample's (statistic - value) is divided by its own standard error, from the influence
     summed by patient. Where k < `MIN_PATIENTS`, Student's t with k - 1 (at least 1) degrees of
     freedom and Johnson's shift for skewness; k is the number of patients who carry the variance,
-    (sum p^2)^2 / sum p^4 over their parts p. No width where no patient has a part.
+    (sum p^2)^2 / sum p^4 over their parts p. Where no patient has a part, the rule of three: as
+    many as `unseen` may differ, and each of them lose all.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 12.5; Johnson,
     J. Am. Stat. Assoc. 73 (1978) 536, whose quadratic term is taken at the normal quantile.
@@ -81,7 +129,8 @@ def studentised(
     count = len(parts)
     squares = float((parts**2).sum())
     if not squares > 0:
-        return Bounds(value, value, value)
+        two, one = (unseen(count, level) for level in ((1 + LEVEL) / 2, LEVEL))
+        return Bounds(value - two, value + two, value - one)
     error = sqrt(squares * count / (count - 1))
     levels = ((1 + LEVEL) / 2, (1 - LEVEL) / 2, LEVEL)
     carriers = squares**2 / float((parts**4).sum())

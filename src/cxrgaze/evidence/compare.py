@@ -1,9 +1,12 @@
 """Does a low-precision network lose accuracy? Paired differences on the same films, with a verdict.
 
-Three quantities, candidate minus reference: macro AUC, mean CC to the human map, and the share of
-patients whose decision flips. Patients are drawn, not films: films of one patient are alike, and
-the same draw serves candidate and reference. A quantity passes where its one-sided 95 % bound is
-inside the limit, and fails where its whole two-sided 95 % interval is outside.
+What is compared is what is served: labels and flags at each network's own temperature and operating
+points. Candidate minus reference: macro AUC, mean CC to the human map, the share of patients with
+another decision, sensitivity and specificity of each class over its own patients, the mean Brier
+score. Patients are drawn, not films: films of one patient are alike, and the same draw serves
+candidate and reference. A quantity passes where its one-sided 95 % bound is inside the limit, and
+fails where its whole two-sided 95 % interval is outside. A class of which the set has too few
+patients is a line that was not measured, and so no pass.
 
 The interval of a difference is the studentised bootstrap over patients: of all that were tried, the
 one that stays near 95 % where a loss comes from few patients, and where percentiles cover 60 to
@@ -18,24 +21,36 @@ Limits and rule: docs/graphs.md#gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.bundles.served import Served
 from cxrgaze.bundles.verdicts import (
     ClassChange,
     Comparison,
+    DecisionChange,
     GateOutcome,
     Limits,
     Quantity,
-    QuantityName,
+    QuantityKind,
+    losing,
     shown,
 )
-from cxrgaze.evidence.bounds import RESAMPLES, SEED, Bounds, clopper_pearson, studentised
+from cxrgaze.evidence import metrics
+from cxrgaze.evidence.bounds import (
+    RESAMPLES,
+    SEED,
+    Bounds,
+    clopper_pearson,
+    paired_shares,
+    studentised,
+)
 from cxrgaze.evidence.intervals import (
+    MIN_PATIENTS,
     Array,
     auc_influence,
     weighted_auc,
@@ -50,13 +65,36 @@ from cxrgaze.evidence.power import (
     patients_for_flips,
     rounded_up,
 )
-from cxrgaze.evidence.truth import Truth, any_known, columns, present_classes
+from cxrgaze.evidence.truth import HAS, HAS_NOT, Truth, any_known, columns, present_classes
 from cxrgaze.spec import LOGITS
 
 
-def largest(scores: Array) -> NDArray[np.int64]:
-    """The column of the largest score of each film, `(n, 1)`: what exclusive classes decide."""
-    return np.asarray(scores.argmax(axis=1))[:, None]
+@dataclass(frozen=True)
+class Says:
+    """What one network says of the classes of n films, as it is served.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+
+    probabilities: Array
+    """`(n, K)`."""
+    labels: NDArray[np.bool_]
+    """`(n, K)`, whether a class is the label; of findings never."""
+    flags: NDArray[np.bool_]
+    """`(n, K)`, whether a class is flagged, or the label where it has no operating point."""
+
+    def __post_init__(self) -> None:
+        shapes = {np.shape(v) for v in (self.probabilities, self.labels, self.flags)}
+        (shape, *others) = shapes
+        if others or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"expected arrays of one shape (n, K), found {shapes}")
+
+    @classmethod
+    def of(cls, served: Served, logits: Array) -> Says:
+        """What is served of logits `(n, C)`."""
+        p = served.probabilities(logits)
+        return cls(p, served.labelled(p), served.flagged(p))
 
 
 @dataclass(frozen=True)
@@ -64,22 +102,22 @@ class Diagnoses:
     """What candidate and reference say of the classes of n films.
 
     Raises:
-        ValueError: lengths that differ, or no classes.
+        ValueError: shapes that differ, or a truth that is none.
     """
 
     truth: Truth
-    """`(n, C)` (`cxrgaze.evidence.truth`)."""
-    reference: Array
-    """Scores `(n, C)`: probabilities, or any monotone function of them."""
-    candidate: Array
-    decide: Callable[[Array], NDArray[Any]] = largest
-    """What is decided of films by their scores, `(n, D)`; D is 0 where nothing is."""
+    """`(n, K)` (`cxrgaze.evidence.truth`)."""
+    reference: Says
+    candidate: Says
+    decides: NDArray[np.bool_]
+    """`(K,)`, of which classes something is decided."""
+    exclusive: bool = True
+    """Whether a film has one of the classes, and not any findings."""
 
     def __post_init__(self) -> None:
-        shapes = {np.shape(v) for v in (self.truth, self.reference, self.candidate)}
-        (shape, *others) = shapes
-        if others or len(shape) != 2 or 0 in shape:
-            raise ValueError(f"expected truth and scores of one shape (n, C), found {shapes}")
+        shapes = {np.shape(v) for v in (self.truth, self.reference.flags, self.candidate.flags)}
+        if len(shapes) > 1 or np.shape(self.decides) != np.shape(self.truth)[1:]:
+            raise ValueError(f"expected truth and outputs of one shape (n, K), found {shapes}")
         if int(np.min(self.truth)) < -1 or int(np.max(self.truth)) > 1:
             raise ValueError("expected a truth of -1, 0 and 1")
 
@@ -153,29 +191,39 @@ def compare(
     diagnoses, maps = paired.diagnoses, paired.maps
     quantities: list[Quantity] = []
     changes: list[tuple[int, ClassChange, Array]] = []
+    decisions: tuple[DecisionChange, ...] = ()
     flipped = None
     names: tuple[str, ...] = ()
+    who = np.asarray(paired.patients)
     if diagnoses:
-        names = tuple(classes) or numbered(np.shape(diagnoses.reference)[1])
-        if len(names) != np.shape(diagnoses.reference)[1]:
+        columns_of = np.shape(diagnoses.truth)[1]
+        names = tuple(classes) or numbered(columns_of)
+        if len(names) != columns_of:
             raise ValueError(f"expected a name for each column of the scores, found {names}")
         flipped = _flipped(diagnoses)
+        decisions = _decision_changes(diagnoses, who, names)
         if reason := _broken_scores(diagnoses):
-            quantities += _failed(("macro AUC", "flips"), limits, reason)
+            quantities += [
+                Quantity(kind=kind, limit=limits.of(kind), verdict="fail", reason=reason)
+                for kind in _OF_DIAGNOSES
+            ]
         else:
-            who = np.asarray(paired.patients)
             changes = _class_changes(diagnoses, names)
-            auc = _macro_auc(diagnoses, who, limits.macro_auc, changes, names, resamples, seed)
-            quantities += [auc, _flips(paired, diagnoses, flipped, limits.flips)]
+            quantities += [
+                _macro_auc(diagnoses, who, limits.macro_auc, changes, names, resamples, seed),
+                _flips(paired, diagnoses, flipped, limits.flips),
+                *_by_class(diagnoses, who, limits, names),
+                _brier(diagnoses, who, limits.brier, resamples, seed),
+            ]
     loss = None
     if maps:
         loss = np.where(maps.has_gaze, maps.reference - maps.candidate, np.nan)
         loss[~np.isfinite(loss)] = np.nan
         if reason := _broken_cc(maps):
-            quantities += _failed(("CC",), limits, reason)
+            quantities.append(Quantity(kind="CC", limit=limits.cc, verdict="fail", reason=reason))
         else:
             quantities.append(_cc(paired.patients, maps, limits.cc, resamples, seed))
-    quantities.sort(key=lambda quantity: _SHOWN.index(quantity.name))
+    quantities.sort(key=lambda quantity: _SHOWN.index(quantity.kind))
     verdict, reason = _overall(quantities)
     worst = int(np.nanargmax(loss)) if loss is not None and np.isfinite(loss).any() else None
     return Comparison(
@@ -186,6 +234,7 @@ def compare(
         patients=patients,
         quantities=tuple(quantities),
         classes=tuple(change for _, change, _ in changes),
+        decisions=decisions,
         flipped_films=None if flipped is None else int(flipped.sum()),
         flipped_patients=None if flipped is None else _patients(paired, flipped),
         worst_film=worst,
@@ -202,13 +251,16 @@ def compare(
     )
 
 
-_SHOWN: tuple[QuantityName, ...] = ("macro AUC", "CC", "flips")
+_SHOWN: tuple[QuantityKind, ...] = (
+    "macro AUC",
+    "CC",
+    "flips",
+    "sensitivity",
+    "specificity",
+    "Brier",
+)
+_OF_DIAGNOSES: tuple[QuantityKind, ...] = tuple(kind for kind in _SHOWN if kind != "CC")
 _REMEDY = "keep more of the network in higher precision"
-
-
-def _failed(names: Sequence[QuantityName], limits: Limits, reason: str) -> list[Quantity]:
-    of = {"macro AUC": limits.macro_auc, "CC": limits.cc, "flips": limits.flips}
-    return [Quantity(name=n, limit=of[n], verdict="fail", reason=reason) for n in names]
 
 
 def _class_changes(
@@ -222,7 +274,7 @@ def _class_changes(
         known, has = parts[c]
         (before, old), (after, new) = (
             auc_influence(scores[some, c][known], has)
-            for scores in (diagnoses.reference, diagnoses.candidate)
+            for scores in (diagnoses.reference.probabilities, diagnoses.candidate.probabilities)
         )
         change = ClassChange(
             name=names[c],
@@ -262,7 +314,7 @@ def _macro_auc(
             known, has = parts[c]
             candidate, reference = (
                 weighted_auc(scores[some, c][known], has, weights[:, known])
-                for scores in (diagnoses.candidate, diagnoses.reference)
+                for scores in (diagnoses.candidate.probabilities, diagnoses.reference.probabilities)
             )
             differences.append(candidate - reference)
         return np.asarray(np.mean(differences, axis=0))
@@ -306,9 +358,94 @@ def _cc(patients: Sequence[str], maps: Maps, limit: float, resamples: int, seed:
 def _flips(
     paired: Paired, diagnoses: Diagnoses, flipped: NDArray[np.bool_], limit: float
 ) -> Quantity:
-    if not diagnoses.decide(diagnoses.reference).shape[1]:
+    if not diagnoses.decides.any():
         return _not_measured("flips", limit, "no finding has an operating point, so none decides")
     return judge_flips(_patients(paired, flipped), len(set(paired.patients)), limit)
+
+
+def _by_class(
+    diagnoses: Diagnoses, who: NDArray[np.str_], limits: Limits, names: Sequence[str]
+) -> list[Quantity]:
+    """Sensitivity and specificity of what is decided of each class, over its own patients.
+
+    A patient who has the class is found where any of the films that have it is flagged; one with
+    films that have it not is spared where none of those is.
+    """
+    quantities = []
+    sides: tuple[tuple[QuantityKind, bool], ...] = (("sensitivity", True), ("specificity", False))
+    for (kind, has), (c, name) in itertools.product(sides, enumerate(names)):
+        limit = limits.of(kind)
+        if not diagnoses.decides[c]:
+            reason = f"{name} has no operating point"
+            quantities.append(_not_measured(kind, limit, reason, name))
+            continue
+        films = diagnoses.truth[:, c] == (HAS if has else HAS_NOT)
+        patients = len(set(who[films]))
+        what = "have it" if has else "have a film without it"
+        lack = f"{patients} patients {what}, expected {MIN_PATIENTS} or more; take a set with them"
+        if patients < MIN_PATIENTS:
+            quantities.append(_not_measured(kind, limit, f"of {name} {lack}", name))
+            continue
+        right = []
+        for says in (diagnoses.reference, diagnoses.candidate):
+            flagged = set(who[films & says.flags[:, c]])
+            right.append(flagged if has else set(who[films]) - flagged)
+        lost, gained = len(right[0] - right[1]), len(right[1] - right[0])
+        loss = paired_shares(lost, gained, patients)
+        bounds = Bounds(-loss.high, -loss.low, -loss.bound)
+        before, after = (len(found) / patients for found in right)
+        quantities.append(_judged(kind, before, after, bounds, limit, patients, "", name))
+    return quantities
+
+
+def _decision_changes(
+    diagnoses: Diagnoses, who: NDArray[np.str_], names: Sequence[str]
+) -> tuple[DecisionChange, ...]:
+    """Patients in whom a decision changed, by class and direction."""
+    before, after = diagnoses.reference.flags, diagnoses.candidate.flags
+    return tuple(
+        DecisionChange(
+            name=name,
+            raised=len(set(who[after[:, c] & ~before[:, c]])),
+            dropped=len(set(who[before[:, c] & ~after[:, c]])),
+        )
+        for c, name in enumerate(names)
+        if diagnoses.decides[c]
+    )
+
+
+def _brier(
+    diagnoses: Diagnoses, who: NDArray[np.str_], limit: float, resamples: int, seed: int
+) -> Quantity:
+    """The rise of the mean Brier score over the films with a label."""
+    some = any_known(diagnoses.truth)
+    patients = who[some].tolist()
+    lack = ""
+    if len(set(patients)) < MIN_PATIENTS:
+        lack = f"{len(set(patients))} patients have a label, expected {MIN_PATIENTS} or more"
+    if not patients:
+        return _not_measured("Brier", limit, "no film has a label; take a set with labels")
+    before, after = (
+        metrics.brier(
+            says.probabilities[some], diagnoses.truth[some], exclusive=diagnoses.exclusive
+        )
+        for says in (diagnoses.reference, diagnoses.candidate)
+    )
+    changes = before - after  # below 0 where the candidate is worse: bounds are of a loss downwards
+    change = float(changes.mean())
+    bounds = None
+    if not lack:
+        found = studentised(
+            patients,
+            change,
+            (changes - change) / len(changes),
+            lambda weights: weighted_mean(changes, weights),
+            resamples=resamples,
+            seed=seed,
+        )
+        bounds = Bounds(-found.high, -found.low, -found.bound)
+    start = float(before.mean())
+    return _judged("Brier", start, start - change, bounds, limit, len(set(patients)), lack)
 
 
 def judge_flips(count: int, patients: int, limit: float) -> Quantity:
@@ -322,64 +459,74 @@ def judge_flips(count: int, patients: int, limit: float) -> Quantity:
 
 
 def _judged(
-    name: QuantityName,
+    kind: QuantityKind,
     before: float,
     after: float,
     bounds: Bounds | None,
     limit: float,
     patients: int,
     lack: str,
+    of: str = "",
 ) -> Quantity:
     """The verdict on a difference of so many patients.
 
     Args:
         lack: why there are no bounds.
+        of: the class, of what is one's.
     """
-    change = after - before
-    sign = 1 if name == "flips" else -1  # which way a loss goes
-    measured = f"{name} {shown(name, change)} in {patients} patients"
+    change, sign = after - before, losing(kind)
+    quantity = Quantity(kind=kind, of=of, limit=limit, verdict="inconclusive", reason="")
+    measured = f"{quantity.name} {shown(kind, change)} in {patients} patients"
     if bounds is None:
         verdict: GateOutcome = "inconclusive"
         reason = f"{measured}, no interval: {lack}"
     else:
-        ends = (shown(name, bounds.low), shown(name, bounds.high))
-        within = f"95 % bound {shown(name, bounds.bound)}, limit {shown(name, sign * limit)}"
+        ends = (shown(kind, bounds.low), shown(kind, bounds.high))
+        within = f"95 % bound {shown(kind, bounds.bound)}, limit {shown(kind, sign * limit)}"
         if sign * bounds.bound < limit:
             verdict, reason = "pass", f"{measured}, {within}"
         elif min(sign * bounds.low, sign * bounds.high) > limit:
             verdict = "fail"
             reason = (
                 f"{measured}, 95 % interval {ends[0]} to {ends[1]}, limit "
-                f"{shown(name, sign * limit)}: {_REMEDY}"
+                f"{shown(kind, sign * limit)}: {_REMEDY}"
             )
         else:
             verdict = "inconclusive"
-            if not limit:
-                remedy = NOTHING_SHOWN
-            elif sign * change >= limit:
-                remedy = f"the estimate is outside; {_REMEDY}, or take more patients"
-            elif name == "flips":
-                remedy = f"take about {patients_for_flips(change, limit)} patients"
-            else:
-                ratio = (change - bounds.bound) / (change + limit)
-                remedy = f"take about {rounded_up(patients * ratio**2)} patients"
-            reason = f"{measured}, {within}: {remedy}"
-    return Quantity(
-        name=name,
-        reference=before,
-        candidate=after,
-        difference=change,
-        low=bounds.low if bounds else None,
-        high=bounds.high if bounds else None,
-        bound=bounds.bound if bounds else None,
-        limit=limit,
-        verdict=verdict,
-        reason=reason,
+            reason = f"{measured}, {within}: {_remedy(quantity, change, bounds, patients)}"
+    return quantity.model_copy(
+        update={
+            "reference": before,
+            "candidate": after,
+            "difference": change,
+            "low": bounds.low if bounds else None,
+            "high": bounds.high if bounds else None,
+            "bound": bounds.bound if bounds else None,
+            "verdict": verdict,
+            "reason": reason,
+        }
     )
 
 
-def _not_measured(name: QuantityName, limit: float, reason: str) -> Quantity:
-    return Quantity(name=name, limit=limit, verdict="not_measured", reason=reason)
+def _remedy(quantity: Quantity, change: float, bounds: Bounds, patients: int) -> str:
+    """What to do where a bound is beyond its limit and the interval is not."""
+    limit, loss = quantity.limit, losing(quantity.kind) * change
+    if not limit:
+        return NOTHING_SHOWN
+    if loss >= limit:
+        return f"the estimate is outside; {_REMEDY}, or take more patients"
+    if quantity.kind == "flips":
+        return f"take about {patients_for_flips(change, limit)} patients"
+    width = abs(bounds.bound - change) / (limit - loss)
+    # What nobody shows shrinks with the number of patients, all else with its root.
+    power = 1 if not change else 2
+    more = rounded_up(patients * width**power)
+    who = f" who have {quantity.of}" if quantity.kind == "sensitivity" else ""
+    return f"take about {more} patients{who}"
+
+
+def _not_measured(kind: QuantityKind, limit: float, reason: str, of: str = "") -> Quantity:
+    return Quantity(kind=kind, of=of, limit=limit, verdict="not_measured", reason=reason)
 
 
 def _overall(quantities: Sequence[Quantity]) -> tuple[GateOutcome, str]:
@@ -401,16 +548,17 @@ def _excess(quantity: Quantity) -> float:
     """How far the bound is outside its limit, in limits; infinite where there is none."""
     if quantity.bound is None:
         return float("inf")
-    loss = quantity.bound if quantity.name == "flips" else -quantity.bound
+    loss = losing(quantity.kind) * quantity.bound
     return (loss - quantity.limit) / max(quantity.limit, 1e-9)
 
 
 def _flipped(diagnoses: Diagnoses) -> NDArray[np.bool_]:
     """Films with another decision, `(n,)`; one that is not finite is another."""
-    reference, candidate = diagnoses.reference, diagnoses.candidate
-    finite = np.isfinite(reference).all(axis=1) & np.isfinite(candidate).all(axis=1)
-    other = (diagnoses.decide(reference) != diagnoses.decide(candidate)).any(axis=1)
-    return np.asarray(other | ~finite)
+    one, other = diagnoses.reference, diagnoses.candidate
+    flags = ((one.flags != other.flags) & diagnoses.decides).any(axis=1)
+    finite = [np.isfinite(says.probabilities).all(axis=1) for says in (one, other)]
+    labels = (one.labels != other.labels).any(axis=1)
+    return np.asarray(flags | labels | ~(finite[0] & finite[1]))
 
 
 def _patients(paired: Paired, films: NDArray[np.bool_]) -> int:
@@ -420,7 +568,7 @@ def _patients(paired: Paired, films: NDArray[np.bool_]) -> int:
 def _broken_scores(diagnoses: Diagnoses) -> str:
     """Why the scores are no numbers, "" where they are."""
     for whose in ("candidate", "reference"):
-        finite = np.isfinite(getattr(diagnoses, whose)).all(axis=1)
+        finite = np.isfinite(getattr(diagnoses, whose).probabilities).all(axis=1)
         if not finite.all():
             return _not_finite(f"{LOGITS} of the {whose}", int((~finite).sum()), len(finite))
     return ""

@@ -20,16 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundles import npz
-from cxrgaze.bundles.bundle import REFERENCE, Bundle
+from cxrgaze.bundles.bundle import REFERENCE, SEEN, Bundle
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.bundles.verdicts import Gate, GateLevel, Histogram, Limits
 from cxrgaze.command import counted
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence import metrics, phantom
 from cxrgaze.evidence.arrays import Arrays, canvas_density, load_arrays
-from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, compare
+from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, Says, compare
 from cxrgaze.evidence.heatmaps import PRESETS, HeatmapPreset
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
+from cxrgaze.evidence.seen import Seen
 from cxrgaze.evidence.truth import truth_of
 from cxrgaze.files import sha256
 from cxrgaze.films.canvas import canvases
@@ -83,17 +84,24 @@ class GateSet:
         )
 
 
-@lru_cache(maxsize=2)
-def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTOM_SEED) -> GateSet:
-    """Phantoms at the difficulty where the demo network's AUC is near 0.90; one patient each.
+VALIDATION_PHANTOMS = (900, 150)
+"""First seed and number of the plain phantoms that the networks that ship were validated on."""
+
+
+@lru_cache(maxsize=3)
+def phantom_set(
+    spec: ModelSpec,
+    films: int = PHANTOMS,
+    first_seed: int = PHANTOM_SEED,
+    difficulty: float = phantom.HARD,
+) -> GateSet:
+    """Phantoms, by default where the demo network's AUC is near 0.90; one patient each.
 
     Drawn anew wherever they are needed: a device needs no set to gate a demo bundle. Their labels
     are known as far as the network has the phantom's classes.
     """
     seeds = range(first_seed, first_seed + films)
-    drawn = [
-        phantom.draw(seed, difficulty=phantom.HARD) for seed in counted(seeds, films, "phantom")
-    ]
+    drawn = [phantom.draw(seed, difficulty=difficulty) for seed in counted(seeds, films, "phantom")]
     read = [film_from_array(one.pixels) for one in drawn]
     images, geometries = canvases(read, spec)
     preset = PRESETS["phantom"]
@@ -109,7 +117,7 @@ def phantom_set(spec: ModelSpec, films: int = PHANTOMS, first_seed: int = PHANTO
     names = tuple(f"phantom-{seed}" for seed in seeds)
     known = [{name: name == one.label for name in phantom.LABELS} for one in drawn]
     return GateSet(
-        f"{films} phantoms at difficulty {phantom.HARD}, from seed {first_seed} (synthetic)",
+        f"{films} phantoms at difficulty {difficulty}, from seed {first_seed} (synthetic)",
         "phantom",
         names,
         tuple(film.sha256 for film in read),
@@ -208,24 +216,22 @@ def judge(
     limits: Limits,
     level: GateLevel,
     served: Served,
+    decision: Decision | None = None,
 ) -> Gate:
-    """The verdict on a candidate.
+    """The verdict on a candidate, on what is served of it.
 
     Args:
-        served: what is served of the network, which alone can lose anything.
+        served: what is served of the reference; what nothing taught cannot lose anything.
+        decision: temperatures and operating points of the candidate; None for the reference's.
     """
     diagnoses = maps = agreement = changes = None
     if LOGITS in served.heads:
-        # Probabilities: an AUC needs them, since logits of different films share no zero.
-        plain = replace(served, decision=Decision())
-        before, after = (plain.probabilities(p[LOGITS]) for p in (reference, candidate))
-        changes = np.abs(after - before).max(axis=1)
-        diagnoses = Diagnoses(films.arrays.truth[:, served.columns], before, after)
-        if served.spec.class_kind == "findings":  # which decide at their temperatures and points
-            before, after = (served.probabilities(p[LOGITS]) for p in (reference, candidate))
-            diagnoses = replace(
-                diagnoses, reference=before, candidate=after, decide=served.decisions
-            )
+        own = served if decision is None else replace(served, decision=decision)
+        one, other = Says.of(served, reference[LOGITS]), Says.of(own, candidate[LOGITS])
+        truth = films.arrays.truth[:, served.columns]
+        exclusive = served.spec.class_kind == "exclusive"
+        diagnoses = Diagnoses(truth, one, other, served.decides | own.decides, exclusive)
+        changes = np.abs(other.probabilities - one.probabilities).max(axis=1)
     if LOG_DENSITY in served.heads:
         agreement = _agreement(films, candidate, reference)
         maps = Maps(_human_cc(films, reference), _human_cc(films, candidate))
@@ -341,6 +347,17 @@ def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
     return keys, {head: found[head] for head in spec.heads}
 
 
+def read_seen(bundle: Bundle) -> Seen | None:
+    """What the bundle's network was trained on; None where it is not recorded.
+
+    Raises:
+        IntegrityError: altered.
+    """
+    if SEEN not in {record.path for record in bundle.manifest.files}:
+        return None
+    return Seen.parse(bundle.read(SEEN), str(bundle.path / SEEN))
+
+
 def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     """The verdict on what runs on this device, against the reference that the bundle stores.
 
@@ -362,23 +379,28 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     part = films.chosen(with_reference)
     matching = some_of(reference, [place[key] for key in part.keys])
     candidate = predicted(infer, part.arrays.images)
-    graph = bundle.manifest.gate.comparison
-    limits = graph.limits if graph else Limits()
-    return judge(part, matching, candidate, limits, "engine", bundle.manifest.served)
+    manifest = bundle.manifest
+    limits = manifest.gate.comparison.limits if manifest.gate.comparison else Limits()
+    reference_served = replace(manifest.served, decision=manifest.reference_decision)
+    decision = manifest.decision
+    return judge(part, matching, candidate, limits, "engine", reference_served, decision)
 
 
-def require_apart(films: GateSet, calibration: Sequence[str], keys: Sequence[str]) -> None:
-    """Refuse a gate set that shares patients or films with the calibration's.
+def require_apart(
+    films: GateSet, patients_there: Sequence[str], keys: Sequence[str], what: str = "calibration"
+) -> None:
+    """Refuse a gate set that shares patients or films with what a graph was made by.
 
     Args:
-        calibration: its patients. keys: SHA-256 of its films.
+        patients_there: its patients. keys: SHA-256 of its films.
+        what: it is, for the message.
 
     Raises:
         DataError: naming how many are shared; names of patients are not told.
     """
-    patients, shared = set(films.patients) & set(calibration), set(films.keys) & set(keys)
+    patients, shared = set(films.patients) & set(patients_there), set(films.keys) & set(keys)
     if patients or shared:
         raise DataError(
-            f"{len(patients)} patients and {len(shared)} films of the calibration are also in the "
+            f"{len(patients)} patients and {len(shared)} films of the {what} are also in the "
             f"gate's set ({films.name}): its verdict would flatter; take another split for one"
         )

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cxrgaze.command import say
+from cxrgaze.environment import now_utc
 from cxrgaze.errors import DataError, IntegrityError
 from cxrgaze.evidence.class_presets import class_named
 from cxrgaze.evidence.csv_table import csv_rows, write_csv
@@ -29,6 +31,7 @@ from cxrgaze.files import (
     checked_relative,
     new_folder,
     read_regular,
+    render_json,
     sha256,
 )
 from cxrgaze.records import Frozen, Record, complaint, parse_record
@@ -217,6 +220,37 @@ class LabelledSet:
         if sha256(data) != row.sha256:
             raise DataError(f"{self.folder / row.film}: SHA-256 differs from films.csv")
         return data
+
+
+class Look(Frozen):
+    """One look at a set's test split."""
+
+    number: int | None
+    """Its place in the set's log; None where it was not logged."""
+    logged: bool
+
+
+def log_look(labelled: LabelledSet, model: str, model_sha256: str, what: str) -> Look:
+    """Add a look at the test split to the log in the set's folder.
+
+    Args:
+        model: name of the network. what: it was looked at for.
+    """
+    line = {
+        "utc": now_utc(),
+        "what": what,
+        "model": model,
+        "model_sha256": model_sha256,
+        "split_sha256": labelled.info.split_sha256,
+    }
+    path = labelled.folder / LOOKS
+    try:
+        with path.open("ab") as file:
+            file.write(render_json(line).replace(b"\n", b" ").strip() + b"\n")
+    except OSError as error:
+        say(f"this look at the test split is not logged: {path}: {error.strerror}")
+        return Look(number=None, logged=False)
+    return Look(number=len(path.read_bytes().splitlines()), logged=True)
 
 
 def write_set(

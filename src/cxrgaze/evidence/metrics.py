@@ -145,6 +145,27 @@ def accuracy(probabilities: Array, truth: Truth) -> float:
     return float(top_label(probabilities, truth)[1].mean())
 
 
+def brier(probabilities: Array, truth: Truth, *, exclusive: bool) -> Array:
+    """Brier score of each film, `(n,)`; lower is better. NaN where nothing is known of a film.
+
+    Formula: (p - y)^2, of exclusive classes summed over them, in [0, 2]; of findings the mean over
+    those that are known, in [0, 1]. Source: Brier, Mon. Weather Rev. 78 (1950) 1.
+
+    Example:
+        >>> probabilities = np.array([[0.75, 0.25], [0.5, 0.5]])
+        >>> brier(probabilities, np.array([[1, 0], [0, 1]]), exclusive=True)
+        array([0.125, 0.5  ])
+        >>> brier(probabilities, np.array([[1, 1], [-1, 1]]), exclusive=False)
+        array([0.3125, 0.25  ])
+    """
+    known = truth != UNKNOWN
+    squares = np.where(known, (np.asarray(probabilities, dtype=np.float64) - truth) ** 2, 0.0)
+    some = known.sum(axis=1)
+    parts = np.minimum(some, 1) if exclusive else some
+    with np.errstate(invalid="ignore"):
+        return np.asarray(squares.sum(axis=1) / parts)
+
+
 def reliability(
     confidence: Array, right: NDArray[np.bool_], bins: int = 15
 ) -> tuple[Array, Array, NDArray[np.int64]]:

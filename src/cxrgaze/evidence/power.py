@@ -16,7 +16,14 @@ from cxrgaze.evidence.intervals import (
     LEVEL,
     MIN_PATIENTS,
 )
-from cxrgaze.evidence.truth import Truth, any_known, columns, present_classes
+from cxrgaze.evidence.truth import (
+    HAS,
+    HAS_NOT,
+    Truth,
+    any_known,
+    columns,
+    present_classes,
+)
 
 RECOMMENDED_PATIENTS = 1500
 
@@ -63,6 +70,8 @@ def can_show(
         lines.append(f"CC: {lack_of_gaze(informative) or _enough(informative, _RECOMMENDED_GAZE)}")
     if truth is not None:
         lines.append(f"flips: {_what_flips_can_show(len(set(who)), limits.flips)}")
+        names = tuple(classes) or numbered(truth.shape[1])
+        lines += _what_classes_can_show(who, truth, names, limits)
     return tuple(lines)
 
 
@@ -148,6 +157,23 @@ def _enough(patients: int, recommended: int) -> str:
         f"{patients} patients, fewer than the {recommended} recommended at the default limits: a "
         "loss of half a limit may stay inconclusive"
     )
+
+
+def _what_classes_can_show(
+    who: NDArray[np.str_], truth: Truth, names: Sequence[str], limits: Limits
+) -> list[str]:
+    """Classes of too few patients for their sensitivity or specificity, whatever the candidate."""
+    lines = []
+    for column, name in enumerate(names):
+        for kind, limit, side in (
+            ("sensitivity", limits.sensitivity, HAS),
+            ("specificity", limits.specificity, HAS_NOT),
+        ):
+            patients = len(set(who[truth[:, column] == side]))
+            if limit and patients < (needed := patients_to_show(limit)):
+                few = f"{patients} patients cannot exclude {percent(limit)}: {needed} can"
+                lines.append(f"{kind} of {name}: {few}")
+    return lines
 
 
 def _what_flips_can_show(patients: int, limit: float) -> str:
