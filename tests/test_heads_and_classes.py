@@ -129,19 +129,24 @@ def test_the_whole_way(name, tmp_path, in_a_hurry):
 
     films = [str(drawn / "films" / f"{number}.png") for number in range(2)]
     limits = tmp_path / "limits.toml"  # what int8 does to a network of one epoch is not asked
-    limits.write_text("macro_auc = 1\ncc = 2\nflips = 1\n")
+    most = {"macro_auc": 1, "cc": 2, "flips": 1, "sensitivity": 1, "specificity": 1, "brier": 2}
+    tables = (f'[{name}]\nlimit = {limit}\nreason = "not asked"\n' for name, limit in most.items())
+    limits.write_text("".join(tables))
     for precision, *more in FORMS:
         bundle = tmp_path / f"{precision}{'-cpu' if more else ''}.cxrgaze"
         export = [str(weights), "--output", str(bundle), "--precision", precision, *more]
-        export += ["--gate", str(made), "--limits", str(limits)]
+        export += ["--gate", str(made), "--limits", str(limits), "--films", *films]
         export += ["--calibration", str(made)] if precision == "int8" else []
         assert export_cli.main([*export, "--no-build"]) in (ExitCode.OK, ExitCode.INCONCLUSIVE)
         manifest = Bundle.open(bundle).manifest
         assert tuple(manifest.parity.outputs) == row.heads
         if manifest.gate.comparison:
-            asked = {"macro AUC": LOGITS, "CC": LOG_DENSITY, "flips": LOGITS}
-            found = [quantity.name for quantity in manifest.gate.comparison.quantities]
+            by_class = ["sensitivity", "specificity"]
+            asked = {"macro AUC": LOGITS, "CC": LOG_DENSITY, "flips": LOGITS, "Brier": LOGITS}
+            found = [q.kind for q in manifest.gate.comparison.quantities if q.kind not in by_class]
             assert found == [q for q, head in asked.items() if head in row.heads]
+            each = [q.of for q in manifest.gate.comparison.quantities if q.kind in by_class]
+            assert each == [*names, *names]
         if (precision, *more) != ("int8",):  # which a TensorRT alone runs
             readings = tmp_path / bundle.stem
             assert predict_cli.main([str(bundle), *films, "--output", str(readings)]) == 0

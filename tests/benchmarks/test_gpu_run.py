@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ import pytest
 
 from cxrgaze.benchmarks import gpu_pack, gpu_run, gpu_steps
 from cxrgaze.benchmarks.gpu_steps import Found, Run, Step
-from cxrgaze.bundles.bundle import REFERENCE, Bundle
+from cxrgaze.bundles.bundle import GRAPH, REFERENCE, Bundle
+from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.command import Steps
 from cxrgaze.engines.build import Built
 from cxrgaze.errors import BuildError, IntegrityError, UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.runtime import device, plans
+from cxrgaze.runtime.ort import witness
 
 FILMS, HALF_FILMS = 6, 3
 SHAPES = {"logits": (1, 3), "log_density": (1, 1, 4, 4)}
@@ -86,6 +89,19 @@ def test_a_pack_holds_its_reference_once_and_gives_whole_bundles(pack, tmp_path)
     half = pack.half("tiny")
     assert half["logits"].shape == (HALF_FILMS, 3) and half["log_density"].dtype == np.float32
     assert pack.record.wheels == () and pack.record.versions["onnxruntime"]
+
+
+def test_the_graphs_verdict_in_a_pack_is_that_of_what_both_serve(pack, bundles, tmp_path):
+    """The reference at the network's own temperature and points, the graph at its own."""
+    bundle = pack.bundle("tiny", "fp16", tmp_path)
+    manifest, films = bundle.manifest, pack.films("tiny", bundle)
+    assert manifest.decision != manifest.reference_decision
+    _, reference = gate.read_reference(bundle)
+    graph = Bundle.open(bundles / "demo-fp16.cxrgaze").read(GRAPH)
+    candidate = gate.predicted(witness(graph), films.arrays.images)
+    served = replace(manifest.served, decision=manifest.reference_decision)
+    expected = gate.judge(films, reference, candidate, Limits(), "graph", served, manifest.decision)
+    assert manifest.gate.comparison.quantities == expected.comparison.quantities
 
 
 def test_an_altered_pack_is_refused(pack, tmp_path):

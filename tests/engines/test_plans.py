@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import types
 
 import pytest
 
+from cxrgaze.bundles.bundle import Bundle
 from cxrgaze.bundles.verdicts import Gate
+from cxrgaze.engines import cli as engines_cli
 from cxrgaze.errors import IncompatibleError, IntegrityError, UsageError
+from cxrgaze.evidence.labelled_set import LOOKS
+from cxrgaze.evidence.phantom import write_phantom_set
 from cxrgaze.files import sha256
 from cxrgaze.runtime import plans
 from cxrgaze.runtime.plans import (
@@ -359,3 +364,23 @@ def test_without_one_that_fits_all_problems_are_named(cache, stored):
         cache.fitting(BUNDLE, HERE._replace(capability="86"))
     assert "built for tensorrt 10.3.0" in str(caught.value)
     assert cache.fitting(BUNDLE, HERE) == stored
+
+
+def test_a_gate_on_a_sets_test_films_is_a_look_in_its_log(bundles, tmp_path):
+    """Before the plan is run: whoever reads the log sees every look, whatever came of it."""
+    bundle = Bundle.open(bundles / "demo-fp16.cxrgaze")
+    folder = tmp_path / "set"
+    made = write_phantom_set(folder, {"val": 3, "test": 2}, first_seed=96_000)
+
+    def films(split, of=str(folder)):
+        asked = argparse.Namespace(gate=of, gate_split=split, heatmap="phantom")
+        return engines_cli._films(bundle, asked)
+
+    assert len(films("val").keys) == 3 and not (folder / LOOKS).exists()
+    assert len(films("test").keys) == 2 and len(films("all").keys) == 5
+    looks = [json.loads(line) for line in (folder / LOOKS).read_text().splitlines()]
+    assert len(looks) == 2
+    for look in looks:
+        assert look["what"] == "engine gate" and look["model"] == "demo-fp16"
+        assert look["model_sha256"] == bundle.sha256
+        assert look["split_sha256"] == made.info.split_sha256

@@ -386,9 +386,7 @@ def clinical(tmp_path, monkeypatch):
 def _manifest_of(tmp_path, *arguments):
     assert _export(tmp_path, "--no-gate", *arguments) == 0
     (name,) = _left(tmp_path)
-    bundle = Bundle.open(tmp_path / "out" / name)
-    assert bundle.manifest.decision_from in (bundle.path / "report/parity.md").read_text()
-    return bundle
+    return Bundle.open(tmp_path / "out" / name)
 
 
 @pytest.mark.usefixtures("clinical")
@@ -411,7 +409,7 @@ def test_the_calibrations_validation_split_is_what_int8_is_fitted_on(tmp_path, p
     more = ["--calibration", str(phantoms), "--target", "cpu", "--precision", "int8"]
     bundle = _manifest_of(tmp_path, *more)
     found = bundle.manifest
-    films = gate.open_set(phantoms, found.spec, "paper", "val")
+    films = gate.open_set(phantoms, found.spec, "phantom", "val")
     assert found.decision == _refitted(bundle, found.served, films) != card.decision
     assert found.decision_from == f"fitted on 35 films of this graph: {films.name}"
     assert found.reference_decision == card.decision

@@ -320,6 +320,7 @@ def test_findings_are_sigmoids_with_flags_and_no_label(reader, golden, tmp_path)
     changes = {
         "spec": manifest.spec.model_copy(update={"class_kind": "findings"}),
         "decision": Decision(temperatures={"pneumonia": 2.0}, operating_points=points),
+        "reference_decision": Decision(operating_points=points),
     }
     manifest = manifest.model_copy(update=changes)
     with Reader(_bundle_of(tmp_path, manifest, golden), StandIn(golden)) as made:
