@@ -274,7 +274,8 @@ def _gated(bundle: Bundle, films: gate.GateSet, reference: gate.Predicted) -> Ma
     if manifest.precision == "fp32":
         return manifest  # its own reference
     candidate = gate.predicted(witness(bundle.read(GRAPH)), films.arrays.images)
-    verdict = gate.judge(films, reference, candidate, Limits(), "graph", manifest.served)
+    served, decision = manifest.reference_served, manifest.decision
+    verdict = gate.judge(films, reference, candidate, Limits(), "graph", served, decision)
     say(f" {verdict.verdict}: {verdict.reason};")
     return manifest.model_copy(update={"gate": verdict})
 

@@ -116,7 +116,8 @@ def test_findings_have_flags_and_no_label(bundle, films, tmp_path, capsys):
         decision = Decision(operating_points={"pneumonia": 1.0, **raised})
         folder = tmp_path / said
         folder.mkdir()
-        changed = _changed(bundle, folder, spec=spec, decision=decision)
+        decisions = {"decision": decision, "reference_decision": decision}
+        changed = _changed(bundle, folder, spec=spec, **decisions)
         assert main([changed, film, "--output", str(out)]) == 0
         assert capsys.readouterr().out.split("\t")[1] == said
         record = json.loads((out / "nih_00001507_002_512.json").read_text())

@@ -272,6 +272,9 @@ def test_each_finding_is_judged_by_the_films_of_which_it_is_known(labelled, tmp_
         for interval in (found.auc[name].delong, found.auc[name].bootstrap):
             assert interval.value == pytest.approx(slow, abs=1e-4)
             assert interval.low < slow < interval.high
+        bins = np.ceil(15 * p)
+        by_hand = sum(abs((truth - p)[bins == b].sum()) for b in set(bins)) / len(p)
+        assert found.ece_by_finding[name].after.value == pytest.approx(by_hand, abs=2e-3)
         if name in points:
             flag = p >= points[name]
             point = found.operating_points[name]
@@ -442,7 +445,7 @@ def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
     assert len((made.folder / LOOKS).read_text().splitlines()) == 1
 
 
-OF_FINDINGS = {"diagnosis.known", "diagnosis.temperatures"}
+OF_FINDINGS = {"diagnosis.known", "diagnosis.temperatures", "diagnosis.ece_by_finding"}
 RECORDED = {
     "all": ("test", _with_view_and_age, True, {"leakage", *OF_FINDINGS}),
     "no gaze": ("test", _with_view_and_age, False, {"leakage", "saliency", *OF_FINDINGS}),

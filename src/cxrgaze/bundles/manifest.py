@@ -135,8 +135,13 @@ class Manifest(Digested):
         for of in (self.parity.outputs.keys(), *(one.keys() for one in self.self_test.values())):
             if of != set(heads):
                 raise ValueError(f"parity or tolerances of {sorted(of)}, the network has {heads}")
-        _ = self.served, replace(self.served, decision=self.reference_decision)
+        _ = self.served, self.reference_served
         return self
+
+    @property
+    def reference_served(self) -> Served:
+        """What is served of the float32 network."""
+        return replace(self.served, decision=self.reference_decision)
 
     @property
     def served(self) -> Served:

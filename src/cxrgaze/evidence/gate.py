@@ -88,7 +88,7 @@ VALIDATION_PHANTOMS = (900, 150)
 """First seed and number of the plain phantoms that the networks that ship were validated on."""
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=6)
 def phantom_set(
     spec: ModelSpec,
     films: int = PHANTOMS,
@@ -381,9 +381,8 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     candidate = predicted(infer, part.arrays.images)
     manifest = bundle.manifest
     limits = manifest.gate.comparison.limits if manifest.gate.comparison else Limits()
-    reference_served = replace(manifest.served, decision=manifest.reference_decision)
-    decision = manifest.decision
-    return judge(part, matching, candidate, limits, "engine", reference_served, decision)
+    served, decision = manifest.reference_served, manifest.decision
+    return judge(part, matching, candidate, limits, "engine", served, decision)
 
 
 def require_apart(
