@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cxrgaze.bundles.manifest import Precision, Target
-from cxrgaze.bundles.verdicts import Limits
+from cxrgaze.bundles.verdicts import REASONS, Limits
 from cxrgaze.errors import UsageError
 from cxrgaze.evidence.labelled_set import Split
 from cxrgaze.export.ranges import Method
@@ -84,12 +84,13 @@ def read_limits(path: Path | None) -> Limits:
         return Limits()
     content, reasons = read_toml(path), {}
     for name, table in content.items():
-        if not isinstance(table, dict) or set(table) != {"limit", "reason"} or not table["reason"]:
+        known = name in REASONS and isinstance(table, dict) and set(table) == {"limit", "reason"}
+        if not known or not isinstance(table["reason"], str) or not table["reason"].strip():
             raise UsageError(
-                f'{path}: {name}: expected a table, [{name}] with limit = ... and reason = "...": '
-                "why so much may be lost"
+                f"{path}: {name}: expected a table of {', '.join(REASONS)}, with limit = ... and "
+                'reason = "...": why so much may be lost'
             )
-        reasons[name] = str(table["reason"])
+        reasons[name] = table["reason"].strip()
     values = {name: table["limit"] for name, table in content.items()}
     try:
         return Limits.model_validate({**values, "reasons": reasons})

@@ -111,8 +111,12 @@ def _verdict(manifest: Manifest) -> list[Block]:
         "not_gated": ("Not gated", "open"),
     }
     word, tone = words[gate.verdict]
+    origin = manifest.decision_from or "those of the network"
+    decided = [f"temperature and operating points: {origin}"]
+    decided += [manifest.not_compared] if manifest.not_compared else []
     if (comparison := gate.comparison) is None:
-        return [Verdict(word, f"{gate.reason[:1].upper()}{gate.reason[1:]}.", tone)]
+        said = f"{gate.reason[:1].upper()}{gate.reason[1:]}."
+        return [Verdict(word, said, tone), Bullets(decided)]
     on = f"{comparison.films} films of {comparison.patients} patients{kind}"
     text = f"{manifest.precision} against float32 on {on}, at {gate.level} level: {gate.reason}."
     measured = [q for q in comparison.quantities if q.difference is not None]
@@ -131,11 +135,7 @@ def _verdict(manifest: Manifest) -> list[Block]:
         f"look {manifest.form_shipped + 1} of {looks} at these films ships; looks go from the most "
         "precise form on and end with the first that does not pass"
     )
-    lines.append(
-        f"temperature and operating points: {manifest.decision_from or 'those of the network'}"
-    )
-    lines += [manifest.not_compared] if manifest.not_compared else []
-    return [Verdict(word, text, tone), Bullets(lines)]
+    return [Verdict(word, text, tone), Bullets([*lines, *decided])]
 
 
 def _share_of_limit(quantity: Quantity) -> float:

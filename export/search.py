@@ -148,7 +148,9 @@ def with_fewer_kept(
         ranks[block] = log.distance(others, partial(nearest, others))
         say(f"  block {number}: {block} alone takes the outputs {ranks[block]:.2g} from fp32")
     order = sorted(blocks, key=lambda block: -ranks[block])
-    sequence = (f for n in range(len(order) - 1, -1, -1) for f in forms.with_kept(order[:n]))
+    sequence = (
+        f for n in range(max(len(order) - 1, 0), -1, -1) for f in forms.with_kept(order[:n])
+    )
     return itertools.islice(sequence, budget)
 
 

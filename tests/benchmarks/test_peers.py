@@ -43,6 +43,7 @@ def _measure(weights, opened, images, names, **patches):
     return {row.name: row for row in rows}
 
 
+@pytest.mark.slow
 def test_all_ways_compute_the_network(weights, opened, images):
     rows = _measure(weights, opened, images, ["runtime", "eager", "channels", "openvino fp32"])
     assert list(rows)[:2] == [
@@ -138,6 +139,7 @@ def test_random_weights_have_no_accuracy(tmp_path, images):
     assert (found.verdict, found.macro_auc_loss, found.cc_loss) == ("not_gated", None, None)
 
 
+@pytest.mark.slow
 def test_sweeps_have_a_point_a_value_and_a_floor(weights, images):
     spec = weights.source.spec
     wanted = sweep.asked(["batch=1,2", "threads", "canvas=32x64", "precision"], spec, 2)

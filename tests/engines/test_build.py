@@ -329,6 +329,7 @@ def test_too_little_memory_is_said_before_the_build_begins(bundles, tmp_path, mo
     assert not list((tmp_path / "plans").iterdir())
 
 
+@pytest.mark.slow
 def test_the_estimate_of_memory_is_not_below_a_real_build(tmp_path):
     """A build of the largest graph that ships, in a process of its own: TensorRT-RTX, x86_64."""
     arguments = [str(EDGE), "--precision", "fp16", "--no-gate", "--output", str(tmp_path)]

@@ -133,6 +133,7 @@ def test_a_name_is_what_ships_and_a_path_is_a_file(tmp_path, monkeypatch):
     assert cli._checkpoint(None) == cli._checkpoint("demo") == checkpoint.demo_path()
 
 
+@pytest.mark.slow
 def test_a_network_that_ships_is_exported_by_name(tmp_path):
     arguments = ["edge", "--precision", "fp16", "--no-gate", "--output", str(tmp_path)]
     assert cli.main(arguments) == 0

@@ -262,6 +262,9 @@ LIMITS = {
     "a plain number": ("flips = 0.02", "flips: expected a table"),
     "a plain number beside a table": (WIDER.replace("[flips]", "cc = 1\n[flips]"), "cc: expected"),
     "no reason": ("[flips]\nlimit = 0.02", "flips: expected a table"),
+    "no words": ('[flips]\nlimit = 0.02\nreason = " "', "flips: expected a table"),
+    "a number for words": ("[flips]\nlimit = 0.02\nreason = 5", "flips: expected a table"),
+    "no limit of that name": ('[reasons]\nlimit = 1\nreason = "a"', "reasons: expected a table"),
     "an empty reason": ('[flips]\nlimit = 0.02\nreason = ""', "why so much may be lost"),
     "no limit": ('[flips]\nreason = "why"', "flips: expected a table"),
     "more": ('[flips]\nlimit = 0.02\nreason = "a"\nseed = 1', "flips: expected a table"),
@@ -362,6 +365,7 @@ def test_few_calibration_films_are_warned_of(tmp_path, capsys):
     assert REFERENCE not in {record.path for record in manifest.files}
 
 
+@pytest.mark.slow
 def test_random_weights_have_parity_only(tmp_path):
     arguments = ["--variant", "tiny", "--random-weights", "--precision", "int8"]
     assert _export(tmp_path, *arguments) == 0

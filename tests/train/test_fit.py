@@ -74,6 +74,7 @@ def test_a_run_leaves_what_it_says(finished):
         "stages",
         "demo.safetensors",
         "demo.json",
+        "demo.seen",
     }
     assert load_config(str(run / "config.toml")) == _config()
     with (run / "epochs.csv").open() as file:
@@ -912,6 +913,7 @@ def test_leakage_is_refused_unless_allowed(small, case):
     check_leakage(info, [origin], allow=True)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_without_labels_or_gaze(small, finished, tmp_path):
     """Its maps come near the teacher's on films that have neither."""
     labelled = _without(small, tmp_path / "set", gaze=False, labels=False)
