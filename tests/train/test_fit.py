@@ -756,7 +756,7 @@ def test_a_centre_prior_is_never_dropped(finished, tmp_path):
     card = finished[1]
     with_prior = network_of(card.spec, centre_prior=True)
     kept = {k: v for k, v in card if k not in ("schema_version", "weights_sha256", "parameters")}
-    kept = {k: v for k, v in kept.items() if k not in ("notice", "environment")}
+    kept = {k: v for k, v in kept.items() if k not in ("notice", "environment", "seen_sha256")}
     checkpoint.save(tmp_path / "p.safetensors", with_prior, **kept | {"centre_prior": True})
     findings = card.spec.model_copy(update={"class_kind": "findings"})
     for spec in (card.spec, findings):
@@ -800,8 +800,8 @@ def test_weights_under_torchvisions_names_go_to_the_encoder(tmp_path, suffix):
     else:
         safetensors.torch.save_file(weights, path)
     spec = checkpoint.load(checkpoint.demo_path())[1].spec
-    ((origin,), heads, classes) = initial.start(network, spec, str(path), "ImageNet")
-    assert not heads and not classes
+    ((origin,), heads, classes, seen) = initial.start(network, spec, str(path), "ImageNet")
+    assert not heads and not classes and seen is None
     assert origin.trained_on == "ImageNet" and len(origin.weights_sha256) == 64
     assert torch.equal(
         source.dense.state_dict()["features.conv0.weight"],
