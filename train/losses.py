@@ -133,42 +133,48 @@ def triplet(embeddings: Tensor, truth: Tensor) -> Tensor:
 
     Source: Schroff et al., arXiv 1503.03832; batch-all as in Hermans et al., arXiv 1703.07737.
     """
-    complete = (truth != UNKNOWN).all(1)
-    rows = F.normalize(embeddings[complete].float())
-    same = (truth[complete][:, None] == truth[complete][None, :]).all(2)
-    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    excess = distance[:, :, None] - distance[:, None, :] + MARGIN
-    valid = (same & ~_diagonal(same))[:, :, None] & ~same[:, None, :]
-    violating = excess.relu() * valid
+    violating, _ = _triplets(embeddings, truth)
     return violating.sum() / (violating > 0).sum().clamp(min=1)
 
 
 def supcon(embeddings: Tensor, truth: Tensor) -> Tensor:
     """Supervised contrastive loss, mean over anchors that have a positive.
 
-    Args:
-        embeddings: `(N, features)`.
-        truth: `(N, C)`; films are of one class where all of it is the same, and take no part where
-            some of it is not known.
+    Args: as those of `triplet`.
 
     Source: Khosla et al., arXiv 2004.11362, equation 2 (L_out).
     """
-    complete = (truth != UNKNOWN).all(1)
-    rows = F.normalize(embeddings[complete].float())
-    if len(rows) < 2:
-        return rows.sum() * 0  # a logsumexp over no other film has no gradient
-    same = (truth[complete][:, None] == truth[complete][None, :]).all(2)
-    self_pair = _diagonal(same)
-    logits = (rows @ rows.T / CONTRAST_TEMPERATURE).masked_fill(self_pair, -torch.inf)
-    log_share = logits - logits.logsumexp(1, keepdim=True)
-    positive = same & ~self_pair
-    per_anchor = -log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    total, anchors = supcon_sum(embeddings, truth)
+    return total / anchors.clamp(min=1)
+
+
+def triplet_sum(embeddings: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of `triplet`'s terms, and how many triplets there are: violating or not.
+
+    The criterion by which epochs are compared. The mean over the violating triplets is none: as a
+    network learns, the easy ones leave it, and it stays where it was (docs/training.md#criterion).
+    """
+    violating, valid = _triplets(embeddings, truth)
+    return violating.sum(), valid.sum()
+
+
+def supcon_sum(embeddings: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of `supcon`'s terms, and how many anchors there are."""
+    rows, same = _of_known(embeddings, truth)
+    positive = same & ~_diagonal(same)
     has_positive = positive.any(1)
-    return per_anchor[has_positive].sum() / has_positive.sum().clamp(min=1)
+    if len(rows) < 2:
+        return rows.sum() * 0, has_positive.sum()  # no other film: a logsumexp without a gradient
+    logits = (rows @ rows.T / CONTRAST_TEMPERATURE).masked_fill(_diagonal(same), -torch.inf)
+    log_share = logits - logits.logsumexp(1, keepdim=True)
+    per_anchor = -log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    return per_anchor[has_positive].sum(), has_positive.sum()
 
 
 FilmLoss = Callable[[HeadTensors, Batch], PerFilm]
 CONTRASTIVE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"triplet": triplet, "supcon": supcon}
+CRITERIA = {"triplet": triplet_sum, "supcon": supcon_sum}
+"""What a contrastive loss is validated by: sums and counts that do not depend on the network."""
 ENCODER: dict[str, FilmLoss] = {"encoder_cross_entropy": cross_entropy}
 """On a linear layer over the dense encoder's embedding, dropped after its stage."""
 NETWORK: dict[str, FilmLoss] = {
@@ -204,6 +210,27 @@ def _kl(target: Tensor, log_density: Tensor) -> PerFilm:
     value = (entropy - target * log_density.float()).flatten(1).sum(1)
     counts = (target.flatten(1).sum(1) > 0).to(value.dtype)
     return PerFilm(value * counts, counts)
+
+
+def _of_known(embeddings: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """L2-normalised rows of the n films of which all is known, and whether two are of one class."""
+    complete = (truth != UNKNOWN).all(1)
+    truth = truth[complete]
+    same = (truth[:, None] == truth[None, :]).all(2)
+    return F.normalize(embeddings[complete].float()), same
+
+
+def _triplets(embeddings: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """d(a, p) - d(a, n) + `MARGIN`, 0 where negative or no triplet; which triplets there are.
+
+    Returns:
+        Two of `(n, n, n)`: anchor, positive, negative.
+    """
+    rows, same = _of_known(embeddings, truth)
+    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    excess = distance[:, :, None] - distance[:, None, :] + MARGIN
+    valid = (same & ~_diagonal(same))[:, :, None] & ~same[:, None, :]
+    return excess.relu() * valid, valid
 
 
 def _diagonal(square: Tensor) -> Tensor:

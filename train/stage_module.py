@@ -28,6 +28,7 @@ from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, Stage
 from cxrgaze.train.losses import (
     CONTRASTIVE,
+    CRITERIA,
     ENCODER,
     NEED_GAZE,
     NEED_LABELS,
@@ -336,10 +337,11 @@ def balanced_shares(truth: Truth) -> NDArray[np.float64]:
 
 
 def _in_chunks(name: str, rows: Tensor, truth: Tensor, seed: int) -> Tensor:
-    """Mean of a contrastive loss over chunks of the films in one fixed shuffled order."""
+    """Criterion of a contrastive loss over chunks of the films in one fixed shuffled order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows))).to(rows.device)
-    losses = [CONTRASTIVE[name](rows[i], truth[i]) for i in order.split(_CONTRAST_CHUNK)]
-    return torch.stack(losses).mean()
+    parts = [CRITERIA[name](rows[i], truth[i]) for i in order.split(_CONTRAST_CHUNK)]
+    totals, counts = zip(*parts, strict=True)
+    return torch.stack(totals).sum() / torch.stack(counts).sum().clamp(min=1)
 
 
 def _macro_auc(logits: Tensor, truth: Truth, spec: ModelSpec) -> float:

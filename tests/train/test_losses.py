@@ -22,6 +22,7 @@ from cxrgaze.train.losses import (
     film_loss,
     supcon,
     triplet,
+    triplet_sum,
 )
 
 N, C, H, W = 5, 3, 6, 4
@@ -139,7 +140,7 @@ def _rows(embeddings, truth):
     return [(embeddings[i] / np.linalg.norm(embeddings[i]), tuple(truth[i])) for i in known]
 
 
-def _slow_triplet(embeddings, truth):
+def _slow_excess(embeddings, truth):
     rows = _rows(embeddings, truth)
     excess = []
     for (i, (a, ya)), (j, (p, yp)), (n, yn) in itertools.product(
@@ -147,7 +148,11 @@ def _slow_triplet(embeddings, truth):
     ):
         if i != j and ya == yp and yn != ya:
             excess.append(np.linalg.norm(a - p) - np.linalg.norm(a - n) + MARGIN)
-    violating = [e for e in excess if e > 0]
+    return excess
+
+
+def _slow_triplet(embeddings, truth):
+    violating = [e for e in _slow_excess(embeddings, truth) if e > 0]
     return np.mean(violating) if violating else 0.0
 
 
@@ -193,6 +198,27 @@ def test_a_contrastive_loss_equals_its_slow_form(name, case):
     found.backward()
     assert torch.isfinite(given.grad).all()
     assert not given.grad[(truth == UNKNOWN).any(axis=1)].any(), "a film takes part all the same"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_criterion_of_triplets_is_over_all_of_them(case):
+    embeddings = np.random.default_rng(2).normal(size=(8, 5))
+    excess = _slow_excess(embeddings, CASES[case])
+    total, count = triplet_sum(*map(torch.from_numpy, (embeddings, CASES[case])))
+    assert int(count) == len(excess)
+    assert total.item() == pytest.approx(sum(max(e, 0) for e in excess), rel=1e-4, abs=1e-6)
+
+
+def test_what_is_learnt_shows_in_the_criterion_and_not_in_the_loss():
+    truth = torch.from_numpy(one_of([0] * 12 + [1] * 12, 2))
+    turn = torch.linspace(0, 0.1, 24) + torch.pi * truth.argmax(1)
+    turn[[0, 12]] = turn[[12, 0]]  # all films but two lie with those of their class
+    learnt = torch.stack([turn.cos(), turn.sin()], dim=1)
+    random = torch.from_numpy(np.random.default_rng(0).normal(size=(24, 64))).float()
+    assert triplet(learnt, truth) > triplet(random, truth), "the loss alone would do"
+    (before, triplets), (after, as_many) = (triplet_sum(r, truth) for r in (random, learnt))
+    assert triplets == as_many == 24 * 11 * 12
+    assert after < 0.5 * before
 
 
 @pytest.mark.parametrize("loss", [triplet, supcon])

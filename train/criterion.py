@@ -1,0 +1,73 @@
+"""What a contrastive stage is judged by, shown on a random and a trained encoder.
+
+`python -m cxrgaze.train.criterion SET RUN [RUN ...]` prints, of the encoder before and after the
+contrastive stage of each run, over the set's validation films: the loss (over the triplets that
+violate the margin), the criterion (over all triplets) and the AUC of the five nearest neighbours.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxrgaze.evidence import heatmaps, metrics
+from cxrgaze.evidence.arrays import Arrays, load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet
+from cxrgaze.evidence.truth import HAS, UNKNOWN
+from cxrgaze.train import checkpoint
+from cxrgaze.train.fit import spec_for
+from cxrgaze.train.losses import triplet, triplet_sum
+from cxrgaze.train.model import Network, network_of
+from cxrgaze.train.run_folder import read_run
+
+NEIGHBOURS = 5
+
+
+def embedded(network: Network, arrays: Arrays, shrink: int) -> Tensor:
+    """Embeddings of films by the dense encoder, `(n, features)`."""
+    network.eval()
+    with torch.inference_mode():
+        images = torch.nn.functional.avg_pool2d(torch.from_numpy(arrays.images), shrink)
+        return torch.cat([network.dense(batch).embedding for batch in images.split(16)])
+
+
+def neighbours_auc(rows: Tensor, truth: NDArray[np.int8]) -> float:
+    """Macro AUC of the share of each class among the nearest films, the film itself left out."""
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    likeness = (rows @ rows.T).fill_diagonal_(-torch.inf)
+    nearest = likeness.topk(NEIGHBOURS, dim=1).indices.numpy()
+    return metrics.macro_auc((truth == HAS)[nearest].mean(axis=1), truth)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    labelled = LabelledSet.open(Path(arguments[0]))
+    print("run, encoder, loss (violating triplets), criterion (all triplets), 5-NN AUC")
+    for run in map(Path, arguments[1:]):
+        config = read_run(run).config
+        number = list(config.stages).index("contrastive") + 1
+        spec = spec_for(labelled, config)
+        preset = heatmaps.PRESETS[config.heatmap]
+        arrays = load_arrays(labelled.split("val"), spec, preset)
+        known = (arrays.truth != UNKNOWN).all(axis=1)
+        torch.manual_seed(config.seed)
+        network = network_of(spec, centre_prior=config.centre_prior)
+        weights = safetensors.torch.load_file(run / "stages" / f"{number}-contrastive.safetensors")
+        for name in ("random", "trained"):
+            if name == "trained":
+                checkpoint.load_weights(network, weights, str(run))
+            rows = embedded(network, arrays, config.stages["contrastive"].shrink)[known]
+            truth = torch.from_numpy(arrays.truth[known])
+            total, count = triplet_sum(rows, truth)
+            auc = neighbours_auc(rows, arrays.truth[known])
+            print(f"{run}, {name}, {triplet(rows, truth):.3f}, {total / count:.3f}, {auc:.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
