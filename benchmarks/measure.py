@@ -292,7 +292,7 @@ def _overhead(reader: Reader, films: Sequence[Film], config: Config) -> Overhead
     if served.classes != manifest.spec.class_names:
         return "not measured: the script by hand serves classes that nothing taught, we do not"
     decision = manifest.decision
-    exclusive = manifest.spec.class_kind == "exclusive"
+    exclusive = manifest.spec.exclusive
     each = [decision.temperatures.get(name, 1.0) for name in manifest.spec.class_names]
     temperature = decision.temperature if exclusive else np.array(each)
     plain = Plain(graph, size, temperature, config.threads, exclusive=exclusive)

@@ -139,18 +139,21 @@ def _run(args: argparse.Namespace) -> int:
 def _films(bundle: Bundle, args: argparse.Namespace) -> GateSet:
     """The films to gate a plan with: phantoms, or a split of a labelled set."""
     from cxrgaze.evidence import gate
-    from cxrgaze.evidence.labelled_set import LabelledSet, log_look, split_named
+    from cxrgaze.evidence.labelled_set import LabelledSet, split_named
 
     spec = bundle.manifest.spec
     if args.gate == "phantom":
         return gate.phantom_set(spec)
     split = split_named(args.gate_split)
-    films = gate.open_set(Path(args.gate), spec, args.heatmap, split)
-    if split in (None, "test"):
-        log_look(
-            LabelledSet.open(Path(args.gate)), bundle.manifest.name, bundle.sha256, "engine gate"
-        )
-    return films
+    return gate.looked_at(
+        LabelledSet.open(args.gate),
+        spec,
+        args.heatmap,
+        split,
+        model=bundle.manifest.name,
+        model_sha256=bundle.sha256,
+        what="engine gate",
+    )
 
 
 def print_built(built: Built, cache: Cache) -> None:

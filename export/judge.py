@@ -14,7 +14,7 @@ from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.command import say
 from cxrgaze.evidence import gate, phantom
 from cxrgaze.evidence.heatmaps import PRESETS
-from cxrgaze.evidence.labelled_set import LabelledSet, log_look
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import any_known
 from cxrgaze.export import graph, int8, parity
@@ -57,14 +57,18 @@ def gate_films(source: Source, options: ExportOptions, model: onnx.ModelProto) -
         films = gate.phantom_set(spec)
     else:
         heatmap = asked.heatmap or source.facts.heatmap
-        rows = LabelledSet.open(asked.folder).rows
-        rows = tuple(row for row in rows if asked.split in (None, row.split))
-        these = Seen.of(rows, asked.identity_key)
+        labelled = LabelledSet.open(asked.folder)
+        these = Seen.of(labelled.split(asked.split).rows, asked.identity_key)
         not_compared = require_unseen(source.facts.seen, these, str(asked.folder))
-        films = gate.open_set(asked.folder, spec, heatmap, asked.split)
-        if asked.split in (None, "test"):
-            what = f"gate of {options.precision}, target {options.target}"
-            log_look(LabelledSet.open(asked.folder), source.facts.name, source.facts.sha256, what)
+        films = gate.looked_at(
+            labelled,
+            spec,
+            heatmap,
+            asked.split,
+            model=source.facts.name,
+            model_sha256=source.facts.sha256,
+            what=f"gate of {options.precision}, target {options.target}",
+        )
     infer = witness(graph.finished(model, spec))
     return Gated(films, gate.predicted(infer, films.arrays.images), not_compared)
 
@@ -119,7 +123,7 @@ def calibrated(
         chosen = gate.phantom_set(spec, asked.films, CALIBRATION_SEED)
     else:
         labelled = LabelledSet.open(asked.folder)
-        part = labelled.split(asked.split) if asked.split else labelled
+        part = labelled.split(asked.split)
         order = np.random.default_rng(0).permutation(len(part.rows))[: asked.films]
         part = replace(part, rows=tuple(part.rows[i] for i in np.sort(order)), gaze={})
         chosen = gate.labelled_set(part, spec, PRESETS["paper"], None)

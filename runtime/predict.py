@@ -191,7 +191,7 @@ def _table(records: Sequence[Record], reader: Reader) -> str:
     served = reader.served
     has_map = LOG_DENSITY in served.heads
     columns = ["film", "status"]
-    columns += ["label"] if served.classes and served.spec.class_kind == "exclusive" else []
+    columns += ["label"] if served.classes and served.spec.exclusive else []
     columns += [f"p_{name}" for name in served.classes]
     columns += [f"flag_{name}" for name in served.decided]
     columns += ["peak_x_px", "peak_y_px"] if has_map else []

@@ -229,7 +229,7 @@ class Reader(AbstractContextManager["Reader"]):
                     probabilities=probabilities,
                     label=self.served.label(probabilities),
                     flags=self.served.flags(probabilities),
-                    operating_points=self._points,
+                    operating_points=dict(self.served.points),
                     log_density=log_density,
                     geometry=geometry,
                     timings_ms={
@@ -282,11 +282,6 @@ class Reader(AbstractContextManager["Reader"]):
         if self._gate.verdict != "pass":
             warnings.append(f"gate: {self._gate.verdict} ({self._gate.reason})")
         return tuple(warnings)
-
-    @property
-    def _points(self) -> dict[str, float]:
-        points = self.served.decision.operating_points
-        return {name: points[name] for name in self.served.decided}
 
     def _film_warnings(self, film: Film) -> tuple[str, ...]:
         trained = self.bundle.manifest.spec.pixel_source

@@ -39,7 +39,7 @@ def fit_decision(
     """
     every, truth = np.asarray(logits), truth[:, served.columns]
     logits = every[:, served.columns]
-    if served.spec.class_kind == "exclusive":
+    if served.spec.exclusive:
         decision = Decision(temperature=_of_softmax(logits, class_index(truth)))
     else:
         parts = enumerate(columns(truth))

@@ -111,6 +111,11 @@ class ModelSpec(Frozen):
         """Names of the classes, in the order of the logits."""
         return tuple(c.name for c in self.classes)
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether a film has one of the classes; they are findings otherwise."""
+        return self.class_kind == "exclusive"
+
     def shapes(self, films: int) -> dict[Head, tuple[int, ...]]:
         """Shape of each head's array for so many films."""
         every: dict[Head, tuple[int, ...]] = {

@@ -260,7 +260,8 @@ def asked(monkeypatch):
         calls.append((patients, value, influence, statistic))
         return real(patients, value, influence, statistic, **options)
 
-    monkeypatch.setattr(compare_module, "studentised", spy)
+    for module in (compare_module, bounds):  # macro AUC from one, means through the other
+        monkeypatch.setattr(module, "studentised", spy)
     return calls
 
 

@@ -54,6 +54,13 @@ def _edit(path, change):
         writer.writerows(rows)
 
 
+def _refused_after(made, table, change, message):
+    """A set with another table is refused in these words."""
+    _edit(made.folder / table, change)
+    with pytest.raises(DataError, match=message):
+        labelled_set.LabelledSet.open(made.folder)
+
+
 def test_written_and_opened_again(labelled):
     again = labelled_set.LabelledSet.open(labelled.folder)
     assert again.rows == labelled.rows and again.info == labelled.info
@@ -117,16 +124,16 @@ BROKEN_FINDINGS = {
 
 @pytest.mark.parametrize("name", BROKEN_FINDINGS)
 def test_a_broken_findings_table_names_the_row_or_the_column(findings, name):
-    change, message = BROKEN_FINDINGS[name]
-    _edit(findings.folder / "films.csv", change)
-    with pytest.raises(DataError, match=message):
-        labelled_set.LabelledSet.open(findings.folder)
+    _refused_after(findings, "films.csv", *BROKEN_FINDINGS[name])
 
 
 def test_findings_are_no_columns_of_exclusive_classes(labelled):
-    _edit(labelled.folder / "films.csv", lambda r: [row.update(finding_normal="1") for row in r])
-    with pytest.raises(DataError, match=r"not expected \['finding_normal'\]"):
-        labelled_set.LabelledSet.open(labelled.folder)
+    _refused_after(
+        labelled,
+        "films.csv",
+        lambda r: [row.update(finding_normal="1") for row in r],
+        r"not expected \['finding_normal'\]",
+    )
 
 
 def _info(labelled, **change):
@@ -194,10 +201,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_films_table_names_the_row(labelled, name):
-    change, message = BROKEN[name]
-    _edit(labelled.folder / "films.csv", change)
-    with pytest.raises(DataError, match=message):
-        labelled_set.LabelledSet.open(labelled.folder)
+    _refused_after(labelled, "films.csv", *BROKEN[name])
 
 
 BROKEN_GAZE = {
@@ -211,10 +215,7 @@ BROKEN_GAZE = {
 
 @pytest.mark.parametrize("name", BROKEN_GAZE)
 def test_a_broken_fixations_table_names_the_row(labelled, name):
-    change, message = BROKEN_GAZE[name]
-    _edit(labelled.folder / "fixations.csv", change)
-    with pytest.raises(DataError, match=message):
-        labelled_set.LabelledSet.open(labelled.folder)
+    _refused_after(labelled, "fixations.csv", *BROKEN_GAZE[name])
 
 
 BROKEN_FILE = {

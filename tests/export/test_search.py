@@ -16,6 +16,7 @@ from cxrgaze.bundles.verdicts import Gate, Limits
 from cxrgaze.command import Steps
 from cxrgaze.errors import GateError, ParityError
 from cxrgaze.evidence import gate, phantom
+from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.evidence.phantom import write_phantom_set
 from cxrgaze.export import judge, pipeline, search
 from cxrgaze.export.options import ExportOptions, GateOptions, Int8Options, ValidationOptions
@@ -207,6 +208,10 @@ def sets(tmp_path_factory):
     return folder
 
 
+def _part(folder, split):
+    return gate.named_set(LabelledSet.open(folder), SPEC, "phantom", split)
+
+
 def _options(output, sets, name="gate", trials=40, validated=True, precision="int8"):
     return ExportOptions(
         precision,
@@ -294,9 +299,9 @@ def test_the_ranking_never_sees_a_film_of_the_gate(source, sets, tmp_path, monke
         options = replace(options, validation=ValidationOptions(None, "test"))
     found = pipeline.export(source, options, Steps()).manifest
     (films,) = ranked_on
-    own = gate.open_set(sets / "own", SPEC, "phantom", "val" if validated else "train")
+    own = _part(sets / "own", "val" if validated else "train")
     assert films.keys == own.keys and len(films.keys) == (40 if validated else 32)
-    gates = gate.open_set(sets / "gate", SPEC, "phantom", "test")
+    gates = _part(sets / "gate", "test")
     assert set(seen) == {image.tobytes() for image in own.arrays.images}
     assert not set(seen) & {image.tobytes() for image in gates.arrays.images}
     assert len(seen) == (3 + 1) * len(films.keys)  # each block alone, and the reference
@@ -318,7 +323,7 @@ def test_the_order_is_none_of_the_gates(source, sets, tmp_path, precision):
 
 def test_what_ranks_is_the_head_that_is_furthest_off(source, sets, monkeypatch):
     """The largest of both, whichever it is, on at most `RANKING_FILMS` films."""
-    films = gate.open_set(sets / "own", SPEC, "phantom", "val")
+    films = _part(sets / "own", "val")
     of = judge.FormJudge(source, _options(sets, sets), None, "", None)
     model = source.graph()
     distances = {"logits": 0.2, "log_density": 0.1}
@@ -341,7 +346,7 @@ def test_what_ranks_is_the_head_that_is_furthest_off(source, sets, monkeypatch):
 
 
 def test_the_reference_itself_is_at_no_distance(source, sets):
-    films = gate.open_set(sets / "own", SPEC, "phantom", "val")
+    films = _part(sets / "own", "val")
     of = judge.FormJudge(source, _options(sets, sets), None, "", None)
     model = source.graph()
     measured = of.ranking(films, model)

@@ -7,6 +7,7 @@ may differ. Findings: a sigmoid each over its own temperature; there is no label
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -54,9 +55,9 @@ class Served:
         ):
             if foreign := sorted(set(of) - set(names)):
                 raise ValueError(f"{what} of {foreign[0]!r}, which is no class")
-        if self.spec.class_kind == "exclusive" and decision.temperatures:
+        if self.spec.exclusive and decision.temperatures:
             raise ValueError("exclusive classes have one temperature, found one a class")
-        if self.spec.class_kind == "findings" and decision.temperature != 1:
+        if not self.spec.exclusive and decision.temperature != 1:
             raise ValueError("findings have a temperature each, found one for all")
         if foreign_heads := [head for head in self.untrained if head not in self.spec.heads]:
             raise ValueError(f"untrained {foreign_heads[0]}, which is no head of this network")
@@ -76,7 +77,7 @@ class Served:
         if LOGITS in self.untrained:
             return ()
         taught = tuple(name for name in self.spec.class_names if name not in self.untaught)
-        return taught if len(taught) > 1 or self.spec.class_kind == "findings" else ()
+        return () if self.spec.exclusive and len(taught) < 2 else taught
 
     @cached_property
     def columns(self) -> list[int]:
@@ -88,6 +89,11 @@ class Served:
         """Names of the classes that have an operating point, in the order of `classes`."""
         return tuple(name for name in self.classes if name in self.decision.operating_points)
 
+    @cached_property
+    def points(self) -> dict[str, float]:
+        """Operating points of `decided`, in its order."""
+        return {name: self.decision.operating_points[name] for name in self.decided}
+
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Of logits `(..., C)` the probabilities of `classes` `(..., K)`; NaN of what is no number.
 
@@ -95,7 +101,7 @@ class Served:
         """
         chosen = np.ascontiguousarray(np.asarray(logits, dtype=np.float64)[..., self.columns])
         with np.errstate(invalid="ignore", over="ignore"):  # NaN stays NaN, and is seen
-            if self.spec.class_kind == "exclusive":
+            if self.spec.exclusive:
                 scaled = chosen / self.decision.temperature
                 odds = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
                 return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
@@ -106,19 +112,19 @@ class Served:
     @cached_property
     def decides(self) -> NDArray[np.bool_]:
         """`(K,)`, of which classes something is decided: exclusive ones all, findings by point."""
-        exclusive = self.spec.class_kind == "exclusive"
+        exclusive = self.spec.exclusive
         return np.array([exclusive or name in self.decided for name in self.classes], dtype=bool)
 
     def labelled(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Whether each class is the label, of probabilities `(n, K)` `(n, K)`; no finding is."""
+        """Of probabilities `(n, K)` whether each class is the label, `(n, K)`; no finding is."""
         columns = np.arange(probabilities.shape[1])
-        if self.spec.class_kind == "findings":
+        if not self.classes or not self.spec.exclusive:
             return np.zeros(probabilities.shape, dtype=bool)
         return np.asarray(probabilities.argmax(axis=1)[:, None] == columns)
 
     def flagged(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
         """Of probabilities `(n, K)` each class's flag; the label of a class without a point."""
-        points = [self.decision.operating_points.get(name, np.inf) for name in self.classes]
+        points = [self.points.get(name, np.inf) for name in self.classes]
         has_point = np.isfinite(points)
         flags = probabilities >= np.asarray(points)
         return np.where(has_point, flags, self.labelled(probabilities))
@@ -128,12 +134,14 @@ class Served:
         return np.hstack([self.labelled(probabilities), self.flagged(probabilities)])
 
     def flags(self, probabilities: dict[str, float]) -> dict[str, bool]:
-        """Whether each class's probability reaches its operating point."""
-        points = self.decision.operating_points
-        return {name: probabilities[name] >= points[name] for name in self.decided}
+        """`flagged` of one film, by name, of the classes that have an operating point."""
+        (flags,) = self.flagged(self._row(probabilities)).tolist()
+        return {n: flag for n, flag in zip(self.classes, flags, strict=True) if n in self.points}
 
     def label(self, probabilities: dict[str, float]) -> str | None:
-        """The most probable of exclusive classes; findings have no label."""
-        if self.spec.class_kind == "findings" or not probabilities:
-            return None
-        return max(probabilities, key=lambda name: probabilities[name])
+        """The class that is `labelled` of one film; None of findings."""
+        (labels,) = self.labelled(self._row(probabilities)).tolist()
+        return next(itertools.compress(self.classes, labels), None)
+
+    def _row(self, probabilities: dict[str, float]) -> NDArray[np.float64]:
+        return np.array([[probabilities[name] for name in self.classes]], dtype=np.float64)

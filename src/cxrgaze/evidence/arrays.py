@@ -100,7 +100,7 @@ def require_classes(labelled: LabelledSet, spec: ModelSpec) -> None:
         return
     shared = set(info.class_names) & set(names)
     kinds = (info.class_kind, spec.class_kind)
-    fit = shared == set(info.class_names) if spec.class_kind == "exclusive" else bool(shared)
+    fit = shared == set(info.class_names) if spec.exclusive else bool(shared)
     if kinds == ("findings", "exclusive") or not fit:
         raise DataError(
             f"{labelled.folder}: {info.class_kind} classes {info.class_names}, the network's are "

@@ -14,6 +14,7 @@ from cxrgaze.evidence.intervals import (
     MIN_PATIENTS,
     Array,
     PatientBootstrap,
+    weighted_mean,
 )
 
 RESAMPLES = 2000
@@ -156,6 +157,21 @@ def studentised(
     defined = np.clip(drawn[~np.isnan(drawn)], -_FAR, _FAR)
     quantiles = np.quantile(defined, levels, method="weibull")  # of b + 1, as for a pivot
     return Bounds(*(float(value - error * q) for q in quantiles))
+
+
+def studentised_mean(
+    patients: Sequence[str], values: Array, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Bounds:
+    """`studentised` of the mean of each film's value, `(n,)`."""
+    mean = float(values.mean())
+    return studentised(
+        patients,
+        mean,
+        (values - mean) / len(values),
+        lambda weights: weighted_mean(values, weights),
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 _FAR = 1e6  # a pivot whose resample has no error

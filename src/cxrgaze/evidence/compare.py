@@ -48,13 +48,13 @@ from cxrgaze.evidence.bounds import (
     clopper_pearson,
     paired_shares,
     studentised,
+    studentised_mean,
 )
 from cxrgaze.evidence.intervals import (
     MIN_PATIENTS,
     Array,
     auc_influence,
     weighted_auc,
-    weighted_mean,
 )
 from cxrgaze.evidence.power import (
     NOTHING_SHOWN,
@@ -344,14 +344,7 @@ def _cc(patients: Sequence[str], maps: Maps, limit: float, resamples: int, seed:
     before, change = float(reference.mean()), float(changes.mean())
     bounds = None
     if not lack:
-        bounds = studentised(
-            who.tolist(),
-            change,
-            (changes - change) / len(changes),
-            lambda weights: weighted_mean(changes, weights),
-            resamples=resamples,
-            seed=seed,
-        )
+        bounds = studentised_mean(who.tolist(), changes, resamples=resamples, seed=seed)
     return _judged("CC", before, before + change, bounds, limit, len(set(who)), lack)
 
 
@@ -435,14 +428,7 @@ def _brier(
     change = float(changes.mean())
     bounds = None
     if not lack:
-        found = studentised(
-            patients,
-            change,
-            (changes - change) / len(changes),
-            lambda weights: weighted_mean(changes, weights),
-            resamples=resamples,
-            seed=seed,
-        )
+        found = studentised_mean(patients, changes, resamples=resamples, seed=seed)
         bounds = Bounds(-found.high, -found.low, -found.bound)
     start = float(before.mean())
     return _judged("Brier", start, start - change, bounds, limit, len(set(patients)), lack)

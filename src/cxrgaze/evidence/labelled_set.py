@@ -197,8 +197,10 @@ class LabelledSet:
         gaze = read_gaze(path, {row.film for row in rows}) if path.is_file() else {}
         return cls(folder, info, rows, gaze)
 
-    def split(self, name: Split) -> LabelledSet:
-        """The rows of one split."""
+    def split(self, name: Split | None) -> LabelledSet:
+        """The rows of one split; all for None."""
+        if name is None:
+            return self
         rows = tuple(row for row in self.rows if row.split == name)
         return LabelledSet(self.folder, self.info, rows, self.gaze)
 

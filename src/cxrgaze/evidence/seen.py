@@ -17,8 +17,6 @@ from cxrgaze.errors import DataError, IntegrityError, UsageError
 from cxrgaze.evidence.labelled_set import FilmRow
 from cxrgaze.files import read_regular
 
-LIMIT = 1 << 28
-"""Bytes of such a file: some million films."""
 _KEY_BYTES = (16, 4096)
 _HEX = set("0123456789abcdef")
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.command import steps
-from cxrgaze.evidence.bounds import clopper_pearson, paired_shares, studentised
-from cxrgaze.evidence.intervals import weighted_mean
+from cxrgaze.evidence.bounds import clopper_pearson, paired_shares, studentised_mean
 
 PATIENTS = 300
 OF_A_CLASS = 150
@@ -66,14 +65,8 @@ def mean_passes(normal: NDArray[np.float64], loss: float) -> bool:
     """Of a mean change by the studentised bootstrap, with skewed changes."""
     chance = np.clip(0.5 * (1 + np.vectorize(math.erf)(normal / math.sqrt(2))), 1e-12, 1 - 1e-12)
     changes = -loss - SPREAD * (-np.log1p(-chance) - 1)  # exponential: most lose little
-    value = float(changes.mean())
-    found = studentised(
-        [f"{i:04d}" for i in range(len(changes))],
-        value,
-        (changes - value) / len(changes),
-        lambda weights: weighted_mean(changes, weights),
-        resamples=RESAMPLES,
-    )
+    patients = [f"{i:04d}" for i in range(len(changes))]
+    found = studentised_mean(patients, changes, resamples=RESAMPLES)
     return -found.bound < Limits().cc
 
 

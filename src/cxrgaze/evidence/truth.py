@@ -33,7 +33,7 @@ def truth_of(statements: Sequence[Mapping[str, bool]], spec: ModelSpec) -> Truth
         for column, name in enumerate(spec.class_names):
             if name in known:
                 row[column] = HAS if known[name] else HAS_NOT
-        if spec.class_kind == "exclusive":
+        if spec.exclusive:
             row[:] = (row == HAS) if (row == HAS).sum() == 1 else UNKNOWN
     return truth
 
