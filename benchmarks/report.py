@@ -19,6 +19,8 @@ from cxrgaze.report import (
     Heading,
     Paragraph,
     Table,
+    Tone,
+    Verdict,
     html_page,
     markdown_page,
 )
@@ -43,6 +45,7 @@ def pages(report: Report) -> dict[str, bytes]:
 def _blocks(report: Report, figures: Mapping[str, Figure]) -> list[Block]:
     bundle, config = report.bundle, report.config
     return [
+        *_verdict(report),
         Paragraph(f"{report.notice} {report.caution or ''}".rstrip()),
         Paragraph(
             f"{bundle['variant']} at {bundle['canvas']}, {bundle['gmac']:.3g} GMAC, "
@@ -51,7 +54,6 @@ def _blocks(report: Report, figures: Mapping[str, Figure]) -> list[Block]:
             f"{bundle['device']}, {config.threads} CPU threads; gate {bundle['gate']}. "
             f"{report.films} films."
         ),
-        *_verdict(report),
         Heading("Latency, one film at a time"),
         *_latency(report),
         *_drawing(figures, "samples.svg"),
@@ -84,16 +86,39 @@ def _drawing(figures: Mapping[str, Figure], name: str) -> list[Block]:
 
 
 def _verdict(report: Report) -> list[Block]:
+    """What it comes to: objectives where there were some, and the figures that people ask for."""
+    p50 = report.steady["end_to_end"].p50
+    host, bundle = report.host.machine, report.bundle
+    said = (
+        f"A film to its reading in {_ms(p50)} ms (p50, n = {report.steady['end_to_end'].count}) on "
+        f"{host.cpu}, {bundle['backend']} on {bundle['device']}."
+    )
+    words: dict[str, tuple[str, Tone]] = {
+        "ok": ("Objective met" if report.objectives else "Measured", "good"),
+        "missed": ("Objective missed", "bad"),
+        "inconclusive": ("Inconclusive", "open"),
+    }
+    word, tone = words[report.verdict]
     lines = [
-        f"{'Settled' if report.warm_up.settled else 'Never settled'} after "
-        f"{report.warm_up.readings} readings of warm-up ({report.warm_up.rule}).",
-        *(
-            f"Objective {o.percentile} <= {o.limit_ms:g} ms, end to end: {o.verdict}; {o.reason}; "
-            f"{100 * o.missed_share:.1f} % of the readings took longer."
-            for o in report.objectives
-        ),
+        f"objective {o.percentile} <= {o.limit_ms:g} ms, end to end: {o.verdict}; {o.reason}; "
+        f"{100 * o.missed_share:.1f} % of the readings took longer"
+        for o in report.objectives
     ]
-    return [Paragraph(f"Verdict: {report.verdict}."), Bullets(lines)]
+    lines += [
+        f"cold start to first reading {report.cold.process_ms / 1e3:.1f} s; largest resident set "
+        f"{_mb(report.memory.host_peak)} MB; whole bundle {_mb(report.memory.bundle)} MB",
+        f"{'settled' if report.warm_up.settled else 'never settled'} after "
+        f"{report.warm_up.readings} readings of warm-up ({report.warm_up.rule})",
+    ]
+    missing = [stage for stage in report.boundaries if stage not in report.steady]
+    missing += ["energy"] if not isinstance(report.energy, Energy) else []
+    missing += ["LoadGen"] if not isinstance(report.loadgen, LoadGen) else []
+    lines += [f"not measured: {', '.join(missing)}"] if missing else []
+    if not report.warm_up.settled:
+        lines.append("next: an idle machine, or more readings of warm-up")
+    elif report.verdict == "inconclusive":
+        lines.append("next: more readings, so that the interval of the objective narrows")
+    return [Verdict(word, said, tone), Bullets(lines)]
 
 
 def _latency(report: Report) -> list[Block]:

@@ -9,11 +9,14 @@ from typing import cast
 import torch
 from torch import nn
 
+from cxrgaze.bundles.bundle import CARD, PRIOR
 from cxrgaze.export.canvases import CALIBRATION_SEED, phantom_canvases
+from cxrgaze.export.report import FOLDER
 from cxrgaze.export.source import Facts, Layout, TorchSource
 from cxrgaze.files import sha256
 from cxrgaze.spec import ModelSpec
-from cxrgaze.train import checkpoint
+from cxrgaze.train import card_page, checkpoint
+from cxrgaze.train.card import Card
 from cxrgaze.train.model import Network, block_of, kept_in, random_network, spec_of
 from cxrgaze.train.rewrites import rewrites_of, rewritten
 from cxrgaze.train.shipped import networks
@@ -35,6 +38,7 @@ def source_from_checkpoint(path: Path) -> TorchSource:
         validated_on_phantoms=path.resolve() in map(Path.resolve, networks().values()),
         seen=checkpoint.seen_by(path, card),
         heatmap=card.config.get("heatmap"),
+        beside=_beside(path, card),
     )
     return _source(network, card.spec, facts)
 
@@ -55,6 +59,13 @@ def source_from_random(variant: str, seed: int) -> TorchSource:
         random_seed=seed,
     )
     return _source(network, spec, facts)
+
+
+def _beside(path: Path, card: Card) -> dict[str, bytes]:
+    """The card as a record and to read, and what an evaluation elsewhere compares with."""
+    pages = {f"{FOLDER}/card.{kind}": page for kind, page in card_page.pages(card).items()}
+    prior = checkpoint.prior_bytes(path, card)
+    return {CARD: card.rendered(), **pages, **({PRIOR: prior} if prior else {})}
 
 
 def _source(network: Network, spec: ModelSpec, facts: Facts) -> TorchSource:

@@ -229,6 +229,7 @@ def _files(
         drawn = {"fp16": graph.finished(half.model, spec), **drawn}
     phantoms = source.answers(phantom_canvases(spec, 3, GOLDEN_SEED + 1))
     files = {GRAPH: data, GOLDEN: _golden(source), **pages(manifest, phantoms, drawn)}
+    files |= source.facts.beside
     if source.facts.seen:
         files[SEEN] = source.facts.seen.rendered()
     if made.gated:

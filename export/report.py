@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,12 +12,15 @@ from cxrgaze.bundles.verdicts import HEAD_WORDS, REASONS, Histogram, Quantity, l
 from cxrgaze.export.source import Answers
 from cxrgaze.files import render_json
 from cxrgaze.report import (
+    MARKERS,
+    TONES,
     Block,
     Bullets,
     Figure,
     Heading,
     Paragraph,
     Table,
+    Tone,
     Verdict,
     drawn,
     html_page,
@@ -100,17 +103,20 @@ def _blocks(manifest: Manifest, figures: Mapping[str, Figure]) -> list[Block]:
     ]
 
 
+_TONES: dict[str, Tone] = {"pass": "good", "fail": "bad"}
+_WORDS = {
+    "pass": "Passed the gate",
+    "fail": "Failed the gate",
+    "inconclusive": "Inconclusive",
+    "not_gated": "Not gated",
+}
+
+
 def _verdict(manifest: Manifest) -> list[Block]:
     """What the gate came to, on what, what it did not show, and what to do next."""
     gate = manifest.gate
     kind = " (synthetic: drawings)" if gate.domain == "phantom" else ""
-    words: dict[str, tuple[str, Literal["good", "bad", "open"]]] = {
-        "pass": ("Passed the gate", "good"),
-        "fail": ("Failed the gate", "bad"),
-        "inconclusive": ("Inconclusive", "open"),
-        "not_gated": ("Not gated", "open"),
-    }
-    word, tone = words[gate.verdict]
+    word, tone = _WORDS[gate.verdict], _TONES.get(gate.verdict, "open")
     origin = manifest.decision_from or "those of the network"
     decided = [f"temperature and operating points: {origin}"]
     decided += [manifest.not_compared] if manifest.not_compared else []
@@ -154,13 +160,13 @@ def _forest(manifest: Manifest) -> Figure | None:
     for row, quantity in enumerate(reversed(drawn_ones)):
         scale = losing(quantity.kind) / (quantity.limit or 1e-9)
         ends = sorted((scale * (quantity.low or 0), scale * (quantity.high or 0)))
-        colour = {"pass": "#0072b2", "fail": "#d55e00"}.get(quantity.verdict, "#8a6d00")
-        marker = {"pass": "o", "fail": "X"}.get(quantity.verdict, "D")
-        axes.plot(ends, [row, row], color=colour, linewidth=1.5)
-        axes.plot([scale * (quantity.difference or 0)], [row], marker, color=colour)
+        tone = _TONES.get(quantity.verdict, "open")
+        axes.plot(ends, [row, row], color=TONES[tone], linewidth=1.5)
+        axes.plot([scale * (quantity.difference or 0)], [row], MARKERS[tone], color=TONES[tone])
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.axvline(1, color="#d55e00", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(drawn_ones)), [q.name for q in reversed(drawn_ones)], fontsize=8)
+    axes.set_ylim(-0.6, len(drawn_ones) - 0.4)
     caption = (
         "Loss against float32 with its 95 % interval, in parts of its limit; the dashed line is "
         "the limit. Circle: passes; diamond: inconclusive; cross: fails."
@@ -257,9 +263,12 @@ def _gate(manifest: Manifest) -> list[Block]:
             f" Agreement CC with fp32: smallest {gate.agreement_cc_min:.6f}, mean "
             f"{gate.agreement_cc_mean:.6f}. Worst film: {gate.worst_film_sha256[:12]}."
         )
+    prior = ""
+    if gate.centre_prior_cc is not None:
+        prior = f" CC of the centre prior on these films: {gate.centre_prior_cc:.4f}."
     return [
         *blocks,
-        Paragraph(f"Films: {gate.set_name}.{synthetic}{agreement}"),
+        Paragraph(f"Films: {gate.set_name}.{synthetic}{prior}{agreement}"),
         Table(comparison.header(), comparison.rows()),
         Table(
             ("limit", "most that may be lost", "why"),

@@ -46,6 +46,8 @@ class Facts:
     """Whether its decision was fitted on `gate.VALIDATION_PHANTOMS`."""
     seen: Seen | None = None
     """What it was trained on, where it is recorded."""
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that go with it into its bundles, by path: its card."""
     heatmap: str | None = None
     """Preset of the human maps that it was trained with."""
     random_seed: int | None = None

@@ -1,62 +1,176 @@
-"""What one can say without looking at the film: a logistic regression on view and age."""
+"""What can be said of a film without the network: from view and age, grey levels, patient number.
+
+A network is worth what it adds to these. Each is a logistic regression on a few columns, fitted on
+training films; the first two are kept with the checkpoint, so that a set without training films
+of its own has them. A patient's number means something within its own set alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
+from cxrgaze.evidence.arrays import Arrays
 from cxrgaze.evidence.labelled_set import FilmRow
+from cxrgaze.records import Frozen
+
+Array = NDArray[np.float64]
+Name = Literal["view_and_age", "grey_levels", "patient_number"]
+SHOWN: Final[dict[Name, str]] = {
+    "view_and_age": "view and age",
+    "grey_levels": "grey levels",
+    "patient_number": "patient number",
+}
+KEPT: Final[tuple[Name, ...]] = ("view_and_age", "grey_levels")
+"""Those that are kept with a checkpoint."""
+_QUANTILES = np.arange(1, 20) / 20
 
 
-def view_and_age(
-    training: Sequence[tuple[FilmRow, Mapping[str, bool]]],
-    films: Sequence[FilmRow],
+@dataclass(frozen=True)
+class Described:
+    """What the baselines know of some films."""
+
+    rows: Sequence[FilmRow]
+    grey: Array | None
+    """`(n, 23)` (`grey_statistics`); None where it was not looked at."""
+
+
+class Regression(Frozen):
+    """A logistic regression: of two outcomes, or softmax over several."""
+
+    outcomes: tuple[str, ...]
+    """Names of classes; "" is none of them."""
+    coefficients: tuple[tuple[float, ...], ...]
+    """`(k, d)`; k is 1 for two outcomes, of which it is for the second."""
+    intercepts: tuple[float, ...]
+
+    def probabilities(self, columns: Array) -> Array:
+        """Of standardised columns `(n, d)`, `(n, outcomes)`."""
+        linear = columns @ np.array(self.coefficients).T + np.array(self.intercepts)
+        if len(self.outcomes) == 2:
+            linear = np.column_stack([np.zeros(len(linear)), linear])
+        odds = np.exp(linear - linear.max(axis=1, keepdims=True))
+        return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+
+
+class Baseline(Frozen):
+    """A fitted baseline: how its columns are made, and what it makes of them."""
+
+    name: Name
+    views: tuple[str, ...] = ()
+    """That a column each stands for."""
+    centre: tuple[float, ...]
+    spread: tuple[float, ...]
+    """Of the columns, on the films that it was fitted on."""
+    regressions: tuple[Regression, ...]
+    """One of all exclusive classes, or one a finding."""
+
+    def scores(self, films: Described, classes: Sequence[str]) -> Array | str:
+        """A score of each film for each class, `(n, C)`; a text says why there is none.
+
+        A class that no film had which it was fitted on gets probability zero.
+        """
+        raw = _columns(self.name, films, self.views)
+        if isinstance(raw, str):
+            return raw
+        columns = (raw - np.array(self.centre)) / np.array(self.spread)
+        scores: Array = np.zeros((len(films.rows), len(classes)))
+        for regression in self.regressions:
+            found = regression.probabilities(columns)
+            for column, name in enumerate(regression.outcomes):
+                if name in classes:
+                    scores[:, classes.index(name)] = found[:, column]
+        return scores
+
+
+def fitted(
+    name: Name,
+    films: Described,
+    known: Sequence[Mapping[str, bool]],
     classes: Sequence[str],
-) -> NDArray[np.float64] | str:
-    """Scores of `films` `(N, C)` for each class from view and age alone, fitted on `training`.
-
-    View is one column a value; age is centred, its absence a column of its own. Exclusive classes
-    share one regression, findings have one each. A class that no training film has gets
-    probability zero. A text says why there is no baseline.
+) -> Baseline | str:
+    """The baseline of that name, fitted on films; a text says why there is none.
 
     Args:
-        training: films, and of each whether it has a class, by name, where that is known.
+        known: of each film whether it has a class, by name, where that is known.
     """
-    labelled = [row for row, known in training if known]
-    targets = _targets([known for _, known in training if known], classes)
+    from sklearn.linear_model import LogisticRegression
+
+    targets = _targets(known, classes)
     if not targets:
         return "the training films have fewer than two classes"
-    views = sorted({row.view or "" for row in labelled})
-    ages = [row.age for row in labelled if row.age is not None]
-    if len(views) < 2 and len(set(ages)) < 2:
-        return "view and age do not vary or are not there"
-    mean, spread = (np.mean(ages), np.std(ages) + 1e-9) if ages else (0.0, 1.0)
-
-    def columns(rows: Sequence[FilmRow]) -> NDArray[np.float64]:
-        return np.array(
-            [
-                [
-                    *((row.view or "") == view for view in views),
-                    0.0 if row.age is None else (row.age - mean) / spread,
-                    row.age is None,
-                ]
-                for row in rows
-            ],
-            dtype=np.float64,
-        )
-
-    probabilities = np.zeros((len(films), len(classes)))
+    views = tuple(sorted({row.view or "" for row in films.rows}))
+    raw = _columns(name, films, views)
+    if isinstance(raw, str):
+        return raw
+    used = np.array(sorted({i for index, _ in targets for i in index}))
+    varies = np.ptp(raw[used], axis=0) > 0
+    if not varies.any():
+        return f"{SHOWN[name]} are the same in all training films or not there"
+    centre, spread = raw[used].mean(axis=0), np.where(varies, raw[used].std(axis=0), 1.0)
+    columns = (raw - centre) / spread
+    regressions = []
     for index, answers in targets:
-        regression = LogisticRegression(max_iter=1000)
-        regression.fit(columns([labelled[i] for i in index]), answers)
-        found = regression.predict_proba(columns(films))
-        for column, name in enumerate(regression.classes_):
-            if name in classes:
-                probabilities[:, classes.index(name)] = found[:, column]
-    return probabilities
+        regression = LogisticRegression(max_iter=1000).fit(columns[index], answers)
+        regressions.append(
+            Regression(
+                outcomes=tuple(map(str, regression.classes_)),
+                coefficients=tuple(map(tuple, regression.coef_.tolist())),
+                intercepts=tuple(regression.intercept_.tolist()),
+            )
+        )
+    return Baseline(
+        name=name,
+        views=views if name == "view_and_age" else (),
+        centre=tuple(centre.tolist()),
+        spread=tuple(spread.tolist()),
+        regressions=tuple(regressions),
+    )
+
+
+def grey_statistics(arrays: Arrays) -> Array:
+    """Of each film over its own area: mean, standard deviation, skewness, kurtosis, 19 quantiles.
+
+    Returns:
+        `(n, 23)`.
+    """
+    found = []
+    for image, geometry in zip(arrays.images[:, 0], arrays.geometries, strict=True):
+        values = geometry.crop(image).astype(np.float64).ravel()
+        mean, deviation = values.mean(), values.std() + 1e-9
+        standard = (values - mean) / deviation
+        moments = [mean, deviation, (standard**3).mean(), (standard**4).mean()]
+        found.append([*moments, *np.quantile(values, _QUANTILES)])
+    return np.array(found)
+
+
+def _columns(name: Name, films: Described, views: Sequence[str]) -> Array | str:
+    """The raw columns of a baseline `(n, d)`, or why there are none."""
+    rows = films.rows
+    if name == "grey_levels":
+        return "no film was looked at" if films.grey is None else films.grey
+    if name == "patient_number":
+        if not all(row.patient.isascii() and row.patient.isdigit() for row in rows):
+            return "the patients have no numbers"
+        number = np.array([float(row.patient) for row in rows])
+        return np.column_stack([number, number**2])
+    ages = [row.age for row in rows if row.age is not None]
+    typical = float(np.mean(ages)) if ages else 0.0
+    return np.array(
+        [
+            [
+                *((row.view or "") == view for view in views),
+                typical if row.age is None else row.age,
+                row.age is None,
+            ]
+            for row in rows
+        ],
+        dtype=np.float64,
+    )
 
 
 def _targets(
@@ -64,8 +178,9 @@ def _targets(
 ) -> list[tuple[list[int], list[str]]]:
     """Films and their answers of each regression: one of all classes, or one a finding."""
     having = [[name for name, has in one.items() if has] for one in known]
-    if all(len(names) == 1 and len(one) > 1 for names, one in zip(having, known, strict=True)):
-        regressions = [(list(range(len(known))), [names[0] for names in having])]
+    labelled = [i for i, one in enumerate(known) if one]
+    if labelled and all(len(having[i]) == 1 and len(known[i]) > 1 for i in labelled):
+        regressions = [(labelled, [having[i][0] for i in labelled])]
     else:
         regressions = []
         for name in classes:

@@ -1,7 +1,9 @@
 """A checkpoint: weights as safetensors, and beside them a JSON card that says what they are.
 
 `NAME.safetensors` holds the state dict of `Network`; `NAME.json` the card with the ModelSpec, the
-SHA-256 of the weights, how they were trained and what was measured. Nothing is ever unpickled.
+SHA-256 of the weights, how they were trained and what was measured, `NAME.card.md` and
+`NAME.card.html` the same to read; `NAME.seen` and `NAME.prior` what of the training films is kept.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,26 +14,30 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
-from pydantic import model_validator
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
-from cxrgaze.bundles.served import Decision, Served
+from cxrgaze.bundles import npz
 from cxrgaze.environment import versions
 from cxrgaze.errors import CxrgazeError, IntegrityError, UsageError
 from cxrgaze.evidence.seen import Seen
 from cxrgaze.files import read_regular, read_verified, sha256, write_atomic
-from cxrgaze.records import Record, parse_record
-from cxrgaze.spec import NOTICE, Head, ModelSpec
+from cxrgaze.records import parse_record
+from cxrgaze.spec import ModelSpec
+from cxrgaze.train import card_page
+from cxrgaze.train.card import Card
 from cxrgaze.train.model import VARIANTS, Network, network_of
-from cxrgaze.train.origin import Origin
 from cxrgaze.train.shipped import networks
 
 _WEIGHTS_LIMIT = 4 << 30
 _CARD_LIMIT = 16 << 20
 SEEN_SUFFIX = ".seen"
+PRIOR_SUFFIX = ".prior"
+_PRIOR = "centre_prior"
 UNREADABLE = (
     SafetensorError,
     RuntimeError,
@@ -45,91 +51,80 @@ UNREADABLE = (
 """What reading a file of tensors raises when it is none."""
 
 
-class Card(Record):
-    """What the weights are, how they were made and what was measured."""
-
-    VERSION = 1
-    WHAT = "checkpoint card"
-    REMEDY = "train again or use the version that wrote it"
-
-    schema_version: int = VERSION
-    notice: str = NOTICE
-    name: str
-    spec: ModelSpec
-    weights_sha256: str
-    parameters: int
-    trained_on: str
-    """Origin of the training films, in a sentence."""
-    lineage: tuple[Origin, ...]
-    """All sets that these weights descend from: initial weights, teachers, the run's own films."""
-    untrained: tuple[Head, ...] = ()
-    """Heads that nothing has taught; they are not served."""
-    untaught: tuple[str, ...] = ()
-    """Classes that nothing has taught; they are not served."""
-    centre_prior: bool = False
-    """Whether the network has the learnable centre prior."""
-    decision: Decision = Decision()
-    """Fitted on validation films."""
-    seen_sha256: str = ""
-    """Of the file `NAME.seen` (`cxrgaze.evidence.seen`); "" where there is none."""
-    command: str
-    """The one command that makes this checkpoint again."""
-    config: dict[str, Any]
-    results: dict[str, Any]
-    """Figures on held-out films, each with its centre-prior CC; says synthetic where it is."""
-    environment: dict[str, str]
-
-    @model_validator(mode="after")
-    def _all_of_it_is_of_this_network(self) -> Card:
-        _ = self.served
-        return self
-
-    @property
-    def served(self) -> Served:
-        """What is served of the network."""
-        return Served(self.spec, self.decision, self.untrained, self.untaught)
-
-    @property
-    def descent(self) -> tuple[Origin, ...]:
-        """The lineage as one that goes on from these weights has to record it."""
-        return tuple(
-            o.model_copy(update={"weights_sha256": o.weights_sha256 or self.weights_sha256})
-            for o in self.lineage
-        )
-
-
 def seen_by(path: Path, card: Card) -> Seen | None:
     """The films and patients that the weights `path` were trained on; None where not recorded.
 
     Raises:
         IntegrityError: the file beside the card is missing or altered.
     """
-    if not card.seen_sha256:
-        return None
-    listed = path.with_suffix(SEEN_SUFFIX)
-    data = read_verified(
+    data = _beside(path, SEEN_SUFFIX, card.seen_sha256)
+    return Seen.parse(data, str(path.with_suffix(SEEN_SUFFIX))) if data else None
+
+
+def prior_of(path: Path, card: Card) -> NDArray[np.float32] | None:
+    """The centre prior `(H, W)` of the films that the weights were trained on; None without gaze.
+
+    Raises:
+        IntegrityError: the file beside the card is missing or altered.
+    """
+    data = prior_bytes(path, card)
+    return read_prior(data, card.spec, str(path.with_suffix(PRIOR_SUFFIX))) if data else None
+
+
+def prior_bytes(path: Path, card: Card) -> bytes:
+    """The file of `prior_of`, verified; empty where there is none."""
+    return _beside(path, PRIOR_SUFFIX, card.prior_sha256)
+
+
+def read_prior(data: bytes, spec: ModelSpec, where: str) -> NDArray[np.float32]:
+    """The centre prior in the bytes of its file.
+
+    Raises:
+        IntegrityError: it is none on the network's canvas.
+    """
+    shape = (spec.height, spec.width)
+    return npz.read(data, {_PRIOR: (np.dtype(np.float32), shape)}, where)[_PRIOR]
+
+
+def _beside(path: Path, suffix: str, expected: str) -> bytes:
+    """A verified file beside a card, empty where there is none."""
+    if not expected:
+        return b""
+    listed = path.with_suffix(suffix)
+    return read_verified(
         listed,
         listed.stat().st_size if listed.is_file() else 0,
-        card.seen_sha256,
+        expected,
         source=path.with_suffix(".json").name,
         remedy="take the checkpoint with all its files",
     )
-    return Seen.parse(data, str(listed))
 
 
-def save(path: Path, network: Network, *, seen: Seen | None = None, **card: Any) -> Card:
+def save(
+    path: Path,
+    network: Network,
+    *,
+    seen: Seen | None = None,
+    prior: NDArray[np.float32] | None = None,
+    **card: Any,
+) -> Card:
     """Write weights to `path` and the card beside it.
 
     Weights that are float16 numbers (`round_to_half`) are stored as such.
 
     Args:
         seen: films and patients that they were trained on.
+        prior: centre prior `(H, W)` of the films that they were trained on.
         card: fields of `Card`; schema version, hash, parameters and environment are filled in.
     """
     weights = weights_bytes(network)
-    listed = seen.rendered() if seen else b""
+    beside = {SEEN_SUFFIX: seen.rendered()} if seen else {}
+    if prior is not None:
+        beside[PRIOR_SUFFIX] = npz.written({_PRIOR: prior})
+    hashes = {suffix: sha256(data) for suffix, data in beside.items()}
     saved = Card(
-        seen_sha256=sha256(listed) if seen else "",
+        seen_sha256=hashes.get(SEEN_SUFFIX, ""),
+        prior_sha256=hashes.get(PRIOR_SUFFIX, ""),
         weights_sha256=sha256(weights),
         parameters=sum(p.numel() for p in network.parameters()),
         environment={
@@ -140,15 +135,32 @@ def save(path: Path, network: Network, *, seen: Seen | None = None, **card: Any)
         **card,
     )
     write_atomic(path, weights)
-    if seen:
-        write_atomic(path.with_suffix(SEEN_SUFFIX), listed)
+    for suffix, data in beside.items():
+        write_atomic(path.with_suffix(suffix), data)
     write_card(path, saved)
     return saved
 
 
 def write_card(path: Path, card: Card) -> None:
-    """Write the card beside the weights `path`."""
+    """Write the card and its pages beside the weights `path`."""
     write_atomic(path.with_suffix(".json"), card.rendered())
+    for kind, page in card_page.pages(card).items():
+        write_atomic(path.with_suffix(f".card.{kind}"), page)
+
+
+def read_card(path: Path) -> Card:
+    """The card beside the weights `path`.
+
+    Raises:
+        UsageError: no such file. IntegrityError: malformed, or of another schema version.
+    """
+    card_path = path.with_suffix(".json")
+    for needed in (path, card_path):
+        if not needed.is_file():
+            raise UsageError(
+                f"{needed} does not exist; a checkpoint is NAME.safetensors + NAME.json"
+            )
+    return parse_record(Card, read_regular(card_path, _CARD_LIMIT), str(card_path))
 
 
 def weights_bytes(network: nn.Module) -> bytes:
@@ -181,13 +193,7 @@ def load(path: Path) -> tuple[Network, Card]:
         UsageError: no such file.
         IntegrityError: weights or card malformed, altered, of another schema or another variant.
     """
-    card_path = path.with_suffix(".json")
-    for needed in (path, card_path):
-        if not needed.is_file():
-            raise UsageError(
-                f"{needed} does not exist; a checkpoint is NAME.safetensors + NAME.json"
-            )
-    card = parse_record(Card, read_regular(card_path, _CARD_LIMIT), str(card_path))
+    card, card_path = read_card(path), path.with_suffix(".json")
     data = read_regular(path, _WEIGHTS_LIMIT)
     if sha256(data) != card.weights_sha256:
         raise IntegrityError(f"{path}: SHA-256 differs from {card_path.name}: altered or cut short")

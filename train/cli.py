@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_cli.add(commands)
     _add_fit(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
+    _add_card(commands)
     _add_phantom(commands)
     _add_demo(commands)
     return command.execute(parser, _run, argv)
@@ -75,6 +77,7 @@ def _add_fit(commands: Any) -> None:
         help="take weights that may have seen the set's test films",
     )
     command.add_identity_key(fit)
+    _add_statements(fit)
     fit.add_argument(
         "--allow-untaught",
         action="store_true",
@@ -143,6 +146,64 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare evaluated models on the same films",
+        description="The difference in macro AUC and CC of models that were evaluated on the same "
+        "films, paired, with intervals over patients; of several pairs (as seeds) their mean.",
+        epilog=command.EXIT_HELP,
+    )
+    for name in ("base", "new"):
+        compare.add_argument(
+            f"--{name}",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="DIR",
+            help="reports of cxrgaze-train evaluate"
+            + ("; the first is compared with the first of --base, and so on" * (name == "new")),
+        )
+    compare.add_argument(
+        "--resamples", type=command.bounded(200, 100_000), default=5000, help="(default 5000)"
+    )
+    compare.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
+    compare.set_defaults(run=_compare)
+
+
+def _add_card(commands: Any) -> None:
+    card = commands.add_parser(
+        "card",
+        help="state what only people know of a checkpoint, add evaluations, write its card anew",
+        description="A checkpoint's card says what the weights are, what they were trained on and "
+        "what was measured: NAME.json, to read NAME.card.md and NAME.card.html. It goes into every "
+        "bundle. What nobody stated is counted and shown as not stated.",
+        epilog=command.EXIT_HELP,
+    )
+    card.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    _add_statements(card)
+    card.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a report of cxrgaze-train evaluate on these weights; takes the place of one on the "
+        "same split; may be given several times",
+    )
+    card.set_defaults(run=_card)
+
+
+def _add_statements(parser: Any) -> None:
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="TOML",
+        help="what only people know, in a table [statements]: intended use, who labelled, "
+        "licences, contact (examples/card.toml has all of them)",
+    )
+
+
 def _add_phantom(commands: Any) -> None:
     phantom = commands.add_parser(
         "phantom",
@@ -186,6 +247,7 @@ def _fit(args: argparse.Namespace) -> int:
     from cxrgaze.errors import UsageError
     from cxrgaze.evidence.labelled_set import LabelledSet
     from cxrgaze.evidence.seen import read_key
+    from cxrgaze.train.card import read_statements
     from cxrgaze.train.config import load_config
     from cxrgaze.train.fit import fit
     from cxrgaze.train.run_folder import Start, read_run
@@ -220,6 +282,7 @@ def _fit(args: argparse.Namespace) -> int:
         resume=args.resume,
         command=_command_of(args, "fit", str(args.set)),
         identity_key=read_key(args.identity_key),
+        statements=read_statements(args.card),
     )
     if card:
         _print_card(args.output / f"{config.name}.safetensors", card.results["validation"], card)
@@ -245,6 +308,36 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     for line in summary(evaluation):
         print(line)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from cxrgaze.train.paired_reports import compare_reports
+
+    found = compare_reports(args.base, args.new, resamples=args.resamples, seed=args.seed)
+    print(f"{found.films} films, {found.patients} patients, pairs: {found.pairs}")
+    for name, interval in (("macro AUC", found.macro_auc), ("CC", found.cc)):
+        if interval:
+            print(f"{name}, new minus base: {interval}")
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from cxrgaze.train import checkpoint
+    from cxrgaze.train.card import read_statements, with_evaluation
+    from cxrgaze.train.card_page import not_stated
+    from cxrgaze.train.evaluation_record import FILE, read_evaluation
+
+    card = checkpoint.load(args.checkpoint)[1]
+    if args.card:
+        card = card.model_copy(update={"statements": read_statements(args.card)})
+    for path in args.evaluation:
+        report = path / FILE if path.is_dir() else path
+        card = with_evaluation(card, read_evaluation(report), str(report))
+    checkpoint.write_card(args.checkpoint, card)
+    missing, questions = not_stated(card)
+    print(f"card        {args.checkpoint.with_suffix('.card.html')} (also .md)")
+    print(f"not stated  {len(missing)} of {questions}: {', '.join(missing) or 'nothing'}")
     return 0
 
 

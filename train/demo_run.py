@@ -14,6 +14,7 @@ from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.labelled_set import LabelledSet, write_set
 from cxrgaze.evidence.phantom import HARD, write_phantom_set
 from cxrgaze.train import checkpoint
+from cxrgaze.train.card import Card
 from cxrgaze.train.config import TrainConfig
 from cxrgaze.train.figures import point_figures
 from cxrgaze.train.fit import fit
@@ -31,7 +32,7 @@ def train_demo(
     start: Start = Start(),  # noqa: B008 - frozen
     shuffle: bool = False,
     command: str = "",
-) -> checkpoint.Card:
+) -> Card:
     """Draw phantoms, fit on `films` of them, evaluate on held-out ones, add that to the card.
 
     Args:

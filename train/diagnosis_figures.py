@@ -1,15 +1,15 @@
-"""Figures of the diagnosis head with their intervals, beside what view and age alone reach."""
+"""Figures of the diagnosis head with their intervals, beside what is said without it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.bundles.served import Decision
-from cxrgaze.evidence import intervals, metrics
+from cxrgaze.evidence import calibration, intervals, metrics
 from cxrgaze.evidence.bounds import clopper_pearson
 from cxrgaze.evidence.intervals import Interval, PatientBootstrap
 from cxrgaze.evidence.labelled_set import FilmRow
@@ -23,18 +23,26 @@ from cxrgaze.evidence.truth import (
     present_classes,
 )
 from cxrgaze.spec import LOGITS
-from cxrgaze.train.baseline import view_and_age
-from cxrgaze.train.evaluated_films import EvaluatedFilms
+from cxrgaze.train.baseline import SHOWN, Name
+from cxrgaze.train.evaluated_films import EvaluatedFilms, Scored
 from cxrgaze.train.evaluation_record import (
     AucIntervals,
-    CalibrationError,
+    BaselineFigures,
+    Calibration,
+    ClassCalibration,
     Diagnosis,
     OperatingPoint,
-    WithinView,
+    Subgroup,
 )
 
 MIN_PER_CLASS = 10
-"""Films with and without a class that a view needs before it gets a figure."""
+"""Films with and without a class that a subgroup needs before it gets a figure."""
+_AGES = {
+    "age under 18": (0, 18),
+    "age 18 to 39": (18, 40),
+    "age 40 to 64": (40, 65),
+    "age 65 and over": (65, np.inf),
+}
 
 Scores = NDArray[np.float64]
 """Of each film for each class, `(n, C)`."""
@@ -43,12 +51,11 @@ Mask = NDArray[np.bool_]
 
 
 def diagnosis_of(
-    films: EvaluatedFilms, training: Sequence[FilmRow] | None, *, resamples: int, seed: int
+    films: EvaluatedFilms, *, resamples: int, seed: int
 ) -> tuple[Diagnosis, list[str]]:
     """The figures over the films with a label, and what is left out of them with its reason.
 
     Args:
-        training: films that the baseline is fitted on; None for no baseline.
         resamples, seed: of the bootstrap over patients.
     """
     chosen, served = films.has_label, films.served
@@ -69,15 +76,15 @@ def diagnosis_of(
         for name in served.classes
         if served.decided and name not in served.decided
     ]
-    baseline = None
-    if training is not None and classes:
-        known = films.known_of
-        baseline = view_and_age([(row, known(row)) for row in training], rows, truth.names)
-    if isinstance(baseline, str):
-        left_out.append(f"view-and-age baseline: {baseline}")
-        baseline = None
-    within_view, too_few = _within_views(truth, [row.view for row in rows], p, baseline)
-    exclusive = served.spec.class_kind == "exclusive"
+    scored: dict[Name, Scored] = {}
+    for name, found in films.baselines.items() if classes else ():
+        if isinstance(found, str):
+            left_out.append(f"baseline {SHOWN[name]}: {found}")
+        else:
+            scored[name] = replace(found, scores=found.scores[chosen])
+    beside = scored["view_and_age"].scores if "view_and_age" in scored else None
+    subgroups, too_few = _subgroups(truth, rows, p, beside)
+    exclusive = served.spec.exclusive
     plain = replace(served, decision=Decision()).probabilities(films.outputs[LOGITS][chosen])
     figures = Diagnosis(
         films=counts,
@@ -86,14 +93,20 @@ def diagnosis_of(
         accuracy=truth.accuracy(p) if exclusive else None,
         temperature=served.decision.temperature if exclusive else None,
         temperatures=None if exclusive else served.decision.temperatures,
-        ece=truth.label_calibration(plain, p) if exclusive else None,
-        ece_by_finding=None if exclusive else truth.finding_calibration(plain, p),
+        calibration=truth.calibration(plain, p, exclusive=exclusive),
+        calibration_by_class={truth.names[c]: truth.class_calibration(p, c) for c in classes},
         operating_points={
-            name: truth.operating_point(p, name, served.decision.operating_points[name])
-            for name in served.decided
+            name: truth.operating_point(p, name, point) for name, point in served.points.items()
         },
-        view_and_age=None if baseline is None else truth.aucs(baseline, classes),
-        within_view=within_view,
+        baselines={
+            name: BaselineFigures(
+                auc=truth.aucs(found.scores, classes),
+                added=truth.added(p, found.scores, classes),
+                fitted_on=found.fitted_on,
+            )
+            for name, found in scored.items()
+        },
+        subgroups=subgroups,
     )
     return figures, left_out + too_few
 
@@ -153,45 +166,69 @@ class _Truth:
         index = self.names.index(name)
         positive, negative = self.truth[:, index] == HAS, self.truth[:, index] == HAS_NOT
         flag = p[:, index] >= threshold
+        known = int(positive.sum() + negative.sum())
         return OperatingPoint(
             threshold=threshold,
+            prevalence=float(positive.sum() / known) if known else None,
             sensitivity=self.share(flag, positive) if positive.any() else None,
             specificity=self.share(~flag, negative) if negative.any() else None,
         )
 
-    def label_calibration(self, before: Scores, after: Scores) -> CalibrationError:
-        """ECE of the most probable class, before and after temperature scaling."""
+    def calibration(self, before: Scores, after: Scores, *, exclusive: bool) -> Calibration:
+        """Of all classes together, before and after temperature scaling."""
+        brier, losses, confidences, eces = [], [], [], []
+        for p in (before, after):
+            brier.append(metrics.brier(p, self.truth, exclusive=exclusive))
+            losses.append(calibration.log_loss(p, self.truth, exclusive=exclusive))
+            confidence, right = metrics.stated(p, self.truth, exclusive=exclusive)
+            confidences.append(confidence)
+            eces.append(metrics.ece(confidence, right))
+        null, null_high = calibration.ece_null(confidences[1], seed=self.bootstrap.seed)
+        return Calibration(
+            brier=self._mean(brier[1]),
+            brier_before=float(np.nanmean(brier[0])),
+            log_loss=self._mean(losses[1]),
+            log_loss_before=float(np.nanmean(losses[0])),
+            ece=eces[1],
+            ece_before=eces[0],
+            ece_null=null,
+            ece_null_high=null_high,
+        )
 
-        def of(p: Scores) -> Interval:
-            return self._ece(p.max(axis=1), p.argmax(axis=1) == class_index(self.truth))
+    def class_calibration(self, p: Scores, column: int) -> ClassCalibration:
+        """Of one class, over the films of which it is known."""
+        known = self.truth[:, column] != UNKNOWN
+        part = self.among(known)
+        own, has = p[known, column], part.truth[:, column] == HAS
 
-        return CalibrationError(before=of(before), after=of(after))
-
-    def finding_calibration(self, before: Scores, after: Scores) -> dict[str, CalibrationError]:
-        """ECE of each finding over the films of which it is known."""
-        found = {}
-        for c, (known, has) in enumerate(columns(self.truth)):
-            if known.any():
-                part = self.among(known)
-                old, new = (part._ece(p[known, c], has) for p in (before, after))
-                found[self.names[c]] = CalibrationError(before=old, after=new)
-        return found
-
-    def _ece(self, confidence: NDArray[np.float64], right: Mask) -> Interval:
-        def resampled(weights: intervals.Array) -> intervals.Array:
-            times = weights.astype(int)
-            return np.array(
-                [metrics.ece(np.repeat(confidence, n), np.repeat(right, n)) for n in times]
+        def interval(statistic: Callable[[Scores, Mask, Scores], Scores]) -> Interval | None:
+            value = float(statistic(own, has, np.ones((1, len(own))))[0])
+            if not np.isfinite(value):
+                return None
+            return part.bootstrap.around(
+                value, part.bootstrap.draws(lambda w: statistic(own, has, w))
             )
 
-        value = metrics.ece(confidence, right)
-        return self.bootstrap.around(value, self.bootstrap.draws(resampled))
+        return ClassCalibration(
+            slope=interval(calibration.slope),
+            intercept=interval(calibration.intercept),
+            brier=part._mean((own - has) ** 2),
+        )
 
-    def aucs(self, scores: Scores, classes: Sequence[int]) -> dict[str, AucIntervals]:
-        """AUC of each of these classes by name, "macro" and "micro"."""
+    def _mean(self, values: NDArray[np.floating]) -> Interval:
+        drawn = self.bootstrap.draws(lambda w: intervals.weighted_mean(values, w))
+        return self.bootstrap.around(float(np.nanmean(values)), drawn)
+
+    def added(self, scores: Scores, other: Scores, classes: Sequence[int]) -> Interval:
+        """Macro AUC of scores minus that of others, on the same films and resamples."""
+        value = metrics.macro_auc(scores, self.truth) - metrics.macro_auc(other, self.truth)
+        drawn = (self._drawn_aucs(s, classes).mean(axis=1) for s in (scores, other))
+        return self.bootstrap.around(value, np.subtract(*drawn))
+
+    def _drawn_aucs(self, scores: Scores, classes: Sequence[int]) -> intervals.Array:
+        """AUC of each of these classes over the resamples, `(resamples, classes)`."""
         parts = list(columns(self.truth))
-        delong = [self._influence(scores[:, c], *parts[c]) for c in classes]
-        drawn = self.bootstrap.draws(
+        return self.bootstrap.draws(
             lambda w: np.stack(
                 [
                     intervals.weighted_auc(scores[known, c], has, w[:, known])
@@ -200,6 +237,12 @@ class _Truth:
                 axis=1,
             )
         )
+
+    def aucs(self, scores: Scores, classes: Sequence[int]) -> dict[str, AucIntervals]:
+        """AUC of each of these classes by name, "macro" and "micro"."""
+        parts = list(columns(self.truth))
+        delong = [self._influence(scores[:, c], *parts[c]) for c in classes]
+        drawn = self._drawn_aucs(scores, classes)
         aucs = {self.names[c]: self._auc(*delong[k], drawn[:, k]) for k, c in enumerate(classes)}
         values, influences = zip(*delong, strict=True)
         macro = float(np.mean(values)), np.mean(influences, axis=0)
@@ -243,23 +286,35 @@ class _Truth:
         )
 
 
-def _within_views(
-    truth: _Truth, views: Sequence[str | None], p: Scores, baseline: Scores | None
-) -> tuple[dict[str, WithinView], list[str]]:
-    """Macro AUC of model and baseline among the films of one view, by view; what is left out."""
-    within_view, left_out = {}, []
-    for view in sorted({view for view in views if view}):
-        here = np.array([v == view for v in views])
+def _subgroups(
+    truth: _Truth, rows: Sequence[FilmRow], p: Scores, baseline: Scores | None
+) -> tuple[dict[str, Subgroup], list[str]]:
+    """Macro AUC of model and view and age among some of the films; what is left out."""
+    found, left_out = {}, []
+    for name, here in _groups(rows).items():
         part = truth.among(here)
         classes = present_classes(part.truth, MIN_PER_CLASS)
         if not classes:
             left_out.append(
-                f"AUC within view {view}: fewer than {MIN_PER_CLASS} films with and without a class"
+                f"AUC within {name}: fewer than {MIN_PER_CLASS} films with and without a class"
             )
             continue
-        within_view[view] = WithinView(
+        found[name] = Subgroup(
             films=len(part.truth),
             macro=part.aucs(p[here], classes)["macro"],
             view_and_age=None if baseline is None else part.aucs(baseline[here], classes)["macro"],
         )
-    return within_view, left_out
+    return found, left_out
+
+
+def _groups(rows: Sequence[FilmRow]) -> dict[str, Mask]:
+    """The films of each view, sex and band of age that is there."""
+    groups: dict[str, Mask] = {}
+    for what in ("view", "sex"):
+        values = [getattr(row, what) for row in rows]
+        for value in sorted({v for v in values if v}):
+            groups[f"{what} {value}"] = np.array([v == value for v in values])
+    ages = np.array([np.nan if row.age is None else row.age for row in rows])
+    for name, (low, high) in _AGES.items():
+        groups[name] = (ages >= low) & (ages < high)
+    return {name: here for name, here in groups.items() if here.any()}

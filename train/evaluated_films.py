@@ -16,9 +16,19 @@ from cxrgaze.evidence import heatmaps
 from cxrgaze.evidence.arrays import Arrays, load_arrays
 from cxrgaze.evidence.labelled_set import FilmRow, LabelledSet, Split
 from cxrgaze.evidence.truth import UNKNOWN, Truth, any_known
-from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec, Outputs
+from cxrgaze.spec import LOG_DENSITY, LOGITS, Outputs
+from cxrgaze.train.baseline import SHOWN, Baseline, Described, Name, fitted, grey_statistics
 from cxrgaze.train.evaluated_model import EvaluatedModel
 from cxrgaze.train.figures import saliency_by_film
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a baseline says of the films."""
+
+    scores: NDArray[np.float64]
+    """`(N, K)`."""
+    fitted_on: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class EvaluatedFilms:
     """What there is nothing to compute from."""
     known_of: Callable[[FilmRow], Mapping[str, bool]]
     """What is known of the classes of any film of the set (`LabelledSet.known`)."""
+    baselines: Mapping[Name, Scored | str]
+    """What the baselines say of them, or why there is none."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -64,7 +76,7 @@ class EvaluatedFilms:
         Of findings a column of each: 1, 0, empty where it is not known.
         """
         keys = list(next(iter(self.saliency.values()), {}))
-        exclusive = self.served.spec.class_kind == "exclusive"
+        exclusive = self.served.spec.exclusive
         columns: list[str] = []
         if self.classes:
             columns = ["label", "predicted"] if exclusive else [f"has_{n}" for n in self.classes]
@@ -110,11 +122,14 @@ def evaluate_films(
     left_out = [f"a meaning of {head}: nothing taught this output" for head in served.untrained]
     if LOGITS not in served.untrained:
         left_out += [f"the class {name}: nothing taught it" for name in served.untaught]
+    training = _Training(labelled, split, model, heatmap)
     prior = None
     if LOG_DENSITY in served.heads and arrays.has_gaze.any():
-        prior = _training_prior(labelled, model.spec, preset)
+        prior = training.prior
         if prior is None:
-            left_out.append("centre prior: the set has no training film with gaze")
+            left_out.append(
+                "centre prior: neither network nor set has one of training films with gaze"
+            )
     saliency: Mapping[int, Mapping[str, float]] = {}
     if LOG_DENSITY in served.heads:
         saliency = saliency_by_film(arrays, outputs[LOG_DENSITY][:, 0], prior, preset)
@@ -126,6 +141,7 @@ def evaluate_films(
         saliency=saliency,
         left_out=(),
         known_of=labelled.known,
+        baselines=training.baselines(part.rows, arrays) if served.classes else {},
     )
     total, labelled_films = len(part.rows), int(films.has_label.sum())
     if not labelled_films and not saliency:
@@ -142,13 +158,54 @@ def evaluate_films(
     return replace(films, left_out=tuple(left_out))
 
 
-def _training_prior(
-    labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapPreset
-) -> NDArray[np.float32] | None:
-    """The centre prior of the training films `(H, W)`, None where they have no gaze."""
-    training = labelled.split("train")
-    gazed = tuple(row for row in training.rows if row.film in labelled.gaze)
-    if not gazed:
-        return None
-    arrays = load_arrays(replace(training, rows=gazed), spec, preset)
-    return heatmaps.centre_prior(arrays.densities[:, 0])
+@dataclass(frozen=True)
+class _Training:
+    """What is known without the network: of its training films, else of the set's own."""
+
+    labelled: LabelledSet
+    split: Split
+    model: EvaluatedModel
+    heatmap: str
+
+    @property
+    def prior(self) -> NDArray[np.float32] | None:
+        """The centre prior `(H, W)`, None where no training film has gaze."""
+        if self.model.prior is not None and self.heatmap == self.model.heatmap:
+            return self.model.prior
+        gazed = tuple(row for row in self._own.rows if row.film in self.labelled.gaze)
+        if not gazed:
+            return None
+        return heatmaps.centre_prior(self._loaded(gazed).densities[:, 0])
+
+    def baselines(self, rows: Sequence[FilmRow], arrays: Arrays) -> dict[Name, Scored | str]:
+        """What each baseline says of films; the patient number within this set alone."""
+        films = Described(rows, grey_statistics(arrays))
+        classes = self.model.served.classes
+        kept = {one.name: one for one in self.model.baselines}
+        found: dict[Name, Scored | str] = {}
+        grey = None
+        for name in SHOWN:
+            baseline: Baseline | str = "neither network nor set has training films for it"
+            fitted_on = "the network's training films"
+            if name in kept:
+                baseline = kept[name]
+            elif self.split != "train" and self._own.rows:
+                fitted_on = "the set's training films"
+                if name == "grey_levels":
+                    grey = grey_statistics(self._loaded(self._own.rows))
+                known = [self.labelled.known(row) for row in self._own.rows]
+                baseline = fitted(name, Described(self._own.rows, grey), known, classes)
+            scores = baseline if isinstance(baseline, str) else baseline.scores(films, classes)
+            if isinstance(scores, str):
+                found[name] = scores
+            else:
+                found[name] = Scored(scores, fitted_on)
+        return found
+
+    @property
+    def _own(self) -> LabelledSet:
+        return self.labelled.split("train")
+
+    def _loaded(self, rows: tuple[FilmRow, ...]) -> Arrays:
+        preset = heatmaps.PRESETS[self.heatmap]
+        return load_arrays(replace(self._own, rows=rows), self.model.spec, preset)

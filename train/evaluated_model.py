@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxrgaze.bundles.bundle import MANIFEST, Bundle
+from cxrgaze.bundles.bundle import CARD, MANIFEST, PRIOR, Bundle
 from cxrgaze.bundles.served import Served
 from cxrgaze.errors import UsageError
 from cxrgaze.evidence.gate import read_seen
 from cxrgaze.evidence.seen import Seen
+from cxrgaze.records import parse_record
 from cxrgaze.runtime.ort import OnnxRuntime
 from cxrgaze.spec import Infer, ModelSpec, Outputs
 from cxrgaze.train import checkpoint
+from cxrgaze.train.baseline import Baseline
+from cxrgaze.train.card import Card
 from cxrgaze.train.evaluation_record import ModelIdentity
 from cxrgaze.train.figures import predict
 from cxrgaze.train.origin import Origin
@@ -36,6 +39,10 @@ class EvaluatedModel:
     predict: Infer
     seen: Seen | None = None
     """What it was trained on, where it is recorded."""
+    baselines: tuple[Baseline, ...] = ()
+    """Fitted on its training films."""
+    prior: NDArray[np.float32] | None = None
+    """Centre prior of its training films `(H, W)`, for `heatmap`."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -70,6 +77,11 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
         return {head: np.concatenate([film[head] for film in films]) for head in films[0]}
 
     manifest, source = bundle.manifest, bundle.manifest.provenance
+    card, prior = None, None
+    if CARD in bundle:
+        card = parse_record(Card, bundle.read(CARD), str(path / CARD))
+    if PRIOR in bundle:
+        prior = checkpoint.read_prior(bundle.read(PRIOR), manifest.spec, str(path / PRIOR))
     return EvaluatedModel(
         path=path,
         served=manifest.served,
@@ -81,10 +93,12 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
             backend=backend.name,
             trained_on=source.trained_on,
         ),
-        heatmap="phantom" if manifest.spec.domain == "phantom" else None,
+        heatmap=card.config.get("heatmap") if card else None,
         origins=(Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256),),
         predict=predict_one_by_one,
         seen=read_seen(bundle),
+        baselines=card.baselines if card else (),
+        prior=prior,
     )
 
 
@@ -107,4 +121,6 @@ def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:
         origins=card.lineage,
         predict=lambda images: predict(network, images),
         seen=checkpoint.seen_by(path, card),
+        baselines=card.baselines,
+        prior=checkpoint.prior_of(path, card),
     )

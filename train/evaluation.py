@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxrgaze.command import say
-from cxrgaze.environment import versions
+from cxrgaze.environment import now_utc, versions
 from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.labelled_set import LabelledSet, Split, log_look
@@ -89,19 +89,20 @@ def _heatmap(options: EvaluationOptions, model: EvaluatedModel, labelled: Labell
 
 def _leakage(
     films: EvaluatedFilms,
+    asked: Seen,
     labelled: LabelledSet,
     model: EvaluatedModel,
     options: EvaluationOptions,
 ) -> str | None:
     """Why the model may have been trained on these films: by their hashes, else by its words."""
-    asked = Seen.of(films.rows, read_key(options.identity_key))
     if model.seen and (shared := model.seen.shared(asked)):
-        own = "" if options.split == "test" else f" (split {options.split})"
         return (
-            f"{shared} of {len(films.rows)} films were trained on{own}, by the hashes that the "
-            "model keeps: figures of them flatter."
+            f"Its training had {shared} of split {options.split} ({len(films.rows)} films), by the "
+            "hashes that the model keeps: figures of them flatter."
         )
-    return leakage(labelled.info, model.origins)
+    # Hashes speak for the run's own split, words for other films that its weights descend from.
+    own = {o.split_sha256 for o in model.origins if model.seen and not o.weights_sha256} - {""}
+    return leakage(labelled.info, [o for o in model.origins if o.split_sha256 not in own])
 
 
 def _evaluation(
@@ -114,10 +115,10 @@ def _evaluation(
     """All figures as a record; the last thing done is to log the look."""
     info, resamples, seed = labelled.info, options.resamples, options.seed
     left_out = list(films.left_out)
+    asked = Seen.of(films.rows, read_key(options.identity_key))
     diagnosis = saliency = None
     if films.has_label.any():
-        training = None if options.split == "train" else labelled.split("train").rows
-        diagnosis, reasons = diagnosis_of(films, training, resamples=resamples, seed=seed)
+        diagnosis, reasons = diagnosis_of(films, resamples=resamples, seed=seed)
         left_out += reasons
         if options.split == "val":
             left_out.append(
@@ -126,7 +127,7 @@ def _evaluation(
             )
     if model.seen is None:
         left_out.append("a comparison with the model's training films: they are not recorded")
-    elif reason := model.seen.not_compared(Seen.of([], read_key(options.identity_key))):
+    elif reason := model.seen.not_compared(asked):
         left_out.append(f"a comparison of patients: {reason}")
     if films.saliency:
         saliency, reasons = saliency_of(films, heatmap, resamples=resamples, seed=seed)
@@ -134,7 +135,7 @@ def _evaluation(
     return Evaluation(
         synthetic=info.domain == "phantom",
         caution=model.spec.caution,
-        leakage=_leakage(films, labelled, model, options),
+        leakage=_leakage(films, asked, labelled, model, options),
         model=model.identity,
         set=SetIdentity(
             name=info.name,
@@ -149,6 +150,7 @@ def _evaluation(
         diagnosis=diagnosis,
         saliency=saliency,
         left_out=tuple(left_out),
+        created_utc=now_utc(),
         environment={**versions("cxrgaze", "python"), "machine": platform.machine()},
         look=log_look(labelled, model.identity.name, model.identity.sha256, "evaluation")
         if options.split == "test"

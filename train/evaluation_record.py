@@ -10,6 +10,7 @@ from cxrgaze.evidence.labelled_set import Look, Split
 from cxrgaze.files import read_regular
 from cxrgaze.records import Digested, Frozen, parse_record
 from cxrgaze.spec import NOTICE
+from cxrgaze.train.baseline import Name
 
 FILE = "report.json"
 _LIMIT = 16 << 20
@@ -49,11 +50,35 @@ class AucIntervals(Frozen):
     """Over patients."""
 
 
-class CalibrationError(Frozen):
-    """Expected calibration error of 15 bins, before and after temperature scaling."""
+class Calibration(Frozen):
+    """How far probabilities are what they say, after and before temperature scaling.
 
-    before: Interval
-    after: Interval
+    Of findings over what is known of all of them together.
+    """
+
+    brier: Interval
+    brier_before: float
+    log_loss: Interval
+    """In nats."""
+    log_loss_before: float
+    ece: float
+    """Expected calibration error of 15 bins: of exclusive classes of the label's probability."""
+    ece_before: float
+    ece_null: float
+    """What it would be on average, on as many films, were each probability exactly right."""
+    ece_null_high: float
+    """What it would stay below in 95 % of such cases."""
+
+
+class ClassCalibration(Frozen):
+    """Of one class's probability, as served; None where there is none (`evidence.calibration`)."""
+
+    slope: Interval | None
+    """1 is right, below it is overconfident."""
+    intercept: Interval | None
+    """Calibration in the large: 0 is right, below it the class is said too often."""
+    brier: Interval
+    """Of the class alone, in [0, 1]."""
 
 
 class OperatingPoint(Frozen):
@@ -61,17 +86,29 @@ class OperatingPoint(Frozen):
 
     threshold: float
     """Of the probability."""
+    prevalence: float | None
+    """Share of the films that have the class, of those of which it is known."""
     sensitivity: Interval | None
     specificity: Interval | None
 
 
-class WithinView(Frozen):
-    """Macro AUC among the films of one view."""
+class BaselineFigures(Frozen):
+    """What a baseline reaches on the same films, and what the network adds to it."""
+
+    auc: dict[str, AucIntervals]
+    """As `Diagnosis.auc`."""
+    added: Interval
+    """Macro AUC of the network minus its own, paired, over patients."""
+    fitted_on: str
+
+
+class Subgroup(Frozen):
+    """Macro AUC among some of the films."""
 
     films: int
     macro: AucIntervals
     view_and_age: AucIntervals | None = None
-    """Of the baseline, that is of age alone; None where there is no baseline."""
+    """Of that baseline; None where there is none."""
 
 
 class Diagnosis(Frozen):
@@ -85,21 +122,20 @@ class Diagnosis(Frozen):
     """One versus rest by class, "macro" and "micro", of the classes that some and not all films
     have; None where there is no such class."""
     accuracy: Interval | None
-    """None of findings, as temperature and ECE."""
+    """None of findings, as the temperature."""
     temperature: float | None
     """Fitted on validation films."""
     temperatures: dict[str, float] | None
     """Of the findings that have one; None of exclusive classes."""
-    ece: CalibrationError | None
-    """Of the label's probability."""
-    ece_by_finding: dict[str, CalibrationError] | None
-    """Of each finding's probability; None of exclusive classes."""
+    calibration: Calibration
+    calibration_by_class: dict[str, ClassCalibration]
+    """Of the classes that some and not all films have."""
     operating_points: dict[str, OperatingPoint]
     """By class."""
-    view_and_age: dict[str, AucIntervals] | None
-    """As `auc`, of view and age alone."""
-    within_view: dict[str, WithinView]
-    """By DICOM ViewPosition."""
+    baselines: dict[Name, BaselineFigures]
+    """What is said without the network (`cxrgaze.train.baseline`)."""
+    subgroups: dict[str, Subgroup]
+    """By view, sex and band of age."""
 
 
 class SaliencyMeans(Frozen):
@@ -114,9 +150,12 @@ class SaliencyMeans(Frozen):
 
 
 class BetweenReaders(Frozen):
-    """Agreement of two readers of one film; None where no film has two."""
+    """Agreement with single readers of the films that have several; None where none has."""
 
     cc: Interval | None = None
+    """Of one reader's own map with another's, over all pairs."""
+    network_cc: Interval | None = None
+    """Of the network's with one reader's own: the like to `cc`."""
 
 
 class Saliency(Frozen):
@@ -128,6 +167,8 @@ class Saliency(Frozen):
     prediction: SaliencyMeans
     centre_prior: SaliencyMeans
     """Of the training films' mean density; not measured where they have no gaze."""
+    added_cc: Interval | None
+    """CC of the network minus the centre prior's, paired, over patients."""
     between_readers: BetweenReaders
     pad_mass: Interval
     """Mass that the network put outside the film."""
@@ -136,7 +177,7 @@ class Saliency(Frozen):
 class Evaluation(Digested):
     """Content of `report.json`."""
 
-    VERSION = 3
+    VERSION = 4
     WHAT = "evaluation"
     REMEDY = "evaluate again, or use the version that wrote it"
 
@@ -158,6 +199,7 @@ class Evaluation(Digested):
     """None where no film has gaze."""
     left_out: tuple[str, ...]
     """Figures that are not there, each with its reason."""
+    created_utc: str
     environment: dict[str, str]
     look: Look | None
     """None of a split that anyone may look at: training and validation films."""

@@ -1,4 +1,4 @@
-"""The pages of an evaluation: tables, ROC, reliability, and a grid of maps."""
+"""The pages of an evaluation: what it comes to, tables, ROC, reliability, and a grid of maps."""
 
 from __future__ import annotations
 
@@ -6,40 +6,50 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from cxrgaze.evidence import metrics
-from cxrgaze.evidence.intervals import Interval
 from cxrgaze.evidence.labelled_set import LOOKS
-from cxrgaze.evidence.truth import HAS, UNKNOWN, columns, present_classes
+from cxrgaze.evidence.truth import columns, present_classes
 from cxrgaze.report import (
+    MARKERS,
+    TONES,
     Block,
     Bullets,
     Figure,
     Heading,
     Paragraph,
-    Table,
     drawn,
     html_page,
     markdown_page,
     new_plot,
 )
 from cxrgaze.spec import LOG_DENSITY
+from cxrgaze.train.baseline import SHOWN
 from cxrgaze.train.evaluated_films import EvaluatedFilms
-from cxrgaze.train.evaluation_record import AucIntervals, Diagnosis, Evaluation, Saliency
+from cxrgaze.train.evaluation_record import Diagnosis, Evaluation
+from cxrgaze.train.evaluation_tables import (
+    auc_table,
+    calibration_tables,
+    identity,
+    operating_table,
+    saliency_table,
+    subgroup_table,
+    text,
+)
+from cxrgaze.train.evaluation_verdict import differences, first_screen, verdict
 
 # Told apart without colour vision (Okabe & Ito), then by the line.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _LINES = ("-", "--", ":")
-_SALIENCY = {"cc": "CC", "sim": "SIM", "kld": "KLD", "nss": "NSS", "auc_judd": "AUC-Judd"}
 
 
 def pages(evaluation: Evaluation, films: EvaluatedFilms) -> dict[str, bytes]:
     """report.md, report.html and the drawings, by file name."""
     title = f"Evaluation of {evaluation.model.name}"
-    blocks = _cautions(evaluation)
-    blocks.append(_identity(evaluation))
+    blocks = [*first_screen(evaluation), *_differences(evaluation), *_cautions(evaluation)]
+    blocks.append(identity(evaluation))
     if evaluation.diagnosis:
         blocks += _diagnosis_blocks(evaluation.diagnosis, films)
     if evaluation.saliency:
-        blocks += _saliency_blocks(evaluation.saliency, films)
+        blocks += [Heading("Saliency"), *saliency_table(evaluation.saliency), _maps(films)]
     if evaluation.left_out:
         blocks += [Heading("Left out"), Bullets(evaluation.left_out)]
     drawings = {b.name: b.data for b in blocks if isinstance(b, Figure)}
@@ -54,7 +64,8 @@ def summary(evaluation: Evaluation) -> list[str]:
     """The evaluation in a few lines."""
     where = evaluation.set
     kind = " (synthetic)" if evaluation.synthetic else ""
-    lines = [f"WARNING: {evaluation.leakage}"] if evaluation.leakage else []
+    found = verdict(evaluation)
+    lines = [f"{found.word}: {found.text}"]
     lines.append(
         f"{evaluation.model.name} on {where.split} of {where.name}{kind}: "
         f"{where.films} films, {where.patients} patients"
@@ -63,19 +74,41 @@ def summary(evaluation: Evaluation) -> list[str]:
     if diagnosis and diagnosis.auc:
         accuracy = f", accuracy {diagnosis.accuracy}" if diagnosis.accuracy else ""
         lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}{accuracy}")
-        if diagnosis.view_and_age:
-            baseline = diagnosis.view_and_age["macro"].bootstrap
-            lines.append(f"view and age alone: macro AUC {baseline}")
-        if diagnosis.ece:
-            lines.append(
-                f"ECE {diagnosis.ece.before.value:.3f} before, "
-                f"{diagnosis.ece.after.value:.3f} after scaling"
-            )
+        for name, baseline in diagnosis.baselines.items():
+            alone = baseline.auc["macro"].bootstrap
+            lines.append(f"{SHOWN[name]} alone: macro AUC {alone}, {baseline.added} less")
+        calibration = diagnosis.calibration
+        lines.append(
+            f"Brier {calibration.brier}, ECE {calibration.ece:.3f} (right probabilities would show "
+            f"{calibration.ece_null:.3f})"
+        )
     if saliency:
         prior = saliency.centre_prior.cc
         beside = f"centre prior {prior}" if prior else "no centre prior"
-        lines.append(f"CC {_text(saliency.prediction.cc)}, {beside}")
+        lines.append(f"CC {text(saliency.prediction.cc)}, {beside}")
     return lines + [f"left out: {reason}" for reason in evaluation.left_out]
+
+
+def _differences(evaluation: Evaluation) -> list[Block]:
+    """What the network adds to each baseline, as a drawing."""
+    found = differences(evaluation)[::-1]
+    if not found:
+        return []
+    plot = new_plot(7, 0.9 + 0.35 * len(found))
+    axes = plot.add_subplot(xlabel="network minus baseline (better is to the right)")
+    for row, one in enumerate(found):
+        value, colour = one.added.value, TONES[one.tone]
+        if one.added.low is not None and one.added.high is not None:
+            axes.plot([one.added.low, one.added.high], [row, row], color=colour, linewidth=1.5)
+        axes.plot([value], [row], MARKERS[one.tone], color=colour)
+    axes.axvline(0, color="#888888", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(found)), [one.name for one in found], fontsize=8)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    caption = (
+        "What the network adds to each baseline, with 95 % intervals. Circle: better; diamond: not "
+        "shown; cross: worse."
+    )
+    return [drawn("differences.svg", plot, caption)]
 
 
 def _cautions(evaluation: Evaluation) -> list[Block]:
@@ -83,8 +116,6 @@ def _cautions(evaluation: Evaluation) -> list[Block]:
     texts = [evaluation.notice]
     if evaluation.synthetic:
         texts.append("Synthetic: drawings, not films. Says nothing of clinical use.")
-    if evaluation.leakage:
-        texts.append(f"WARNING: {evaluation.leakage}")
     if evaluation.caution:
         texts.append(evaluation.caution)
     look = evaluation.look
@@ -94,22 +125,6 @@ def _cautions(evaluation: Evaluation) -> list[Block]:
     return [Paragraph(text) for text in texts]
 
 
-def _identity(evaluation: Evaluation) -> Table:
-    """What was evaluated on what."""
-    where, model = evaluation.set, evaluation.model
-    return Table(
-        ("", ""),
-        (
-            ("model", f"{model.kind} {model.name}, {model.sha256[:16]}"),
-            ("computed by", f"{model.backend}, {model.precision}"),
-            ("trained on", model.trained_on),
-            ("set", f"{where.origin}, split {where.split} ({where.split_sha256[:12]})"),
-            ("films, patients", f"{where.films}, {where.patients}"),
-            ("intervals", evaluation.intervals),
-        ),
-    )
-
-
 def _diagnosis_blocks(diagnosis: Diagnosis, films: EvaluatedFilms) -> list[Block]:
     known = diagnosis.known
     counts = ", ".join(
@@ -117,79 +132,16 @@ def _diagnosis_blocks(diagnosis: Diagnosis, films: EvaluatedFilms) -> list[Block
         for name, count in diagnosis.films.items()
     )
     accuracy = f" Accuracy {diagnosis.accuracy}." if diagnosis.accuracy else ""
-    blocks: list[Block] = [Heading("Diagnosis"), Paragraph(f"Films: {counts}.{accuracy}")]
-    if diagnosis.auc:
-        blocks += [_auc_table(diagnosis.auc, diagnosis.view_and_age), _roc(films)]
-    if diagnosis.within_view:
-        rows = [
-            [view, part.films, part.macro.bootstrap]
-            + [part.view_and_age.bootstrap if part.view_and_age else _text(None)]
-            for view, part in diagnosis.within_view.items()
-        ]
-        blocks.append(Table(("within view", "films", "macro AUC", "age alone"), rows))
-    if diagnosis.operating_points:
-        rows = [
-            [name, f"{point.threshold:.3f}", _text(point.sensitivity), _text(point.specificity)]
-            for name, point in diagnosis.operating_points.items()
-        ]
-        blocks.append(Table(("operating point", "threshold", "sensitivity", "specificity"), rows))
-    biased = "ECE is biased upwards on few films, and its bootstrap more so."
-    if ece := diagnosis.ece:
-        blocks.append(
-            Paragraph(
-                f"ECE (15 bins) {ece.before} before and {ece.after} after scaling with temperature "
-                f"{diagnosis.temperature:.3f}, which was fitted on validation films. {biased}"
-            )
-        )
-    if by_finding := diagnosis.ece_by_finding:
-        temperatures = diagnosis.temperatures or {}
-        rows = [
-            [name, f"{temperatures.get(name, 1.0):.3f}", str(ece.before), str(ece.after)]
-            for name, ece in by_finding.items()
-        ]
-        header = ("ECE (15 bins)", "temperature", "before scaling", "after")
-        fitted = "Temperatures were fitted on validation films."
-        blocks += [Table(header, rows), Paragraph(f"{fitted} {biased}")]
-    blocks.append(_reliability(films))
-    return blocks
-
-
-def _auc_table(
-    aucs: dict[str, AucIntervals], view_and_age: dict[str, AucIntervals] | None
-) -> Table:
-    columns = ["AUC, one versus rest", "DeLong", "patient bootstrap"]
-    rows = [[name, auc.delong, auc.bootstrap] for name, auc in aucs.items()]
-    if view_and_age:
-        columns.append("view and age alone (bootstrap)")
-        rows = [[*row, view_and_age[name].bootstrap] for row, name in zip(rows, aucs, strict=True)]
-    return Table(columns, rows)
-
-
-def _saliency_blocks(saliency: Saliency, films: EvaluatedFilms) -> list[Block]:
-    between = saliency.between_readers.cc
-    rows = [
-        [
-            label,
-            _text(getattr(saliency.prediction, key)),
-            _text(getattr(saliency.centre_prior, key)),
-            _text(between) if key == "cc" else "",
-        ]
-        for key, label in _SALIENCY.items()
-    ]
     return [
-        Heading("Saliency"),
-        Paragraph(
-            f"{saliency.films} films with gaze, heatmap preset {saliency.heatmap}, over the film's "
-            f"area. Mass that the network put outside the film: {saliency.pad_mass}. Lower "
-            "is better for KLD, higher for the others. CC compares only at the same heatmap blur."
-        ),
-        Table(("mean over films", "prediction", "centre prior", "between two readers"), rows),
-        _maps(films),
+        Heading("Diagnosis"),
+        Paragraph(f"Films: {counts}.{accuracy}"),
+        *auc_table(diagnosis),
+        *([_roc(films)] if diagnosis.auc else []),
+        *subgroup_table(diagnosis),
+        *operating_table(diagnosis),
+        *calibration_tables(diagnosis),
+        _reliability(films),
     ]
-
-
-def _text(interval: Interval | None) -> str:
-    return str(interval) if interval else "not measured"
 
 
 def _roc(films: EvaluatedFilms) -> Figure:
@@ -216,10 +168,8 @@ def _roc(films: EvaluatedFilms) -> Figure:
 
 
 def _reliability(films: EvaluatedFilms) -> Figure:
-    p, truth = films.probabilities, films.truth
-    exclusive = films.served.spec.class_kind == "exclusive"
-    known = truth != UNKNOWN
-    pairs = metrics.top_label(p, truth) if exclusive else (p[known], truth[known] == HAS)
+    exclusive = films.served.spec.exclusive
+    pairs = metrics.stated(films.probabilities, films.truth, exclusive=exclusive)
     confidence, hits, counts = metrics.reliability(*pairs)
     plot = new_plot(4.6, 4.2)
     axes = plot.add_subplot(

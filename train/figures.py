@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ def point_figures(
         figures["auc_per_class"] = {served.classes[c]: area for c, area in aucs.items()}
         figures["auc_macro"] = metrics.macro_auc(probabilities, truth)
         figures["auc_micro"] = metrics.micro_auc(probabilities, truth)
-        if served.spec.class_kind == "exclusive":
+        if served.spec.exclusive:
             figures["accuracy"] = metrics.accuracy(probabilities, truth)
     if LOG_DENSITY not in served.heads:
         return figures
@@ -90,7 +91,9 @@ def saliency_by_film(
     Returns:
         cc, sim, kld, nss, auc_judd of the prediction (the last two at fixations, or at samples
         where a film has no fixations); the same of the centre prior
-        (`..._centre_prior`); cc_between_readers of the first two readers, NaN with one; pad_mass.
+        (`..._centre_prior`); cc_between_readers, the mean over all pairs of readers, and
+        cc_single_reader, of the prediction with one reader's own map, the mean over readers: both
+        NaN with one reader; pad_mass.
     """
     return {
         index: _saliency_of_film(arrays, index, np.exp(log_density[index]), prior, preset)
@@ -117,7 +120,12 @@ def _saliency_of_film(
         of_prior = _agreement(geometry.crop(prior), truth, inside)
         saliency |= {f"{key}_centre_prior": value for key, value in of_prior.items()}
     maps = _reader_maps(gaze, geometry, preset)
-    saliency["cc_between_readers"] = metrics.cc(*maps[:2]) if len(maps) > 1 else float("nan")
+    # A pooled map has less noise than a reader's own: like stands beside like.
+    several = len(maps) > 1
+    pairs = [metrics.cc(*pair) for pair in itertools.combinations(maps, 2)]
+    alone = [metrics.cc(prediction, single) for single in maps]
+    saliency["cc_between_readers"] = float(np.mean(pairs)) if several else float("nan")
+    saliency["cc_single_reader"] = float(np.mean(alone)) if several else float("nan")
     saliency["pad_mass"] = float(1 - prediction.sum())
     return saliency
 

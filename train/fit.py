@@ -20,6 +20,8 @@ from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import UNKNOWN, any_known, present_classes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec
 from cxrgaze.train import checkpoint, initial
+from cxrgaze.train.baseline import KEPT, Baseline, Described, fitted, grey_statistics
+from cxrgaze.train.card import Card, Population, Statements
 from cxrgaze.train.config import Stage, TrainConfig
 from cxrgaze.train.decision import fit_decision
 from cxrgaze.train.distill import taught
@@ -38,6 +40,8 @@ from cxrgaze.train.run_folder import RunRecord, Start, open_run, set_hash
 from cxrgaze.train.stage_module import Films
 from cxrgaze.train.stage_run import Machine, run_stage
 
+_OPENED: tuple[Split, ...] = ("train", "val")
+
 
 def fit(
     labelled: LabelledSet,
@@ -49,7 +53,8 @@ def fit(
     resume: bool = False,
     command: str = "",
     identity_key: bytes | None = None,
-) -> checkpoint.Card | None:
+    statements: Statements = Statements(),  # noqa: B008 - frozen
+) -> Card | None:
     """Train on the set's split `train`, choose on `val`; `test` is not opened.
 
     Args:
@@ -57,6 +62,7 @@ def fit(
         command: to make this checkpoint again, for the card.
         identity_key: under which patients are recorded (`cxrgaze.evidence.seen`); None records
             films alone.
+        statements: what people say of the network, for the card.
 
     Returns:
         The card of the checkpoint `RUN/NAME.safetensors`; None in all processes but the first.
@@ -71,7 +77,7 @@ def fit(
     machine.check(config)
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    spec = _spec(labelled, config)
+    spec = spec_for(labelled, config)
     torch.manual_seed(config.seed)
     network = network_of(spec, centre_prior=config.centre_prior)
     before = initial.start(network, spec, start.init, start.origin)
@@ -81,16 +87,14 @@ def fit(
     taught_before = [before.seen]
     if teacher and start.teacher:
         taught_before.append(checkpoint.seen_by(start.teacher, teacher[1]))
-    own = Seen.of((row for row in labelled.rows if row.split in ("train", "val")), identity_key)
+    own = Seen.of((row for row in labelled.rows if row.split in _OPENED), identity_key)
     test = Seen.of((row for row in labelled.rows if row.split == "test"), identity_key)
     for seen in filter(None, taught_before):
         if not start.allow_leakage:
             require_unseen(seen, test, f"{labelled.folder}, split test")
         own = own.joined(seen)
     preset = heatmaps.PRESETS[config.heatmap]
-    train, val = (
-        _arrays(labelled, name, spec, preset, machine.cache, teacher) for name in ("train", "val")
-    )
+    train, val = (_arrays(labelled, name, spec, preset, machine.cache, teacher) for name in _OPENED)
     asked = {name: stage.of_heads(spec.heads) for name, stage in config.stages.items()}
     reasons = {
         name: _nothing_to_learn(stage, train, val) if stage else f"for heads {spec.heads} alone"
@@ -143,6 +147,10 @@ def fit(
         network,
         name=config.name,
         seen=own,
+        prior=prior,
+        baselines=_baselines(labelled, train, served),
+        population={name: Population.of(labelled.split(name)) for name in _OPENED},
+        statements=statements,
         spec=spec,
         trained_on=labelled.info.origin,
         lineage=(*origins, Origin.of_set(labelled.info)),
@@ -160,13 +168,22 @@ def fit(
     )
 
 
+def _baselines(labelled: LabelledSet, train: Arrays, served: Served) -> tuple[Baseline, ...]:
+    """What is said without the network, fitted on the training films; of classes that it serves."""
+    part = labelled.split("train")
+    films = Described(part.rows, grey_statistics(train))
+    known = [labelled.known(row) for row in part.rows]
+    found = (fitted(name, films, known, served.classes) for name in KEPT)
+    return tuple(one for one in found if not isinstance(one, str))
+
+
 def _arrays(
     labelled: LabelledSet,
     split: Split,
     spec: ModelSpec,
     preset: heatmaps.HeatmapPreset,
     cache: Path | None,
-    teacher: tuple[Network, checkpoint.Card] | None,
+    teacher: tuple[Network, Card] | None,
 ) -> Arrays:
     """The films of one split, with the teacher's answers where there is one."""
     part = labelled.split(split)
@@ -188,7 +205,7 @@ def _classes(
     stages: Iterable[Stage],
     train: Arrays,
     spec: ModelSpec,
-    teacher: tuple[Network, checkpoint.Card] | None,
+    teacher: tuple[Network, Card] | None,
 ) -> frozenset[str]:
     """Classes that the stages teach: those that some training films have and some have not."""
     losses = {loss for stage in stages for loss in stage.loss if "classifier" in stage.train}
@@ -222,7 +239,8 @@ def _is_first_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
-def _spec(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
+def spec_for(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
+    """The interface of a network of this config for this set's classes and pixel source."""
     sources = [row.pixel_source for row in labelled.rows if row.split == "train"] or ["array"]
     info, heads = labelled.info, config.heads
     if LOGITS in heads and not info.classes:
@@ -241,7 +259,7 @@ def _spec(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
     )
 
 
-def _teacher(config: TrainConfig, start: Start) -> tuple[Network, checkpoint.Card] | None:
+def _teacher(config: TrainConfig, start: Start) -> tuple[Network, Card] | None:
     if config.needs_teacher and not start.teacher:
         raise UsageError("this config learns from a teacher; give --teacher CHECKPOINT")
     if start.teacher and not config.needs_teacher:
@@ -294,9 +312,7 @@ def _nothing_to_learn(stage: Stage, train: Arrays, val: Arrays) -> str | None:
     return None
 
 
-def _heads(
-    stage: Stage, train: Arrays, teacher: tuple[Network, checkpoint.Card] | None
-) -> frozenset[Head]:
+def _heads(stage: Stage, train: Arrays, teacher: tuple[Network, Card] | None) -> frozenset[Head]:
     """Outputs of the network that a stage with targets teaches; a teacher's own must be taught."""
     losses = {loss for loss in stage.loss if not _missing(loss, train)}
     taught: set[Head] = set()

@@ -50,17 +50,16 @@ def leakage(info: SetInfo, origins: Sequence[Origin]) -> str | None:
         if origin.split_sha256 and origin.split_sha256 == info.split_sha256:
             continue
         if info.collection and not origin.trained_on:
-            why = "nothing is known of what they were trained on; say it with --init-origin"
+            why = "come from nobody knows where; say it with --init-origin"
         elif info.collection and info.collection == origin.collection:
-            why = f"they were trained on {origin.trained_on!r} with another split"
+            why = f"were trained on {origin.trained_on!r} with another split"
         elif origin.trained_on == info.origin:
-            why = "they were trained on the same films with another split"
+            why = "were trained on films of the same origin with another split"
         else:
             continue
-        return (
-            f"possible leakage: the set is {info.origin!r}, and of the initial or teaching "
-            f"weights {origin.weights_sha256[:12]} {why}."
-        )
+        sha = origin.weights_sha256
+        whose = f"initial or teaching weights {sha[:12]}" if sha else "these weights"
+        return f"Possible leakage: the set is {info.origin!r}, and {whose} {why}."
     return None
 
 

@@ -37,13 +37,17 @@ def saliency_of(
     def means(suffix: str = "") -> SaliencyMeans:
         return SaliencyMeans(**{key: measured(key + suffix) for key in SaliencyMeans.model_fields})
 
-    between_readers = BetweenReaders(cc=measured("cc_between_readers"))
+    added = over_films("cc") - over_films("cc_centre_prior")
+    between_readers = BetweenReaders(
+        cc=measured("cc_between_readers"), network_cc=measured("cc_single_reader")
+    )
     left_out = [] if between_readers.cc else ["inter-reader CC: no film has two readers"]
     figures = Saliency(
         films=len(by_film),
         heatmap=heatmap,
         prediction=means(),
         centre_prior=means("_centre_prior"),
+        added_cc=None if np.isnan(added).all() else mean(added),
         between_readers=between_readers,
         pad_mass=mean(over_films("pad_mass")),
     )

@@ -32,6 +32,12 @@ figcaption { font-size: .9rem; opacity: .8; }
 """
 
 
+Tone = Literal["good", "bad", "open"]
+TONES: dict[Tone, str] = {"good": "#0072b2", "bad": "#d55e00", "open": "#8a6d00"}
+"""Colours of drawings, told apart without colour vision."""
+MARKERS: dict[Tone, str] = {"good": "o", "bad": "X", "open": "D"}
+
+
 @dataclass(frozen=True)
 class Heading:
     """A second-level heading."""
@@ -68,7 +74,7 @@ class Verdict:
 
     word: str
     text: str
-    tone: Literal["good", "bad", "open"]
+    tone: Tone
 
     def markdown(self) -> str:
         """As Markdown."""

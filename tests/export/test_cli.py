@@ -36,7 +36,7 @@ def test_the_manifest_records_what_was_made(bundles):
 
 
 def test_an_own_checkpoint_films_and_target(tmp_path, films, capsys):
-    for suffix in (".safetensors", ".json"):
+    for suffix in (".safetensors", ".json", ".seen", ".prior"):
         source = checkpoint.demo_path().with_suffix(suffix)
         (tmp_path / f"mine{suffix}").write_bytes(source.read_bytes())
     arguments = [str(tmp_path / "mine.safetensors"), "--precision", "fp16", "--target", "cpu"]

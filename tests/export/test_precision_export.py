@@ -413,7 +413,7 @@ def test_the_calibrations_validation_split_is_what_int8_is_fitted_on(tmp_path, p
     more = ["--calibration", str(phantoms), "--target", "cpu", "--precision", "int8"]
     bundle = _manifest_of(tmp_path, *more)
     found = bundle.manifest
-    films = gate.open_set(phantoms, found.spec, "phantom", "val")
+    films = gate.named_set(LabelledSet.open(phantoms), found.spec, "phantom", "val")
     assert found.decision == _refitted(bundle, found.served, films) != card.decision
     assert found.decision_from == f"fitted on 35 films of this graph: {films.name}"
     assert found.reference_decision == card.decision

@@ -9,7 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import ExitCode, IntegrityError
@@ -19,8 +22,7 @@ from cxrgaze.evidence.gaze import Gaze
 from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, Look, SetInfo, write_set
 from cxrgaze.evidence.truth import one_of
 from cxrgaze.files import render_json
-from cxrgaze.train import checkpoint, cli, evaluation
-from cxrgaze.train.baseline import view_and_age
+from cxrgaze.train import baseline, checkpoint, cli, evaluation
 from cxrgaze.train.diagnosis_figures import exact_share
 from cxrgaze.train.evaluated_model import open_model
 from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
@@ -56,6 +58,7 @@ def test_the_files_are_there_and_labelled_synthetic(evaluated):
         "report.md",
         "report.html",
         "films.csv",
+        "differences.svg",
         "roc.svg",
         "reliability.svg",
         "maps.png",
@@ -104,7 +107,7 @@ def test_the_figures_are_those_of_the_film_table(evaluated):
 def test_a_bundle_and_its_checkpoint_agree(labelled, evaluated, bundles, tmp_path):
     assert _evaluate(labelled.folder, tmp_path / "o", model=bundles / "demo-fp32.cxrgaze") == 0
     found = json.loads((tmp_path / "o" / "report.json").read_text())
-    for key in ("auc", "ece"):
+    for key in ("auc", "calibration"):
         text = json.dumps(found["diagnosis"][key]), json.dumps(evaluated[1]["diagnosis"][key])
         numbers = [np.array(_numbers(json.loads(t))) for t in text]
         np.testing.assert_allclose(*numbers, atol=2e-3)
@@ -203,7 +206,8 @@ def _model(path, **update):
     shutil.copy(checkpoint.demo_path(), path)
     _, card = checkpoint.load(checkpoint.demo_path())
     spec = card.spec.model_copy(update=update.pop("spec", {}))
-    checkpoint.write_card(path, card.model_copy(update={"spec": spec, **update}))
+    bare = {"seen_sha256": "", "prior_sha256": "", "baselines": (), "evaluations": ()}
+    checkpoint.write_card(path, card.model_copy(update={**bare, "spec": spec, **update}))
     return path
 
 
@@ -258,7 +262,7 @@ def test_each_finding_is_judged_by_the_films_of_which_it_is_known(labelled, tmp_
     assert _evaluate(tmp_path / "set", tmp_path / "out", model=model) == 0
     stored = read_evaluation(tmp_path / "out" / "report.json")
     found = stored.diagnosis
-    assert (found.accuracy, found.temperature, found.ece) == (None, None, None)
+    assert (found.accuracy, found.temperature) == (None, None)
     assert found.temperatures == temperatures
     with (tmp_path / "out" / "films.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -272,15 +276,18 @@ def test_each_finding_is_judged_by_the_films_of_which_it_is_known(labelled, tmp_
         for interval in (found.auc[name].delong, found.auc[name].bootstrap):
             assert interval.value == pytest.approx(slow, abs=1e-4)
             assert interval.low < slow < interval.high
-        bins = np.ceil(15 * p)
-        by_hand = sum(abs((truth - p)[bins == b].sum()) for b in set(bins)) / len(p)
-        assert found.ece_by_finding[name].after.value == pytest.approx(by_hand, abs=2e-3)
+        brier = found.calibration_by_class[name].brier
+        assert brier.value == pytest.approx(brier_score_loss(truth, p), abs=1e-5)
+        assert brier.low < brier.value < brier.high
         if name in points:
             flag = p >= points[name]
             point = found.operating_points[name]
             assert point.sensitivity.value == pytest.approx(flag[truth].mean())
             assert point.specificity.value == pytest.approx((~flag)[~truth].mean())
         flat_truth, flat_p = [*flat_truth, *truth], [*flat_p, *p]
+    bins, errors = np.ceil(15 * np.array(flat_p)), np.array(flat_truth) - flat_p
+    by_hand = sum(abs(errors[bins == b].sum()) for b in set(bins)) / len(flat_p)
+    assert found.calibration.ece == pytest.approx(by_hand, abs=2e-3)
     slow = roc_auc_score(flat_truth, flat_p)
     assert found.auc["micro"].bootstrap.value == pytest.approx(slow, abs=1e-4)
     assert set(found.operating_points) == set(points)
@@ -297,28 +304,82 @@ def test_the_view_and_age_baseline_finds_what_the_view_gives_away(labelled, tmp_
 
     made = _changed(labelled, tmp_path / "set", with_view, gaze={})
     assert _evaluate(made.folder, tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())["diagnosis"]
-    assert found["view_and_age"]["pneumonia"]["bootstrap"]["value"] == 1.0
-    assert found["within_view"].keys() == {"PA"}  # all AP films are pneumonia: no AUC there
+    found = read_evaluation(tmp_path / "out" / "report.json").diagnosis
+    beside = found.baselines["view_and_age"]
+    assert beside.auc["pneumonia"].bootstrap.value == 1.0
+    difference = found.auc["macro"].bootstrap.value - beside.auc["macro"].bootstrap.value
+    assert beside.added.value == pytest.approx(difference)
+    # All AP films are pneumonia: no AUC there. All films are of one age.
+    assert found.subgroups.keys() == {"view PA", "age 40 to 64"}
 
 
-def test_the_baseline_is_blind_where_view_and_age_say_nothing(labelled):
+def _fitted(name, rows, known, names, grey=None):
+    return baseline.fitted(name, baseline.Described(rows, grey), known, names)
+
+
+def test_a_baseline_is_blind_where_what_it_knows_says_nothing(labelled):
     rows = [
-        row.model_copy(update={"view": ("PA", "AP")[i % 2], "age": float(30 + i % 7)})
+        row.model_copy(
+            update={"view": ("PA", "AP")[i % 2], "age": float(30 + i % 7), "patient": str(i * 37)}
+        )
         for i, row in enumerate(labelled.rows)
     ]
     names = labelled.info.class_names
-
-    def known(rows):
-        return [(row, labelled.known(row)) for row in rows]
-
-    p = view_and_age(known(rows[:40]), rows[50:], names)
+    known = [labelled.known(row) for row in rows]
     truth = one_of([names.index(row.label) for row in rows[50:]], 3)
-    assert p.sum(axis=1) == pytest.approx(1)
-    assert 0.3 < metrics.macro_auc(p, truth) < 0.7
+    asked = baseline.Described(rows[50:], None)
+    for name in ("view_and_age", "patient_number"):
+        found = _fitted(name, rows[:40], known[:40], names)
+        p = found.scores(asked, names)
+        assert p.sum(axis=1) == pytest.approx(1)
+        assert 0.3 < metrics.macro_auc(p, truth) < 0.7
+        again = baseline.Baseline.model_validate_json(found.model_dump_json())
+        np.testing.assert_array_equal(again.scores(asked, names), p)
     same = [row.model_copy(update={"view": "PA", "age": None}) for row in rows]
-    assert "do not vary" in view_and_age(known(same[:40]), same, names)
-    assert "fewer than two classes" in view_and_age(known(map(_unlabelled, rows)), rows, names)
+    assert "are the same" in _fitted("view_and_age", same[:40], known[:40], names)
+    assert "no numbers" in _fitted("patient_number", labelled.rows, known, names)
+    assert "no film was looked at" in _fitted("grey_levels", rows, known, names)
+    assert "fewer than two classes" in _fitted("view_and_age", rows, [{}] * len(rows), names)
+
+
+@pytest.mark.parametrize("findings", [False, True])
+def test_a_baseline_scores_as_scikit_learns_regression(labelled, findings):
+    rng = np.random.default_rng(0)
+    rows, names = labelled.rows[:60], labelled.info.class_names
+    grey = rng.normal(size=(60, 23)) * np.arange(1, 24)
+    if findings:
+        known = [{n: bool(rng.random() < 0.4) for n in names if rng.random() < 0.8} for _ in rows]
+    else:
+        known = [labelled.known(row) for row in rows]
+    found = _fitted("grey_levels", rows, known, names, grey).scores(
+        baseline.Described(rows, grey), names
+    )
+    for column, name in enumerate(names):
+        index = [i for i, one in enumerate(known) if name in one] if findings else range(60)
+        scale = StandardScaler().fit(grey[[i for i, one in enumerate(known) if one]])
+        oracle = LogisticRegression(max_iter=1000)
+        if findings:
+            oracle.fit(scale.transform(grey[index]), [known[i][name] for i in index])
+            expected = oracle.predict_proba(scale.transform(grey))[:, 1]
+        else:
+            oracle.fit(scale.transform(grey), [row.label for row in rows])
+            expected = oracle.predict_proba(scale.transform(grey))[:, oracle.classes_ == name][:, 0]
+        np.testing.assert_allclose(found[:, column], expected, rtol=1e-6)
+
+
+def test_grey_statistics_are_of_the_film_without_its_pad(labelled):
+    arrays = load_arrays(
+        labelled.split("val"),
+        open_model(checkpoint.demo_path(), 1).spec,
+        heatmaps.PRESETS["phantom"],
+    )
+    found = baseline.grey_statistics(arrays)
+    assert found.shape == (10, 23)
+    for row, image, geometry in zip(found, arrays.images[:, 0], arrays.geometries, strict=True):
+        values = geometry.crop(image).ravel().astype(float)
+        expected = [values.mean(), values.std(), stats.skew(values), stats.kurtosis(values) + 3]
+        np.testing.assert_allclose(row[:4], expected, rtol=1e-5)
+        np.testing.assert_allclose(row[4:], np.quantile(values, np.arange(5, 100, 5) / 100))
 
 
 WRONG = {
@@ -359,11 +420,30 @@ def test_a_model_that_does_not_say_its_heatmap_must_be_told(
 def test_a_gaze_set_without_training_films_says_that_the_prior_is_missing(labelled, tmp_path):
     kept = {row.film: labelled.gaze[row.film] for row in labelled.rows if row.split == "test"}
     made = _changed(labelled, tmp_path / "set", lambda row: row, gaze=kept)
-    assert _evaluate(made.folder, tmp_path / "out") == 0
+    model = _model(tmp_path / "m.safetensors")
+    assert _evaluate(made.folder, tmp_path / "out", model=model) == 0
     stored = read_evaluation(tmp_path / "out" / "report.json")
-    assert stored.saliency.centre_prior == SaliencyMeans()
-    assert any("no training film with gaze" in text for text in stored.left_out)
+    assert stored.saliency.centre_prior == SaliencyMeans() and stored.saliency.added_cc is None
+    assert any("neither network nor set has one" in text for text in stored.left_out)
     assert "not measured" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_set_without_training_films_takes_the_networks_own_baselines(labelled, tmp_path, bundles):
+    """As an external set does, of a checkpoint and of its bundle."""
+    kept = {row.film: labelled.gaze[row.film] for row in labelled.rows if row.split == "test"}
+    rows = [row for row in labelled.rows if row.split == "test"]
+    films = [(row.film, labelled.film_bytes(row)) for row in rows]
+    made = write_set(tmp_path / "set", labelled.info, rows, kept, films)
+    for name, model in (("a", None), ("b", bundles / "demo-fp32.cxrgaze")):
+        assert _evaluate(made.folder, tmp_path / name, model=model) == 0
+        stored = read_evaluation(tmp_path / name / "report.json")
+        grey = stored.diagnosis.baselines["grey_levels"]
+        assert grey.fitted_on == "the network's training films"
+        assert (
+            0.6 < grey.auc["macro"].bootstrap.value < stored.diagnosis.auc["macro"].bootstrap.value
+        )
+        assert 0.5 < stored.saliency.centre_prior.cc.value < stored.saliency.prediction.cc.value
+        assert any("patient number: neither network nor set" in text for text in stored.left_out)
 
 
 def test_the_phantom_command_draws_the_same_set_twice(tmp_path):
@@ -379,10 +459,12 @@ def test_films_that_the_model_may_have_been_trained_on_are_pointed_out(tmp_path,
     """Phantoms from number 0 are the demo's own training films."""
     own = phantom.write_phantom_set(tmp_path / "set", {"train": 5, "val": 2, "test": 12})
     assert _evaluate(own.folder, tmp_path / "out") == 0
-    assert "WARNING: possible leakage" in capsys.readouterr().out
-    assert "WARNING: possible leakage" in (tmp_path / "out" / "report.md").read_text()
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "same films with another split" in report["leakage"]
+    said = "Its training had 12 films of split test (12 films), by the hashes that the model keeps"
+    assert f"Not to be trusted: {said}" in capsys.readouterr().out
+    first = (tmp_path / "out" / "report.md").read_text().splitlines()[2]
+    assert first.startswith(f"**✗ Not to be trusted.** {said}")
+    stored = read_evaluation(tmp_path / "out" / "report.json")
+    assert stored.leakage.startswith(said)
 
 
 def test_films_of_the_same_split_are_not(labelled, tmp_path, monkeypatch):
@@ -445,7 +527,7 @@ def test_a_set_made_again_keeps_its_log_of_looks(tmp_path):
     assert len((made.folder / LOOKS).read_text().splitlines()) == 1
 
 
-OF_FINDINGS = {"diagnosis.known", "diagnosis.temperatures", "diagnosis.ece_by_finding"}
+OF_FINDINGS = {"diagnosis.known", "diagnosis.temperatures"}
 RECORDED = {
     "all": ("test", _with_view_and_age, True, {"leakage", *OF_FINDINGS}),
     "no gaze": ("test", _with_view_and_age, False, {"leakage", "saliency", *OF_FINDINGS}),
@@ -459,8 +541,7 @@ RECORDED = {
             "saliency",
             *OF_FINDINGS,
             "diagnosis.operating_points.heart_failure.sensitivity",
-            "diagnosis.view_and_age",
-            "diagnosis.within_view.PA.view_and_age",
+            "diagnosis.subgroups.view PA.view_and_age",
         },
     ),
     "training films": ("train", _unlabelled, True, {"leakage", "diagnosis", "look"}),
@@ -486,7 +567,7 @@ def test_every_field_of_the_record_comes_back(labelled, tmp_path, name):
     path = tmp_path / "out" / "report.json"
     stored = read_evaluation(path)
     assert stored.rendered() == path.read_bytes()
-    assert stored.digest and stored.schema_version == 3
+    assert stored.digest and stored.schema_version == 4
     for field in Evaluation.model_fields.keys() - {"digest"}:
         assert getattr(stored, field) == getattr(evaluation, field), field
     content = json.loads(path.read_bytes())
@@ -515,13 +596,13 @@ ALTERED = {
     "no digest": (lambda c: _without(c, "digest"), "was altered"),
     "version 1": (
         lambda c: {**c, "schema_version": 1},
-        "evaluation schema version 1, this cxrgaze reads 3; evaluate again",
+        "evaluation schema version 1, this cxrgaze reads 4; evaluate again",
     ),
-    "a later version": (lambda c: {**c, "schema_version": 4}, "evaluation schema version 4"),
+    "a later version": (lambda c: {**c, "schema_version": 5}, "evaluation schema version 5"),
     "an unknown key": (lambda c: {**c, "more": 1}, "more: Extra inputs are not permitted"),
     "a missing key": (lambda c: _without(c, "set", "films"), "set.films: Field required"),
     "foreign": (lambda c: {"films": 3}, "evaluation schema version None"),
-    "foreign, of the same version": (lambda c: {"schema_version": 3}, "synthetic: Field required"),
+    "foreign, of the same version": (lambda c: {"schema_version": 4}, "synthetic: Field required"),
     "a list": (lambda c: [c], "holds a JSON list, expected an object"),
 }
 

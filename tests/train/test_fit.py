@@ -74,7 +74,10 @@ def test_a_run_leaves_what_it_says(finished):
         "stages",
         "demo.safetensors",
         "demo.json",
+        "demo.card.md",
+        "demo.card.html",
         "demo.seen",
+        "demo.prior",
     }
     assert load_config(str(run / "config.toml")) == _config()
     with (run / "epochs.csv").open() as file:
@@ -140,7 +143,7 @@ def test_freeze_batch_norm_keeps_statistics_of_what_learns(small, tmp_path):
 
 
 def _spec(labelled, config) -> ModelSpec:
-    return fit._spec(labelled, config)
+    return fit.spec_for(labelled, config)
 
 
 def _card(run):

@@ -132,7 +132,7 @@ def test_other_classes_are_refused(tmp_path, demo):
 
 @pytest.fixture
 def copied(tmp_path):
-    for suffix in (".safetensors", ".json"):
+    for suffix in (".safetensors", ".json", ".seen", ".prior"):
         source = checkpoint.demo_path().with_suffix(suffix)
         (tmp_path / f"c{suffix}").write_bytes(source.read_bytes())
     return tmp_path / "c.safetensors"

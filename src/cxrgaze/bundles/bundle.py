@@ -36,6 +36,10 @@ REFERENCE = "reference/gate.npz"
 """fp32 outputs on the gate's films, where there was a gate."""
 SEEN = "reference/seen.txt"
 """Films and patients that the network was trained on, where that is known, as hashes."""
+CARD = "card.json"
+"""The checkpoint's card, where there was one (`cxrgaze.train.card`)."""
+PRIOR = "reference/centre_prior.npz"
+"""Centre prior of the training films, where they have gaze."""
 _MANIFEST_LIMIT = 16 << 20
 
 
@@ -89,6 +93,10 @@ class Bundle:
         )
         self._verified.add(name)
         return data
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file is listed."""
+        return name in self._records
 
     @cached_property
     def _records(self) -> dict[str, FileRecord]:

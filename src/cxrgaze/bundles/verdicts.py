@@ -274,6 +274,8 @@ class Gate(Frozen):
     """What the films are: phantom figures are synthetic."""
     comparison: Comparison | None = None
     """Every difference with its interval and limit; None where it was not run."""
+    centre_prior_cc: float | None = None
+    """CC to the human maps of the mean of the other films' human maps; None without gaze."""
     agreement_cc_min: float | None = None
     """CC of the candidate's map to the fp32 one, the worst film; -1 for a map that is not finite.
     None without a map, or where it was not run; as the next three."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from cxrgaze.evidence import metrics, phantom
 from cxrgaze.evidence.arrays import Arrays, canvas_density, load_arrays
 from cxrgaze.evidence.compare import Diagnoses, Maps, Paired, Says, compare
 from cxrgaze.evidence.heatmaps import PRESETS, HeatmapPreset
-from cxrgaze.evidence.labelled_set import LabelledSet, Split
+from cxrgaze.evidence.labelled_set import LabelledSet, Split, log_look
 from cxrgaze.evidence.seen import Seen
 from cxrgaze.evidence.truth import truth_of
 from cxrgaze.files import sha256
@@ -63,6 +62,23 @@ class GateSet:
         parts = zip(self.keys, self.patients, self.arrays.truth.tolist(), strict=True)
         lines = "\n".join(" ".join(map(str, part)) for part in parts).encode()
         return sha256(lines + sha256(self.arrays.densities.tobytes()).encode())
+
+    @cached_property
+    def centre_prior_cc(self) -> float | None:
+        """Mean CC of the centre prior to the human maps; None where fewer than two films have one.
+
+        The prior of a film is the mean of the other films' human maps: training films are not at
+        hand where a network is gated.
+        """
+        index = np.flatnonzero(self.arrays.has_gaze)
+        if len(index) < 2:
+            return None
+        total = self.arrays.densities[index, 0].sum(axis=0, dtype=np.float64)
+        found = []
+        for i in index.tolist():
+            crop, own = self.arrays.geometries[i].crop, self.arrays.densities[i, 0]
+            found.append(metrics.cc(crop(total - own), crop(own)))
+        return float(np.mean(found))
 
     def chosen(self, indices: Sequence[int]) -> GateSet:
         """Some of the films."""
@@ -140,7 +156,7 @@ def labelled_set(
     Raises:
         DataError: as `load_arrays`; no films in the split.
     """
-    part = labelled.split(split) if split else labelled
+    part = labelled.split(split)
     if not part.rows:
         raise DataError(f"{labelled.folder}: no films in split {split}")
     name = f"{part.info.name}, {f'split {split}' if split else 'all films'}"
@@ -153,24 +169,44 @@ def labelled_set(
     )
 
 
-def open_set(folder: Path, spec: ModelSpec, heatmap: str | None, split: Split | None) -> GateSet:
-    """The films of a labelled set's folder.
-
-    Args:
-        heatmap: name of the preset that makes its human maps.
+def named_set(
+    labelled: LabelledSet, spec: ModelSpec, heatmap: str | None, split: Split | None
+) -> GateSet:
+    """`labelled_set` by the name of the preset that makes its human maps.
 
     Raises:
         UsageError: no preset of that name.
-        DataError: not a labelled set, or one that breaks a rule.
+        DataError: as `labelled_set`.
     """
     if LOG_DENSITY not in spec.heads:
         heatmap = next(iter(PRESETS))  # there is no map to compare with a human one
     if heatmap not in PRESETS:
         raise UsageError(
-            f"{folder}: say how its human maps are made with --heatmap, one of "
+            f"{labelled.folder}: say how its human maps are made with --heatmap, one of "
             f"{', '.join(PRESETS)}; found {heatmap!r}"
         )
-    return labelled_set(LabelledSet.open(folder), spec, PRESETS[heatmap], split)
+    return labelled_set(labelled, spec, PRESETS[heatmap], split)
+
+
+def looked_at(
+    labelled: LabelledSet,
+    spec: ModelSpec,
+    heatmap: str | None,
+    split: Split | None,
+    *,
+    model: str,
+    model_sha256: str,
+    what: str,
+) -> GateSet:
+    """`named_set` for a verdict: a look at the test split is logged in the set's folder.
+
+    Args:
+        model, model_sha256, what: as `log_look` takes them.
+    """
+    films = named_set(labelled, spec, heatmap, split)
+    if split in (None, "test"):
+        log_look(labelled, model, model_sha256, what)
+    return films
 
 
 Predicted = Mapping[Head, NDArray[Any]]
@@ -229,7 +265,7 @@ def judge(
         own = served if decision is None else replace(served, decision=decision)
         one, other = Says.of(served, reference[LOGITS]), Says.of(own, candidate[LOGITS])
         truth = films.arrays.truth[:, served.columns]
-        exclusive = served.spec.class_kind == "exclusive"
+        exclusive = served.spec.exclusive
         diagnoses = Diagnoses(truth, one, other, served.decides | own.decides, exclusive)
         changes = np.abs(other.probabilities - one.probabilities).max(axis=1)
     if LOG_DENSITY in served.heads:
@@ -247,6 +283,7 @@ def judge(
         set_sha256=films.identity,
         domain=films.domain,
         comparison=comparison,
+        centre_prior_cc=films.centre_prior_cc if maps else None,
         agreement_cc_min=None if agreement is None else _number(np.nanmin, agreement),
         agreement_cc_mean=None if agreement is None else _number(np.nanmean, agreement),
         worst_film_sha256=worst,
@@ -329,7 +366,7 @@ def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
         DataError: the bundle was made without a gate.
         IntegrityError: altered, or not the arrays of this network.
     """
-    if REFERENCE not in {record.path for record in bundle.manifest.files}:
+    if REFERENCE not in bundle:
         raise DataError(
             f"{bundle.path} holds no reference outputs: it was exported without a gate set; export "
             "again with --gate SET"
@@ -353,7 +390,7 @@ def read_seen(bundle: Bundle) -> Seen | None:
     Raises:
         IntegrityError: altered.
     """
-    if SEEN not in {record.path for record in bundle.manifest.files}:
+    if SEEN not in bundle:
         return None
     return Seen.parse(bundle.read(SEEN), str(bundle.path / SEEN))
 

@@ -134,6 +134,19 @@ def top_label(probabilities: Array, truth: Truth) -> tuple[Array, NDArray[np.boo
     return chosen.max(axis=1), chosen.argmax(axis=1) == class_index(truth)[known]
 
 
+def stated(
+    probabilities: Array, truth: Truth, *, exclusive: bool
+) -> tuple[Array, NDArray[np.bool_]]:
+    """What reliability is about: probabilities, and whether it is so, `(m,)` each.
+
+    Of exclusive classes the `top_label`; of findings all that are known, together.
+    """
+    if exclusive:
+        return top_label(probabilities, truth)
+    known = truth != UNKNOWN
+    return np.asarray(probabilities, dtype=np.float64)[known], truth[known] == HAS
+
+
 def accuracy(probabilities: Array, truth: Truth) -> float:
     """Share of films whose largest probability is that of their exclusive class.
 
@@ -175,8 +188,7 @@ def reliability(
     and 2.
 
     Args:
-        confidence: `(n,)`, a probability: the largest of exclusive classes (`top_label`), or a
-            finding's. right: `(n,)`, whether it is that class, or has that finding.
+        confidence, right: `(n,)` (`stated`).
 
     Example:
         >>> confidence, right = np.array([0.75, 0.75, 0.5, 1.0]), np.array([1, 0, 1, 1]) == 1

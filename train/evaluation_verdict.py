@@ -1,0 +1,113 @@
+"""What an evaluation comes to: is the network better than what is said without it?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cxrgaze.evidence.intervals import Interval
+from cxrgaze.evidence.power import rounded_up
+from cxrgaze.report import Block, Bullets, Tone, Verdict
+from cxrgaze.train.baseline import SHOWN
+from cxrgaze.train.evaluation_record import Evaluation
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the network adds to one baseline."""
+
+    name: str
+    quantity: str
+    network: Interval
+    baseline: Interval
+    added: Interval
+    """Paired, over patients."""
+
+    @property
+    def tone(self) -> Tone:
+        """Whether it is shown to be better, shown to be worse, or neither."""
+        low, high = self.added.low, self.added.high
+        if low is not None and low > 0:
+            return "good"
+        return "bad" if high is not None and high < 0 else "open"
+
+
+def differences(evaluation: Evaluation) -> list[Difference]:
+    """What the network adds to each baseline, the worst first."""
+    found = []
+    diagnosis, saliency = evaluation.diagnosis, evaluation.saliency
+    if diagnosis and diagnosis.auc:
+        for name, baseline in diagnosis.baselines.items():
+            alone, own = baseline.auc["macro"].bootstrap, diagnosis.auc["macro"].bootstrap
+            what = f"macro AUC over {SHOWN[name]}"
+            found.append(Difference(what, "macro AUC", own, alone, baseline.added))
+    if saliency and saliency.added_cc and saliency.prediction.cc and saliency.centre_prior.cc:
+        own, alone = saliency.prediction.cc, saliency.centre_prior.cc
+        found.append(Difference("CC over the centre prior", "CC", own, alone, saliency.added_cc))
+    order = ("bad", "open", "good")
+    return sorted(found, key=lambda d: (order.index(d.tone), d.added.value))
+
+
+def verdict(evaluation: Evaluation) -> Verdict:
+    """In a word and a sentence; the worst of all differences decides."""
+    where = evaluation.set
+    kind = " (synthetic: drawings)" if evaluation.synthetic else ""
+    on = f"on {where.films} films of {where.patients} patients{kind}"
+    if evaluation.leakage:
+        return Verdict("Not to be trusted", f"{evaluation.leakage} {on.capitalize()}.", "bad")
+    found = differences(evaluation)
+    if not found:
+        return Verdict("Nothing to compare with", f"No baseline could be made {on}.", "open")
+    worst = found[0]
+    baseline = worst.name.split(" over ", 1)[1]
+    said = f"{worst.quantity} {worst.network} against {worst.baseline}, {worst.added} more, {on}."
+    if worst.tone == "bad":
+        return Verdict(f"Worse than {baseline} alone", said, "bad")
+    if worst.tone == "open":
+        return Verdict(f"Not shown to be better than {baseline} alone", said, "open")
+    return Verdict("Better than its baselines", f"The nearest is {baseline}: {said}", "good")
+
+
+def first_screen(evaluation: Evaluation) -> list[Block]:
+    """The verdict, what it rests on, what was not shown, and what to do next."""
+    diagnosis, saliency = evaluation.diagnosis, evaluation.saliency
+    lines = []
+    if diagnosis and diagnosis.auc:
+        beside = [
+            f"{SHOWN[name]} {b.auc['macro'].bootstrap.value:.3f}"
+            for name, b in diagnosis.baselines.items()
+        ]
+        alone = f" (alone: {', '.join(beside)})" if beside else ""
+        lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}{alone}")
+        lines.append(f"Brier score {diagnosis.calibration.brier}")
+    if saliency and saliency.prediction.cc:
+        prior = saliency.centre_prior.cc
+        beside_cc = f"centre prior {prior}" if prior else "no centre prior"
+        lines.append(f"CC {saliency.prediction.cc} ({beside_cc})")
+    if evaluation.left_out:
+        lines.append(f"not shown: {len(evaluation.left_out)} figures, listed at the end")
+    lines += _next(evaluation)
+    return [verdict(evaluation), Bullets(lines)]
+
+
+def _next(evaluation: Evaluation) -> list[str]:
+    """What to do where a difference is not shown."""
+    if evaluation.leakage:
+        return ["next: films that the network was not trained on"]
+    lines = []
+    for one in differences(evaluation):
+        low, high, value = one.added.low, one.added.high, one.added.value
+        if one.tone != "open":
+            continue
+        if low is None or high is None:
+            lines.append(f"next: {one.name}: more patients, these give no interval")
+        elif value > 0:
+            # An interval narrows as the root of the patients.
+            many = evaluation.set.patients * math.ceil(100 * ((value - low) / value) ** 2) / 100
+            lines.append(
+                f"next: {one.name}: if the difference is as found, some {rounded_up(many)} "
+                "patients would show it"
+            )
+        else:
+            lines.append(f"next: {one.name}: none was found; more patients will not make one")
+    return lines
