@@ -136,6 +136,8 @@ def _verdict(manifest: Manifest) -> list[Block]:
         lines.append(f"{q.name}: {shown(q.kind, q.difference or 0)}{within}, limit {limit}")
     missing = [q for q in comparison.quantities if q.verdict == "not_measured"]
     lines += [f"not measured: {q.name}: {q.reason}" for q in missing]
+    unsure = [q for q in comparison.quantities if q.verdict == "inconclusive"]
+    lines += [f"next, for {q.name}: {q.reason}" for q in unsure]
     looks = len(manifest.forms_tried)
     lines.append(
         f"look {manifest.form_shipped + 1} of {looks} at these films ships; looks go from the most "

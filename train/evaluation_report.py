@@ -76,7 +76,7 @@ def summary(evaluation: Evaluation) -> list[str]:
         lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}{accuracy}")
         for name, baseline in diagnosis.baselines.items():
             alone = baseline.auc["macro"].bootstrap
-            lines.append(f"{SHOWN[name]} alone: macro AUC {alone}, {baseline.added} less")
+            lines.append(f"{SHOWN[name]} alone: macro AUC {alone}; it adds {baseline.added}")
         calibration = diagnosis.calibration
         lines.append(
             f"Brier {calibration.brier}, ECE {calibration.ece:.3f} (right probabilities would show "

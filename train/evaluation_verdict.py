@@ -60,7 +60,8 @@ def verdict(evaluation: Evaluation) -> Verdict:
         return Verdict("Nothing to compare with", f"No baseline could be made {on}.", "open")
     worst = found[0]
     baseline = worst.name.split(" over ", 1)[1]
-    said = f"{worst.quantity} {worst.network} against {worst.baseline}, {worst.added} more, {on}."
+    figures = f"{worst.quantity} {worst.network} against {worst.baseline}"
+    said = f"{figures}, difference {worst.added}, {on}."
     if worst.tone == "bad":
         return Verdict(f"Worse than {baseline} alone", said, "bad")
     if worst.tone == "open":
@@ -79,7 +80,13 @@ def first_screen(evaluation: Evaluation) -> list[Block]:
         ]
         alone = f" (alone: {', '.join(beside)})" if beside else ""
         lines.append(f"macro AUC {diagnosis.auc['macro'].bootstrap}{alone}")
-        lines.append(f"Brier score {diagnosis.calibration.brier}")
+        calibration = diagnosis.calibration
+        lines.append(f"Brier score {calibration.brier}")
+        if calibration.ece > calibration.ece_null_high:
+            lines.append(
+                f"its probabilities are not what they say here: ECE {calibration.ece:.3f}, where "
+                f"right ones stay below {calibration.ece_null_high:.3f}"
+            )
     if saliency and saliency.prediction.cc:
         prior = saliency.centre_prior.cc
         beside_cc = f"centre prior {prior}" if prior else "no centre prior"

@@ -102,7 +102,7 @@ def test_a_copied_folder_that_is_split_anew_is_caught(tmp_path, capsys):
     evaluate = ["evaluate", str(weights), str(copy.folder), "--resamples", "200", *key]
     assert train_cli.main([*evaluate, "--output", str(tmp_path / "e")]) == 0
     report = json.loads((tmp_path / "e" / "report.json").read_text())
-    assert report["leakage"].startswith("24 films and 24 patients of 24 films were trained on")
+    assert report["leakage"].startswith("Its training had 24 films and 24 patients of split test")
     own = ["evaluate", str(weights), str(made.folder), "--resamples", "200"]
     assert train_cli.main([*own, "--output", str(tmp_path / "o")]) == 0
     report = json.loads((tmp_path / "o" / "report.json").read_text())

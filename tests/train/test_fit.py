@@ -909,7 +909,7 @@ def test_leakage_is_refused_unless_allowed(small, case):
     content = small.info.model_dump(exclude={"collection"})
     info = SetInfo.model_validate({**content, "origin": name, "split_sha256": "a"})
     if leaks:
-        with pytest.raises(DataError, match="possible leakage"):
+        with pytest.raises(DataError, match="Possible leakage"):
             check_leakage(info, [origin])
     else:
         check_leakage(info, [origin])

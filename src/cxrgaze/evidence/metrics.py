@@ -140,6 +140,10 @@ def stated(
     """What reliability is about: probabilities, and whether it is so, `(m,)` each.
 
     Of exclusive classes the `top_label`; of findings all that are known, together.
+
+    Example:
+        >>> stated(np.array([[0.75, 0.25]]), np.array([[1, -1]]), exclusive=False)
+        (array([0.75]), array([ True]))
     """
     if exclusive:
         return top_label(probabilities, truth)
