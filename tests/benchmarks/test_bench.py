@@ -17,6 +17,7 @@ import pytest
 import cxrgaze
 from cxrgaze.benchmarks import cli, measure, plain, scenarios
 from cxrgaze.benchmarks.record import STAGES, read_report
+from cxrgaze.benchmarks.report import pages
 from cxrgaze.bundles.bundle import GRAPH
 from cxrgaze.errors import ExitCode, IntegrityError, UsageError
 from cxrgaze.films.decode import load_film
@@ -94,6 +95,30 @@ def test_the_pages_say_what_they_must(ran):
     report = read_report(ran / "report.json")
     (p50,) = (row for row in rows if (row["name"], row["quantity"]) == ("infer", "p50 ms"))
     assert float(p50["value"]) == report.steady["infer"].p50.value and p50["n"] == "24"
+
+
+@pytest.mark.parametrize(
+    "settled,limit,word",
+    [
+        (True, None, "**✓ Measured.** A film to its reading in "),
+        (True, "met", "**✓ Objective met.** "),
+        (True, "missed", "**✗ Objective missed.** "),
+        (True, "inconclusive", "**? Inconclusive.** "),
+        (False, None, "**? Inconclusive.** "),
+    ],
+)
+def test_the_first_sentence_is_the_verdict(ran, settled, limit, word):
+    report = read_report(ran / "report.json")
+    objective = report.objectives[0].model_copy(update={"verdict": limit})
+    report = report.model_copy(
+        update={
+            "objectives": (objective,) if limit else (),
+            "warm_up": report.warm_up.model_copy(update={"settled": settled}),
+        }
+    )
+    lines = pages(report)["report.md"].decode().splitlines()
+    assert lines[2].startswith(word)
+    assert ("next: an idle machine" in "".join(lines[:12])) != settled
 
 
 def test_no_name_of_a_film_is_in_the_report(ran, films):

@@ -447,3 +447,24 @@ def test_phantoms_say_of_a_network_what_its_classes_let_them(bundle):
     maps = spec.model_copy(update={"heads": ("log_density",), "classes": ()})
     alone = gate.phantom_set(maps, 6, 3_000_000).arrays
     assert alone.truth.shape == (6, 0) and np.array_equal(alone.densities, whole.densities)
+
+
+def test_the_centre_prior_leaves_the_film_itself_out(films):
+    few = films.chosen(range(12))
+    maps = few.arrays.densities[:, 0].astype(float)
+    found = []
+    for i, geometry in enumerate(few.arrays.geometries):
+        prior = np.mean(np.delete(maps, i, axis=0), axis=0)
+        crop = geometry.crop
+        found.append(np.corrcoef(crop(prior).ravel(), crop(maps[i]).ravel())[0, 1])
+    assert few.centre_prior_cc == pytest.approx(np.mean(found), abs=1e-6)
+    assert films.chosen([0]).centre_prior_cc is None, "no other film"
+    blind = replace(few, arrays=replace(few.arrays, densities=few.arrays.densities * 0))
+    assert blind.centre_prior_cc is None
+
+
+def test_a_bundles_gate_shows_the_centre_prior_beside_the_cc(bundle):
+    shown = f"{bundle.manifest.gate.centre_prior_cc:.4f}"
+    assert 0.4 < float(shown) < 0.8
+    page = bundle.read("report/parity.md").decode()
+    assert f"CC of the centre prior on these films: {shown}" in page
