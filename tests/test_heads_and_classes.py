@@ -170,8 +170,8 @@ def _check_evaluation(evaluation, row, names):
     assert (evaluation.saliency is not None) == (LOG_DENSITY in row.heads)
     if diagnosis := evaluation.diagnosis:
         assert set(diagnosis.auc) == {*names, "macro", "micro"}
-        absent = [diagnosis.accuracy, diagnosis.ece, diagnosis.temperature]
-        assert [figure is None for figure in absent] == [row.findings] * 3
+        absent = [diagnosis.accuracy, diagnosis.temperature]
+        assert [figure is None for figure in absent] == [row.findings] * 2
         assert (diagnosis.known is not None) == row.findings
 
 

@@ -63,6 +63,8 @@ class Baseline(Frozen):
     name: Name
     views: tuple[str, ...] = ()
     """That a column each stands for."""
+    edges: tuple[float, ...] = ()
+    """Numbers that a column each lies between."""
     centre: tuple[float, ...]
     spread: tuple[float, ...]
     """Of the columns, on the films that it was fitted on."""
@@ -74,7 +76,7 @@ class Baseline(Frozen):
 
         A class that no film had which it was fitted on gets probability zero.
         """
-        raw = _columns(self.name, films, self.views)
+        raw = _columns(self.name, films, self.views, self.edges)
         if isinstance(raw, str):
             return raw
         columns = (raw - np.array(self.centre)) / np.array(self.spread)
@@ -104,7 +106,9 @@ def fitted(
     if not targets:
         return "the training films have fewer than two classes"
     views = tuple(sorted({row.view or "" for row in films.rows}))
-    raw = _columns(name, films, views)
+    numbers = _numbers(films)
+    edges = () if isinstance(numbers, str) else tuple(np.quantile(numbers, _QUANTILES).tolist())
+    raw = _columns(name, films, views, edges)
     if isinstance(raw, str):
         return raw
     used = np.array(sorted({i for index, _ in targets for i in index}))
@@ -126,6 +130,7 @@ def fitted(
     return Baseline(
         name=name,
         views=views if name == "view_and_age" else (),
+        edges=edges if name == "patient_number" else (),
         centre=tuple(centre.tolist()),
         spread=tuple(spread.tolist()),
         regressions=tuple(regressions),
@@ -148,16 +153,19 @@ def grey_statistics(arrays: Arrays) -> Array:
     return np.array(found)
 
 
-def _columns(name: Name, films: Described, views: Sequence[str]) -> Array | str:
+def _columns(
+    name: Name, films: Described, views: Sequence[str], edges: Sequence[float]
+) -> Array | str:
     """The raw columns of a baseline `(n, d)`, or why there are none."""
     rows = films.rows
     if name == "grey_levels":
         return "no film was looked at" if films.grey is None else films.grey
     if name == "patient_number":
-        if not all(row.patient.isascii() and row.patient.isdigit() for row in rows):
-            return "the patients have no numbers"
-        number = np.array([float(row.patient) for row in rows])
-        return np.column_stack([number, number**2])
+        numbers = _numbers(films)
+        if isinstance(numbers, str):
+            return numbers
+        bins = np.searchsorted(np.asarray(edges), numbers, side="right")
+        return np.eye(len(edges) + 1)[bins]
     ages = [row.age for row in rows if row.age is not None]
     typical = float(np.mean(ages)) if ages else 0.0
     return np.array(
@@ -171,6 +179,13 @@ def _columns(name: Name, films: Described, views: Sequence[str]) -> Array | str:
         ],
         dtype=np.float64,
     )
+
+
+def _numbers(films: Described) -> Array | str:
+    """The patients' numbers `(n,)`."""
+    if not all(row.patient.isascii() and row.patient.isdigit() for row in films.rows):
+        return "the patients have no numbers"
+    return np.array([float(row.patient) for row in films.rows])
 
 
 def _targets(

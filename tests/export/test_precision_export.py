@@ -29,6 +29,10 @@ from cxrgaze.train.decision import fit_decision
 WIDER = """[flips]
 limit = 0.06
 reason = "a test: by itself the demo's int8 flips more than the default of 2 %"
+
+[brier]
+limit = 0.03
+reason = "a test: it loses about the default of 0.01"
 """
 
 
@@ -66,8 +70,8 @@ def test_fp16_passes_the_gate_and_int8_a_wider_one(bundles, quantized):
     manifest = Bundle.open(quantized).manifest
     assert manifest.gate.verdict == "pass", manifest.gate.reason
     limits = manifest.gate.comparison.limits
-    assert limits == Limits(flips=0.06, reasons=limits.reasons)
-    assert list(limits.reasons) == ["flips"] and "a test" in limits.reasons["flips"]
+    assert limits == Limits(flips=0.06, brier=0.03, reasons=limits.reasons)
+    assert list(limits.reasons) == ["flips", "brier"] and "a test" in limits.reasons["flips"]
     assert 0.02 < manifest.gate.comparison.quantities[2].difference < 0.06
     assert manifest.convolution_macs["int8"] >= 0.5 * sum(manifest.convolution_macs.values())
     assert manifest.calibration is not None and len(manifest.calibration.films) == 64
@@ -251,8 +255,7 @@ def test_an_accuracy_loss_is_exit_5_and_leaves_nothing(tmp_path, capsys):
 
 @pytest.mark.usefixtures("fewer_phantoms")
 def test_a_limit_of_ones_own_is_what_fails(tmp_path, capsys):
-    limits = ("[flips]", "limit = 0.0001", 'reason = "none"', "[cc]", "limit = 1e-6", 'reason="x"')
-    (tmp_path / "limits.toml").write_text("\n".join(limits))
+    (tmp_path / "limits.toml").write_text('[flips]\nlimit = 0.0001\nreason = "a test"')
     code = _export(tmp_path, "--precision", "int8", "--limits", str(tmp_path / "limits.toml"))
     assert code == ExitCode.GATE and _left(tmp_path) == []
     assert "--fallback" in (said := capsys.readouterr().err) and "limit 0.01 %" in said

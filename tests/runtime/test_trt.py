@@ -526,7 +526,7 @@ def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
     library = trt_library.find("tensorrt")
     with pytest.raises(GateError, match="gate not_gated at engine level"):
         cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass")
-    films = gate.phantom_set(half.manifest.spec, 300)
+    films = gate.phantom_set(half.manifest.spec, 600)
     found = gated(half, library, cache, record, films)
     assert found.gate is not None and (found.gate.level, found.gate.verdict) == ("engine", "pass")
     with cxrgaze.load(half.path, "tensorrt", cache=cache.folder, require="pass") as reader:

@@ -16,6 +16,7 @@ from cxrgaze.records import parse_record
 from cxrgaze.train import card_page, checkpoint, cli
 from cxrgaze.train.card import Card, Population, Statements
 from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
+from cxrgaze.train.evaluation_record import read_evaluation
 
 SUFFIXES = (".safetensors", ".json", ".seen", ".prior")
 
@@ -51,10 +52,9 @@ def test_statements_and_evaluations_go_into_card_and_pages(copied, tmp_path, cap
     stated = tmp_path / "card.toml"
     stated.write_text('[statements]\ncontact = "a|b <c@example.org>"\nfunding = "none"\n')
     made = phantom.write_phantom_set(tmp_path / "set", {"test": 30}, first_seed=720_000)
-    options = EvaluationOptions(
-        copied, made.folder, "test", tmp_path / "e", resamples=200, threads=1
-    )
-    evaluation = evaluate_model(options)
+    output = tmp_path / "e"
+    evaluate_model(EvaluationOptions(copied, made.folder, "test", output, resamples=200, threads=1))
+    evaluation = read_evaluation(output / "report.json")
     before = card_page.not_stated(checkpoint.load(copied)[1])[0]
     arguments = ["card", str(copied), "--card", str(stated), "--evaluation", str(tmp_path / "e")]
     assert cli.main([*arguments, "--evaluation", str(tmp_path / "e" / "report.json")]) == 0

@@ -342,6 +342,21 @@ def test_a_baseline_is_blind_where_what_it_knows_says_nothing(labelled):
     assert "fewer than two classes" in _fitted("view_and_age", rows, [{}] * len(rows), names)
 
 
+def test_patient_numbers_of_a_collection_give_its_classes_away(labelled):
+    """Normals from one range within those of the others, as in a part of NIH ChestX-ray14."""
+    rng = np.random.default_rng(1)
+
+    def numbered(row):
+        low, high = (1280, 3970) if row.label == "normal" else (1, 30_000)
+        return row.model_copy(update={"patient": str(rng.integers(low, high))})
+
+    rows, names = [numbered(row) for row in labelled.rows], labelled.info.class_names
+    known = [labelled.known(row) for row in rows]
+    found = _fitted("patient_number", rows[:50], known[:50], names)
+    p = found.scores(baseline.Described(rows[50:], None), names)
+    assert metrics.auc(p[:, 0], np.array([row.label == "normal" for row in rows[50:]])) > 0.8
+
+
 @pytest.mark.parametrize("findings", [False, True])
 def test_a_baseline_scores_as_scikit_learns_regression(labelled, findings):
     rng = np.random.default_rng(0)

@@ -759,7 +759,8 @@ def test_a_centre_prior_is_never_dropped(finished, tmp_path):
     card = finished[1]
     with_prior = network_of(card.spec, centre_prior=True)
     kept = {k: v for k, v in card if k not in ("schema_version", "weights_sha256", "parameters")}
-    kept = {k: v for k, v in kept.items() if k not in ("notice", "environment", "seen_sha256")}
+    filled = ("notice", "environment", "seen_sha256", "prior_sha256")
+    kept = {k: v for k, v in kept.items() if k not in filled}
     checkpoint.save(tmp_path / "p.safetensors", with_prior, **kept | {"centre_prior": True})
     findings = card.spec.model_copy(update={"class_kind": "findings"})
     for spec in (card.spec, findings):
