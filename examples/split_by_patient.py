@@ -15,10 +15,13 @@ with open(sys.argv[1], newline="") as table:
 labels: dict[int, set[str]] = {}
 for row in rows:
     labels.setdefault(int(row["patient"]), set()).add(row["label"])
+groups: dict[str, list[int]] = {}
+for patient in sorted(labels):
+    groups.setdefault("|".join(sorted(labels[patient])), []).append(patient)
+place = {p: i / len(alike) for alike in groups.values() for i, p in enumerate(alike)}
 for row in rows:
-    alike = sorted(p for p in labels if labels[p] == labels[int(row["patient"])])
-    place = alike.index(int(row["patient"])) / len(alike)
-    row["split"] = "train" if place < 0.6 else "val" if place < 0.75 else "test"
+    share = place[int(row["patient"])]
+    row["split"] = "train" if share < 0.6 else "val" if share < 0.75 else "test"
 out = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
 out.writeheader()
 out.writerows(rows)

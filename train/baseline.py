@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from cxrgaze.evidence.arrays import Arrays
 from cxrgaze.evidence.labelled_set import FilmRow
@@ -65,20 +66,44 @@ class Baseline(Frozen):
     """That a column each stands for."""
     edges: tuple[float, ...] = ()
     """Numbers that a column each lies between."""
+    typical_age: float = 0.0
+    """Of the films that it was fitted on; taken where an age is not known."""
     centre: tuple[float, ...]
     spread: tuple[float, ...]
     """Of the columns, on the films that it was fitted on."""
     regressions: tuple[Regression, ...]
     """One of all exclusive classes, or one a finding."""
 
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Baseline:
+        width = len(self.centre)
+        if len(self.spread) != width or min(self.spread, default=1.0) <= 0:
+            raise ValueError("centre and spread of a baseline do not fit each other")
+        for one in self.regressions:
+            rows = 1 if len(one.outcomes) == 2 else len(one.outcomes)
+            if len(one.coefficients) != rows or len(one.intercepts) != rows:
+                raise ValueError("coefficients of a baseline do not fit its outcomes")
+            if any(len(row) != width for row in one.coefficients):
+                raise ValueError("coefficients of a baseline do not fit its columns")
+        return self
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """Names of the classes that it was fitted on."""
+        return frozenset(name for one in self.regressions for name in one.outcomes if name)
+
     def scores(self, films: Described, classes: Sequence[str]) -> Array | str:
         """A score of each film for each class, `(n, C)`; a text says why there is none.
 
         A class that no film had which it was fitted on gets probability zero.
         """
-        raw = _columns(self.name, films, self.views, self.edges)
+        raw = _columns(self.name, films, self.views, self.edges, self.typical_age)
         if isinstance(raw, str):
             return raw
+        if raw.shape[1] != len(self.centre):
+            return "it was fitted on other columns"
+        if len(raw) > 1 and not np.ptp(raw, axis=0).any():
+            return f"{SHOWN[self.name]} are the same in all films here or not known"
         columns = (raw - np.array(self.centre)) / np.array(self.spread)
         scores: Array = np.zeros((len(films.rows), len(classes)))
         for regression in self.regressions:
@@ -108,7 +133,9 @@ def fitted(
     views = tuple(sorted({row.view or "" for row in films.rows}))
     numbers = _numbers(films)
     edges = () if isinstance(numbers, str) else tuple(np.quantile(numbers, _QUANTILES).tolist())
-    raw = _columns(name, films, views, edges)
+    ages = [row.age for row in films.rows if row.age is not None]
+    typical = float(np.mean(ages)) if ages else 0.0
+    raw = _columns(name, films, views, edges, typical)
     if isinstance(raw, str):
         return raw
     used = np.array(sorted({i for index, _ in targets for i in index}))
@@ -131,6 +158,7 @@ def fitted(
         name=name,
         views=views if name == "view_and_age" else (),
         edges=edges if name == "patient_number" else (),
+        typical_age=typical if name == "view_and_age" else 0.0,
         centre=tuple(centre.tolist()),
         spread=tuple(spread.tolist()),
         regressions=tuple(regressions),
@@ -154,7 +182,11 @@ def grey_statistics(arrays: Arrays) -> Array:
 
 
 def _columns(
-    name: Name, films: Described, views: Sequence[str], edges: Sequence[float]
+    name: Name,
+    films: Described,
+    views: Sequence[str],
+    edges: Sequence[float],
+    typical_age: float,
 ) -> Array | str:
     """The raw columns of a baseline `(n, d)`, or why there are none."""
     rows = films.rows
@@ -166,13 +198,11 @@ def _columns(
             return numbers
         bins = np.searchsorted(np.asarray(edges), numbers, side="right")
         return np.eye(len(edges) + 1)[bins]
-    ages = [row.age for row in rows if row.age is not None]
-    typical = float(np.mean(ages)) if ages else 0.0
     return np.array(
         [
             [
                 *((row.view or "") == view for view in views),
-                typical if row.age is None else row.age,
+                typical_age if row.age is None else row.age,
                 row.age is None,
             ]
             for row in rows

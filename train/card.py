@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.errors import DataError, UsageError
@@ -67,7 +67,7 @@ class Population(Frozen):
     known_ages: int
     """Films with an age."""
     ages: tuple[float, float, float, float, float] | None
-    """In years: least, quartiles, greatest."""
+    """In years: least, quartiles, greatest; above 90 as 90, as greater ages point to persons."""
     sexes: dict[str, int]
     """Films by F, M, O; "" is not known, as in `views`."""
     views: dict[str, int]
@@ -79,7 +79,7 @@ class Population(Frozen):
         """The films of a set, or of one split of it."""
         rows, names = labelled.rows, labelled.info.class_names
         known = [labelled.known(row) for row in rows]
-        ages = [row.age for row in rows if row.age is not None]
+        ages = [min(row.age, 90.0) for row in rows if row.age is not None]
         return cls(
             films=len(rows),
             patients=len({row.patient for row in rows}),
@@ -137,12 +137,22 @@ class Card(Record):
     """Evaluations of these weights, figures with intervals and baselines."""
     environment: dict[str, str]
 
+    @field_validator("evaluations", mode="before")
+    @classmethod
+    def _those_of_this_version(cls, value: Any) -> Any:
+        """Evaluations of another version cannot be read; they can be made again."""
+        if not isinstance(value, list):
+            return value
+        return [one for one in value if one.get("schema_version") == Evaluation.VERSION]
+
     @model_validator(mode="after")
     def _all_of_it_is_of_this_network(self) -> Card:
         _ = self.served
         for evaluation in self.evaluations:
             if evaluation.model.sha256 != self.weights_sha256:
                 raise ValueError("an evaluation of other weights")
+            if not evaluation.is_intact:
+                raise ValueError("an evaluation that was altered")
         return self
 
     @property

@@ -15,7 +15,6 @@ from cxrgaze.report import (
     markdown_page,
 )
 from cxrgaze.train.card import Card, Population, Statements
-from cxrgaze.train.evaluation_record import Evaluation
 from cxrgaze.train.evaluation_tables import (
     auc_table,
     calibration_tables,
@@ -49,14 +48,11 @@ def not_stated(card: Card) -> tuple[list[str], int]:
         "sexes": population and set(population.sexes) - {""},
         "views": population and set(population.views) - {""},
         "figures with intervals": card.evaluations,
-        "an external evaluation": [e for e in card.evaluations if _is_external(card, e)],
+        "an evaluation on films of another origin": [
+            e for e in card.evaluations if e.set.origin != card.trained_on
+        ],
     }
     return [_words(name) for name, answer in answers.items() if not answer], len(answers)
-
-
-def _is_external(card: Card, evaluation: Evaluation) -> bool:
-    """Whether its films are of another origin than those of the training."""
-    return evaluation.set.origin != card.trained_on
 
 
 def _blocks(card: Card) -> list[Block]:
@@ -143,7 +139,13 @@ def _decision(card: Card) -> list[Block]:
     temperatures = decision.temperatures or {"all classes": decision.temperature}
     lines = [f"temperature of {name}: {value:.3f}" for name, value in temperatures.items()]
     lines += [f"flag of {n} from {p:.3f} on" for n, p in decision.operating_points.items()]
-    return [Bullets(lines)] if card.spec.classes else [Paragraph("It gives the map alone.")]
+    if not card.spec.classes:
+        return [Paragraph("It gives the map alone.")]
+    said = (
+        "The float32 network. A bundle of lower precision decides by its own, which its "
+        "report/parity.html and manifest have."
+    )
+    return [Bullets(lines), Paragraph(said)]
 
 
 def _figures(card: Card) -> list[Block]:

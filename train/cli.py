@@ -135,7 +135,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--heatmap",
         metavar="PRESET",
-        help="how gaze becomes a density (default: the checkpoint's; a bundle does not say)",
+        help="how gaze becomes a density (default: the network's own)",
     )
     evaluate.add_argument(
         "--resamples", type=command.bounded(200, 100_000), default=2000, help="(default 2000)"

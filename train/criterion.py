@@ -1,8 +1,9 @@
 """What a contrastive stage is judged by, shown on a random and a trained encoder.
 
-`python -m cxrgaze.train.criterion SET RUN [RUN ...]` prints, of the encoder before and after the
-contrastive stage of each run, over the set's validation films: the loss (over the triplets that
-violate the margin), the criterion (over all triplets) and the AUC of the five nearest neighbours.
+`python -m cxrgaze.train.criterion SET RUN [RUN ...]` prints, of an encoder of the run's seed with
+random weights and of the encoder after the contrastive stage, over the set's validation films: the
+mean over the triplets that violate the margin, the criterion (over all triplets, within the chunks
+of a run), and the AUC of the five nearest neighbours.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.evidence.truth import HAS, UNKNOWN
 from cxrgaze.train import checkpoint
 from cxrgaze.train.fit import spec_for
-from cxrgaze.train.losses import triplet, triplet_sum
+from cxrgaze.train.losses import triplet
 from cxrgaze.train.model import Network, network_of
 from cxrgaze.train.run_folder import read_run
+from cxrgaze.train.stage_module import in_chunks
 
 NEIGHBOURS = 5
+_MOST = 256  # films at once: triplets are their cube
 
 
 def embedded(network: Network, arrays: Arrays, shrink: int) -> Tensor:
@@ -47,6 +50,8 @@ def neighbours_auc(rows: Tensor, truth: NDArray[np.int8]) -> float:
 
 def main(arguments: list[str]) -> None:
     """Print the table."""
+    if len(arguments) < 2:
+        sys.exit("usage: python -m cxrgaze.train.criterion SET RUN [RUN ...]")
     labelled = LabelledSet.open(Path(arguments[0]))
     print("run, encoder, loss (violating triplets), criterion (all triplets), 5-NN AUC")
     for run in map(Path, arguments[1:]):
@@ -64,9 +69,10 @@ def main(arguments: list[str]) -> None:
                 checkpoint.load_weights(network, weights, str(run))
             rows = embedded(network, arrays, config.stages["contrastive"].shrink)[known]
             truth = torch.from_numpy(arrays.truth[known])
-            total, count = triplet_sum(rows, truth)
+            violating = triplet(rows[:_MOST], truth[:_MOST])
+            criterion = in_chunks("triplet", rows, truth, config.seed)
             auc = neighbours_auc(rows, arrays.truth[known])
-            print(f"{run}, {name}, {triplet(rows, truth):.3f}, {total / count:.3f}, {auc:.3f}")
+            print(f"{run}, {name}, {violating:.3f}, {criterion:.3f}, {auc:.3f}")
 
 
 if __name__ == "__main__":

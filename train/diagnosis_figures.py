@@ -80,13 +80,19 @@ def diagnosis_of(
     for name, found in films.baselines.items() if classes else ():
         if isinstance(found, str):
             left_out.append(f"baseline {SHOWN[name]}: {found}")
+        elif not found.among(classes):
+            left_out.append(f"baseline {SHOWN[name]}: it was fitted on other classes")
         else:
             scored[name] = replace(found, scores=found.scores[chosen])
-    beside = scored["view_and_age"].scores if "view_and_age" in scored else None
+    beside = scored.get("view_and_age")
     subgroups, too_few = _subgroups(truth, rows, p, beside)
     exclusive = served.spec.exclusive
     plain = replace(served, decision=Decision()).probabilities(films.outputs[LOGITS][chosen])
+    served_by_none = int((class_index(truth.truth) == UNKNOWN).sum()) if exclusive else 0
+    if served_by_none:
+        left_out.append(f"log-loss of {served_by_none} films: their class is not served")
     figures = Diagnosis(
+        patients=len(set(bootstrap.patients)),
         films=counts,
         known=None if exclusive else truth.known,
         auc=truth.aucs(p, classes) if classes else None,
@@ -100,8 +106,8 @@ def diagnosis_of(
         },
         baselines={
             name: BaselineFigures(
-                auc=truth.aucs(found.scores, classes),
-                added=truth.added(p, found.scores, classes),
+                auc=truth.aucs(found.scores, found.among(classes)),
+                added=truth.added(p, found.scores, found.among(classes)),
                 fitted_on=found.fitted_on,
             )
             for name, found in scored.items()
@@ -187,8 +193,8 @@ class _Truth:
         return Calibration(
             brier=self._mean(brier[1]),
             brier_before=float(np.nanmean(brier[0])),
-            log_loss=self._mean(losses[1]),
-            log_loss_before=float(np.nanmean(losses[0])),
+            log_loss=self._mean(losses[1]) if np.isfinite(losses[1]).any() else None,
+            log_loss_before=float(np.nanmean(losses[0])) if np.isfinite(losses[0]).any() else None,
             ece=eces[1],
             ece_before=eces[0],
             ece_null=null,
@@ -221,9 +227,12 @@ class _Truth:
 
     def added(self, scores: Scores, other: Scores, classes: Sequence[int]) -> Interval:
         """Macro AUC of scores minus that of others, on the same films and resamples."""
-        value = metrics.macro_auc(scores, self.truth) - metrics.macro_auc(other, self.truth)
-        drawn = (self._drawn_aucs(s, classes).mean(axis=1) for s in (scores, other))
-        return self.bootstrap.around(value, np.subtract(*drawn))
+        aucs = [metrics.auc_per_class(s, self.truth) for s in (scores, other)]
+        value = float(np.mean([aucs[0][c] - aucs[1][c] for c in classes]))
+        drawn = np.subtract(*(self._drawn_aucs(s, classes).mean(axis=1) for s in (scores, other)))
+        found = self.bootstrap.around(value, drawn)
+        sure = np.ptp(drawn) == 0 and len(set(self.bootstrap.patients)) >= intervals.MIN_PATIENTS
+        return Interval(value=value, low=value, high=value) if sure else found
 
     def _drawn_aucs(self, scores: Scores, classes: Sequence[int]) -> intervals.Array:
         """AUC of each of these classes over the resamples, `(resamples, classes)`."""
@@ -287,7 +296,7 @@ class _Truth:
 
 
 def _subgroups(
-    truth: _Truth, rows: Sequence[FilmRow], p: Scores, baseline: Scores | None
+    truth: _Truth, rows: Sequence[FilmRow], p: Scores, baseline: Scored | None
 ) -> tuple[dict[str, Subgroup], list[str]]:
     """Macro AUC of model and view and age among some of the films; what is left out."""
     found, left_out = {}, []
@@ -301,8 +310,11 @@ def _subgroups(
             continue
         found[name] = Subgroup(
             films=len(part.truth),
+            classes=tuple(part.names[c] for c in classes),
             macro=part.aucs(p[here], classes)["macro"],
-            view_and_age=None if baseline is None else part.aucs(baseline[here], classes)["macro"],
+            view_and_age=part.aucs(baseline.scores[here], classes)["macro"]
+            if baseline and baseline.among(classes) == classes
+            else None,
         )
     return found, left_out
 

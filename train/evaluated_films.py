@@ -29,6 +29,12 @@ class Scored:
     scores: NDArray[np.float64]
     """`(N, K)`."""
     fitted_on: str
+    columns: frozenset[int]
+    """Of the classes that it was fitted on; others have score 0."""
+
+    def among(self, classes: Sequence[int]) -> list[int]:
+        """Those of some classes that it says something of."""
+        return [c for c in classes if c in self.columns]
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class EvaluatedFilms:
                 said = ["" if cell == UNKNOWN else str(cell) for cell in self.truth[index]]
             values = [self.saliency.get(index, {}).get(key, np.nan) for key in keys]
             cells = (f"{v:.6f}" if np.isfinite(v) else "" for v in values)
-            writer.writerow([row.film, row.patient, *said, *(f"{v:.6f}" for v in p[index]), *cells])
+            writer.writerow([row.film, row.patient, *said, *(f"{v:.9g}" for v in p[index]), *cells])
         return text.getvalue().encode()
 
 
@@ -128,7 +134,8 @@ def evaluate_films(
         prior = training.prior
         if prior is None:
             left_out.append(
-                "centre prior: neither network nor set has one of training films with gaze"
+                "centre prior: neither network nor set has one of training films with gaze, by "
+                "this heatmap preset"
             )
     saliency: Mapping[int, Mapping[str, float]] = {}
     if LOG_DENSITY in served.heads:
@@ -158,6 +165,10 @@ def evaluate_films(
     return replace(films, left_out=tuple(left_out))
 
 
+_MOST = 2000
+"""Training films that are read for a baseline."""
+
+
 @dataclass(frozen=True)
 class _Training:
     """What is known without the network: of its training films, else of the set's own."""
@@ -177,29 +188,36 @@ class _Training:
             return None
         return heatmaps.centre_prior(self._loaded(gazed).densities[:, 0])
 
-    def baselines(self, rows: Sequence[FilmRow], arrays: Arrays) -> dict[Name, Scored | str]:
+    def baselines(self, asked: Sequence[FilmRow], arrays: Arrays) -> dict[Name, Scored | str]:
         """What each baseline says of films; the patient number within this set alone."""
-        films = Described(rows, grey_statistics(arrays))
+        films = Described(asked, grey_statistics(arrays))
         classes = self.model.served.classes
         kept = {one.name: one for one in self.model.baselines}
         found: dict[Name, Scored | str] = {}
-        grey = None
         for name in SHOWN:
-            baseline: Baseline | str = "neither network nor set has training films for it"
+            baseline: Baseline | str = "neither the network nor other films of the set give one"
             fitted_on = "the network's training films"
             if name in kept:
                 baseline = kept[name]
             elif self.split != "train" and self._own.rows:
                 fitted_on = "the set's training films"
-                if name == "grey_levels":
-                    grey = grey_statistics(self._loaded(self._own.rows))
-                known = [self.labelled.known(row) for row in self._own.rows]
-                baseline = fitted(name, Described(self._own.rows, grey), known, classes)
-            scores = baseline if isinstance(baseline, str) else baseline.scores(films, classes)
+                rows = self._own.rows
+                if name == "grey_levels" and len(rows) > _MOST:
+                    chosen = np.random.default_rng(0).permutation(len(rows))[:_MOST]
+                    rows = tuple(rows[i] for i in np.sort(chosen))
+                    fitted_on = f"{_MOST} of the set's training films"
+                grey = grey_statistics(self._loaded(rows)) if name == "grey_levels" else None
+                known = [self.labelled.known(row) for row in rows]
+                baseline = fitted(name, Described(rows, grey), known, classes)
+            if isinstance(baseline, str):
+                found[name] = baseline
+                continue
+            scores = baseline.scores(films, classes)
             if isinstance(scores, str):
                 found[name] = scores
-            else:
-                found[name] = Scored(scores, fitted_on)
+                continue
+            columns = frozenset(c for c, one in enumerate(classes) if one in baseline.classes)
+            found[name] = Scored(scores, fitted_on, columns)
         return found
 
     @property

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from cxrgaze.bundles.bundle import CARD, MANIFEST, PRIOR, Bundle
+from cxrgaze.bundles.manifest import Provenance
 from cxrgaze.bundles.served import Served
-from cxrgaze.errors import UsageError
+from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.evidence.gate import read_seen
 from cxrgaze.evidence.seen import Seen
 from cxrgaze.records import parse_record
@@ -35,7 +36,7 @@ class EvaluatedModel:
     heatmap: str | None
     """Preset that its gaze densities were made with; None where it does not say."""
     origins: tuple[Origin, ...]
-    """What it was trained on; of a bundle, the last set alone is known."""
+    """What it was trained on; of a bundle without a card, the last set alone is known."""
     predict: Infer
     seen: Seen | None = None
     """What it was trained on, where it is recorded."""
@@ -80,6 +81,8 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
     card, prior = None, None
     if CARD in bundle:
         card = parse_record(Card, bundle.read(CARD), str(path / CARD))
+        if card.spec != manifest.spec:
+            raise IntegrityError(f"{path / CARD}: the card of another network")
     if PRIOR in bundle:
         prior = checkpoint.read_prior(bundle.read(PRIOR), manifest.spec, str(path / PRIOR))
     return EvaluatedModel(
@@ -94,12 +97,16 @@ def _bundle_model(path: Path, threads: int | None) -> EvaluatedModel:
             trained_on=source.trained_on,
         ),
         heatmap=card.config.get("heatmap") if card else None,
-        origins=(Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256),),
+        origins=card.lineage if card else (_origin(source),),
         predict=predict_one_by_one,
         seen=read_seen(bundle),
         baselines=card.baselines if card else (),
         prior=prior,
     )
+
+
+def _origin(source: Provenance) -> Origin:
+    return Origin(trained_on=source.trained_on, split_sha256=source.training_split_sha256)
 
 
 def _checkpoint_model(path: Path, threads: int | None) -> EvaluatedModel:

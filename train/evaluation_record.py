@@ -58,9 +58,9 @@ class Calibration(Frozen):
 
     brier: Interval
     brier_before: float
-    log_loss: Interval
-    """In nats."""
-    log_loss_before: float
+    log_loss: Interval | None
+    """In nats; None where no film has one of the classes that are served."""
+    log_loss_before: float | None
     ece: float
     """Expected calibration error of 15 bins: of exclusive classes of the label's probability."""
     ece_before: float
@@ -106,6 +106,8 @@ class Subgroup(Frozen):
     """Macro AUC among some of the films."""
 
     films: int
+    classes: tuple[str, ...]
+    """That the mean is over."""
     macro: AucIntervals
     view_and_age: AucIntervals | None = None
     """Of that baseline; None where there is none."""
@@ -114,6 +116,8 @@ class Subgroup(Frozen):
 class Diagnosis(Frozen):
     """Figures of the diagnosis head over the films with a label."""
 
+    patients: int
+    """Who have them."""
     films: dict[str, int]
     """That have each class."""
     known: dict[str, int] | None
@@ -162,6 +166,7 @@ class Saliency(Frozen):
     """Figures of the saliency head over the films with gaze."""
 
     films: int
+    patients: int
     heatmap: str
     """Preset that made densities of the gaze."""
     prediction: SaliencyMeans

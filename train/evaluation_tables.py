@@ -34,11 +34,11 @@ def auc_table(diagnosis: Diagnosis) -> list[Block]:
         return []
     columns = ["AUC, one versus rest", "DeLong", "patient bootstrap"]
     columns += [f"{SHOWN[name]} alone (bootstrap)" for name in diagnosis.baselines]
-    rows = [
-        [name, auc.delong, auc.bootstrap, *(b.auc[name].bootstrap for b in baselines)]
-        for baselines in [diagnosis.baselines.values()]
-        for name, auc in diagnosis.auc.items()
-    ]
+    rows = []
+    for name, auc in diagnosis.auc.items():
+        beside = [b.auc.get(name) for b in diagnosis.baselines.values()]
+        cells = [text(one.bootstrap if one else None) for one in beside]
+        rows.append([name, auc.delong, auc.bootstrap, *cells])
     blocks: list[Block] = [Table(columns, rows)]
     if diagnosis.baselines:
         blocks.append(
@@ -71,7 +71,7 @@ def calibration_tables(diagnosis: Diagnosis) -> list[Block]:
     c = diagnosis.calibration
     rows = [
         ("Brier score", c.brier, f"{c.brier_before:.3f}"),
-        ("log-loss, nats", c.log_loss, f"{c.log_loss_before:.3f}"),
+        ("log-loss, nats", text(c.log_loss), number(c.log_loss_before)),
         ("ECE (15 bins)", f"{c.ece:.3f}", f"{c.ece_before:.3f}"),
     ]
     if diagnosis.temperatures is None:
@@ -85,7 +85,7 @@ def calibration_tables(diagnosis: Diagnosis) -> list[Block]:
             "Lower is better. Temperatures were fitted on validation films. ECE is biased upwards "
             "and has no interval: probabilities that are exactly right would show "
             f"{c.ece_null:.3f} on average on as many films, and below {c.ece_null_high:.3f} in 95 "
-            "of 100 cases."
+            "of 100 cases (films taken as independent)."
         ),
     ]
     if diagnosis.calibration_by_class:
@@ -106,10 +106,12 @@ def subgroup_table(diagnosis: Diagnosis) -> list[Block]:
             of.films,
             of.macro.bootstrap,
             text(of.view_and_age.bootstrap if of.view_and_age else None),
+            ", ".join(of.classes),
         ]
         for name, of in diagnosis.subgroups.items()
     ]
-    return [Table(("films of", "n", "macro AUC", "view and age alone"), rows)] if rows else []
+    header = ("films of", "n", "macro AUC", "view and age alone", "mean over")
+    return [Table(header, rows)] if rows else []
 
 
 def saliency_table(saliency: Saliency) -> list[Block]:
@@ -135,6 +137,11 @@ def saliency_table(saliency: Saliency) -> list[Block]:
         Table(("mean over films, against all readers", "prediction", "centre prior"), rows),
         Bullets(lines),
     ]
+
+
+def number(value: float | None) -> str:
+    """A number in a cell."""
+    return "not measured" if value is None else f"{value:.3f}"
 
 
 def text(interval: Interval | None) -> str:

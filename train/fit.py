@@ -18,6 +18,7 @@ from cxrgaze.evidence.class_presets import Classes
 from cxrgaze.evidence.labelled_set import LabelledSet, Split
 from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import UNKNOWN, any_known, present_classes
+from cxrgaze.files import sha256
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec
 from cxrgaze.train import checkpoint, initial
 from cxrgaze.train.baseline import KEPT, Baseline, Described, fitted, grey_statistics
@@ -25,6 +26,7 @@ from cxrgaze.train.card import Card, Population, Statements
 from cxrgaze.train.config import Stage, TrainConfig
 from cxrgaze.train.decision import fit_decision
 from cxrgaze.train.distill import taught
+from cxrgaze.train.evaluation_record import Evaluation
 from cxrgaze.train.figures import point_figures, predict
 from cxrgaze.train.losses import (
     CONTRASTIVE,
@@ -115,8 +117,11 @@ def fit(
             set_sha256=set_hash(labelled),
             weights_sha256=tuple(o.weights_sha256 for o in origins),
             command=command,
+            statements=statements,
         )
-        command = open_run(run, record, resume).command
+        begun = open_run(run, record, resume)
+        command = begun.command
+        statements = statements if statements != Statements() else begun.statements
         _announce(config, stages, reasons, train, labelled)
     gazed = train.densities[train.has_gaze, 0]
     prior = heatmaps.centre_prior(gazed) if len(gazed) else None
@@ -142,8 +147,9 @@ def fit(
         say(f"note: nothing taught the {what}; it is not served, and every reading will say so")
     served = Served(spec, untrained=untrained, untaught=untaught)
     decision = _decision(network, val, served, config)
+    path = run / f"{config.name}.safetensors"
     return checkpoint.save(
-        run / f"{config.name}.safetensors",
+        path,
         network,
         name=config.name,
         seen=own,
@@ -151,6 +157,7 @@ def fit(
         baselines=_baselines(labelled, train, served),
         population={name: Population.of(labelled.split(name)) for name in _OPENED},
         statements=statements,
+        evaluations=_evaluated(path, network),
         spec=spec,
         trained_on=labelled.info.origin,
         lineage=(*origins, Origin.of_set(labelled.info)),
@@ -166,6 +173,15 @@ def fit(
             "not_evaluated_on_gaze_data": list(config.not_evaluated),
         },
     )
+
+
+def _evaluated(path: Path, network: Network) -> tuple[Evaluation, ...]:
+    """Evaluations of these very weights, where the run had ended before."""
+    if not path.with_suffix(".json").is_file() or not path.is_file():
+        return ()
+    card = checkpoint.read_card(path)
+    same = card.weights_sha256 == sha256(checkpoint.weights_bytes(network))
+    return card.evaluations if same else ()
 
 
 def _baselines(labelled: LabelledSet, train: Arrays, served: Served) -> tuple[Baseline, ...]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cxrgaze.errors import DataError, UsageError
 from cxrgaze.evidence.intervals import Interval, PatientBootstrap, weighted_auc, weighted_mean
-from cxrgaze.evidence.truth import UNKNOWN, Truth, columns, one_of, present_classes
+from cxrgaze.evidence.truth import HAS, HAS_NOT, UNKNOWN, Truth, any_known, columns, present_classes
+from cxrgaze.train.evaluation_record import FILE, Evaluation, read_evaluation
 
 Array = NDArray[np.float64]
 TABLE = "films.csv"
@@ -20,17 +21,29 @@ TABLE = "films.csv"
 
 @dataclass(frozen=True)
 class Films:
-    """One `films.csv`."""
+    """One evaluation: its record, and what it says of each film."""
 
     where: Path
+    record: Evaluation
     films: tuple[str, ...]
     patients: tuple[str, ...]
+    classes: tuple[str, ...]
     truth: Truth
     """`(n, K)`."""
     probabilities: Array
     """`(n, K)`; K is 0 without a diagnosis."""
     cc: Array
     """`(n,)`, NaN without gaze or map."""
+
+    @property
+    def of(self) -> tuple[object, ...]:
+        """What two have to have in common."""
+        return (self.record.set.split_sha256, self.record.set.split, self.films, self.classes)
+
+    @property
+    def heatmap(self) -> str | None:
+        """Preset of the human maps; None without a map."""
+        return self.record.saliency.heatmap if self.record.saliency else None
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,18 @@ def compare_reports(
     if len(base) != len(new) or not base:
         raise UsageError(f"{len(base)} of --base and {len(new)} of --new: expected as many of each")
     pairs = [(read_films(one), read_films(other)) for one, other in zip(base, new, strict=True)]
-    first = pairs[0][0]
-    for table in (table for pair in pairs for table in pair):
-        same = (table.films, table.patients) == (first.films, first.patients)
-        if not same or not np.array_equal(table.truth, first.truth):
+    tables = [table for pair in pairs for table in pair]
+    first = tables[0]
+    for table in tables:
+        if table.of != first.of or not np.array_equal(table.truth, first.truth):
             raise DataError(f"{table.where}: other films, labels or classes than {first.where}")
-    bootstrap = PatientBootstrap(first.patients, resamples, seed)
-    classes = present_classes(first.truth)
-    parts = list(columns(first.truth))
+    if len(blurs := {table.heatmap for table in tables if table.heatmap}) > 1:
+        raise DataError(
+            f"human maps by {' and '.join(sorted(blurs))}: CC compares only at the same blur; "
+            "evaluate again with one --heatmap"
+        )
+    changes = np.mean([other.cc - one.cc for one, other in pairs], axis=0)
+    classes, parts = present_classes(first.truth), list(columns(first.truth))
 
     def macro(table: Films, weights: Array) -> Array:
         each = [
@@ -78,27 +95,31 @@ def compare_reports(
         ]
         return np.asarray(np.mean(each, axis=0))
 
-    def mean_cc(table: Films, weights: Array) -> Array:
-        return weighted_mean(table.cc, weights)
+    def added_auc(weights: Array) -> Array:
+        each = [macro(other, weights) - macro(one, weights) for one, other in pairs]
+        return np.asarray(np.mean(each, axis=0))
 
-    def added(statistic: Callable[[Films, Array], Array], there: bool) -> Interval | None:
-        if not there:
+    def interval(statistic: Callable[[Array], Array], among: NDArray[np.bool_]) -> Interval | None:
+        """Of the films that have what it takes; the rest has no weight."""
+        if not among.any():
             return None
+        index = np.flatnonzero(among)
+        bootstrap = PatientBootstrap([first.patients[i] for i in index], resamples, seed)
 
-        def difference(weights: Array) -> Array:
-            each = [statistic(b, weights) - statistic(a, weights) for a, b in pairs]
-            return np.asarray(np.mean(each, axis=0))
+        def over_all(weights: Array) -> Array:
+            spread: Array = np.zeros((len(weights), len(among)))
+            spread[:, index] = weights
+            return statistic(spread)
 
-        value = float(difference(np.ones((1, len(first.films))))[0])
-        return bootstrap.around(value, bootstrap.draws(difference))
+        value = float(over_all(np.ones((1, len(index))))[0])
+        return bootstrap.around(value, bootstrap.draws(over_all))
 
-    has_map = all(np.isfinite(table.cc).any() for pair in pairs for table in pair)
     compared = Compared(
         films=len(first.films),
         patients=len(set(first.patients)),
         pairs=len(pairs),
-        macro_auc=added(macro, bool(classes)),
-        cc=added(mean_cc, has_map),
+        macro_auc=interval(added_auc, any_known(first.truth)) if classes else None,
+        cc=interval(lambda weights: weighted_mean(changes, weights), np.isfinite(changes)),
     )
     if compared.macro_auc is None and compared.cc is None:
         raise DataError(f"{first.where}: neither a class with an AUC nor a CC to compare")
@@ -109,35 +130,33 @@ def read_films(folder: Path) -> Films:
     """The table of an evaluation.
 
     Raises:
-        UsageError: there is none. DataError: it is not one.
+        UsageError: there is none. DataError: it is not one. IntegrityError: an altered record.
     """
     path = folder / TABLE
+    record = read_evaluation(folder / FILE) if (folder / FILE).is_file() else None
+    if record is None or not path.is_file():
+        raise UsageError(f"{folder} has no {TABLE} and {FILE}; expected one of evaluate's folders")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}; expected a folder of cxrgaze-train evaluate"
-        ) from error
-    header = list(rows[0]) if rows else []
-    names = [name[2:] for name in header if name.startswith("p_")]
-    try:
+        header = list(rows[0]) if rows else []
+        names = [name[2:] for name in header if name.startswith("p_")]
         probabilities = np.array([[float(row[f"p_{n}"]) for n in names] for row in rows])
-        if "label" in header:
-            index = [
-                names.index(row["label"]) if row["label"] in names else UNKNOWN for row in rows
-            ]
-            truth = one_of(index, len(names))
-        else:
-            cells = [[int(row[f"has_{n}"] or UNKNOWN) for n in names] for row in rows]
-            truth = np.array(cells, dtype=np.int8).reshape(len(rows), len(names))
+        truth: Truth = np.full((len(rows), len(names)), UNKNOWN, dtype=np.int8)
+        for cells, row in zip(truth, rows, strict=True):
+            if row.get("label"):  # of a class that is not served: it has none of the others
+                cells[:] = [HAS if row["label"] == name else HAS_NOT for name in names]
+            elif "label" not in header:
+                cells[:] = [int(row[f"has_{name}"] or UNKNOWN) for name in names]
         return Films(
             path,
+            record,
             tuple(row["film"] for row in rows),
             tuple(row["patient"] for row in rows),
+            tuple(names),
             truth,
             probabilities.reshape(len(rows), len(names)),
             np.array([float(row.get("cc") or "nan") for row in rows]),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, csv.Error) as error:
         raise DataError(f"{path} is no table of cxrgaze-train evaluate: {error}") from error

@@ -16,6 +16,7 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.files import make_output_folder, sha256, write_atomic
 from cxrgaze.records import Frozen, Record, parse_record
+from cxrgaze.train.card import Statements
 from cxrgaze.train.config import TrainConfig, load_config, render_config
 
 _FRESH = {"config.toml", "run.json"}
@@ -36,9 +37,9 @@ class Start(Frozen):
 
 
 class RunRecord(Record):
-    """What `run.json` holds; a run is resumed only if it is the same but for `command`."""
+    """What `run.json` holds; a run is resumed only if it is the same but for `_MAY_DIFFER`."""
 
-    VERSION = 1
+    VERSION = 2
     WHAT = "record of a run"
     REMEDY = "start another run"
 
@@ -53,6 +54,11 @@ class RunRecord(Record):
     """Of initial and teaching weights."""
     command: str
     """The command line that started the run."""
+    statements: Statements = Statements()
+    """What people stated of the network when they started it."""
+
+
+_MAY_DIFFER = ("command", "statements")
 
 
 def set_hash(labelled: LabelledSet) -> str:
@@ -77,7 +83,7 @@ def open_run(run: Path, record: RunRecord, resume: bool) -> RunRecord:
         changed = [
             name
             for name in RunRecord.model_fields
-            if name != "command" and getattr(before, name) != getattr(record, name)
+            if name not in _MAY_DIFFER and getattr(before, name) != getattr(record, name)
         ]
         if changed:
             raise UsageError(

@@ -44,6 +44,7 @@ def saliency_of(
     left_out = [] if between_readers.cc else ["inter-reader CC: no film has two readers"]
     figures = Saliency(
         films=len(by_film),
+        patients=len(set(bootstrap.patients)),
         heatmap=heatmap,
         prediction=means(),
         centre_prior=means("_centre_prior"),

@@ -190,7 +190,7 @@ class StageModule(lightning.LightningModule):
         for name in self.stage.loss:
             if name in CONTRASTIVE:
                 known = torch.from_numpy(truth).to(rest.device)
-                terms[name] = _in_chunks(name, rest, known, self._stream[0])
+                terms[name] = in_chunks(name, rest, known, self._stream[0])
             else:
                 terms[name] = table[:, column].sum() / table[:, column + 1].sum().clamp(min=1)
                 column += 2
@@ -336,7 +336,7 @@ def balanced_shares(truth: Truth) -> NDArray[np.float64]:
     return np.asarray(weights / there.sum())
 
 
-def _in_chunks(name: str, rows: Tensor, truth: Tensor, seed: int) -> Tensor:
+def in_chunks(name: str, rows: Tensor, truth: Tensor, seed: int) -> Tensor:
     """Criterion of a contrastive loss over chunks of the films in one fixed shuffled order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows))).to(rows.device)
     parts = [CRITERIA[name](rows[i], truth[i]) for i in order.split(_CONTRAST_CHUNK)]

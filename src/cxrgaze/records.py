@@ -42,11 +42,18 @@ class Digested(Record):
 
     digest: str = ""
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether the digest is that of the content, or none was filled in yet."""
+        return not self.digest or self.digest == self._own_digest()
+
+    def _own_digest(self) -> str:
+        return sha256(render_json({**self.model_dump(mode="json"), "digest": ""}))
+
     def rendered(self) -> bytes:
         """The canonical bytes, digest filled in."""
         content = self.model_dump(mode="json")
-        digest = sha256(render_json({**content, "digest": ""}))
-        return render_json({**content, "digest": digest})
+        return render_json({**content, "digest": self._own_digest()})
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -179,20 +180,25 @@ def test_an_unknown_precision_lists_those_that_exist(capsys):
     assert "fp32" in (err := capsys.readouterr().err) and "fp16" in err
 
 
-SLOW = (
+MOMENTS = (
     "load torch",
     "load the checkpoint",
     "read parity films",
+    "export to ONNX",
     "the gate's films",
     "audit",
     "typ",
+    "parity and gate",
 )
+QUICK = (("export to ONNX", signal.SIGINT), ("parity and gate", signal.SIGTERM))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "moment",
-    ["export to ONNX", "parity and gate", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)],
+    "moment,number",
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in itertools.product(MOMENTS, (signal.SIGINT, signal.SIGTERM))
+    ],
 )
 def test_an_interrupted_export_leaves_nothing_and_the_old_bundle_untouched(
     bundles, tmp_path, interrupted, number, moment

@@ -86,6 +86,21 @@ def test_an_evaluation_of_other_weights_is_refused(copied, bundles, tmp_path, ca
         parse_record(Card, json.dumps(content).encode(), "card")
 
 
+def _stored(path):
+    return json.loads(path.with_suffix(".json").read_bytes())
+
+
+def test_an_evaluation_in_a_card_cannot_be_edited_and_one_of_another_version_is_left_out():
+    content = _stored(checkpoint.demo_path())
+    (evaluation,) = content["evaluations"]
+    parse_record(Card, json.dumps(content).encode(), "card")
+    evaluation["diagnosis"]["auc"]["macro"]["bootstrap"]["value"] = 1.0
+    with pytest.raises(IntegrityError, match="an evaluation that was altered"):
+        parse_record(Card, json.dumps(content).encode(), "card")
+    content["evaluations"] = [{"schema_version": 3, "what": "nobody knows"}]
+    assert parse_record(Card, json.dumps(content).encode(), "card").evaluations == ()
+
+
 WRONG = {
     "no TOML": ("[statements", "is not valid TOML"),
     "another table": ("[words]\ncontact = 'x'", "expected one table [statements]"),
@@ -143,6 +158,8 @@ def test_the_shipped_networks_say_what_they_were_trained_on():
         assert card.evaluations and card.evaluations[0].synthetic
         assert card.evaluations[0].leakage is None
         assert len(checkpoint.seen_by(path, card).films) == 1050
+        for kind, page in card_page.pages(card).items():
+            assert path.with_suffix(f".card.{kind}").read_bytes() == page, "write_card"
         prior = checkpoint.prior_of(path, card)
         assert prior.shape == (card.spec.height, card.spec.width)
         assert prior.sum() == pytest.approx(1, abs=1e-4)
@@ -160,6 +177,9 @@ def test_a_runs_prior_is_the_mean_of_its_training_maps(tmp_path):
     path = tmp_path / "run" / "demo.safetensors"
     card = checkpoint.load(path)[1]
     assert card.statements == Statements(funding="none")
+    again = ["fit", str(labelled.folder), "--output", str(tmp_path / "run"), "--resume"]
+    assert cli.main([*again, "--threads", "1"]) == 0
+    assert checkpoint.load(path)[1].statements == card.statements
     arrays = load_arrays(labelled.split("train"), card.spec, heatmaps.PRESETS["phantom"])
     mean = arrays.densities[:, 0].mean(axis=0)
     np.testing.assert_allclose(checkpoint.prior_of(path, card), mean / mean.sum(), rtol=1e-5)

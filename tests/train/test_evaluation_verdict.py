@@ -80,12 +80,25 @@ def test_without_any_baseline_nothing_is_called_better(evaluated):
     assert verdict(bare).tone == "open" and "Nothing to compare with" in verdict(bare).word
 
 
+@pytest.mark.parametrize("missing,word", [("diagnosis", "Map better"), ("map", "Diagnosis better")])
+def test_what_has_no_baseline_is_not_called_better(evaluated, missing, word):
+    found = _with(evaluated, (0.3, 0.2, 0.4))
+    if missing == "diagnosis":
+        bare = {"diagnosis": found.diagnosis.model_copy(update={"baselines": {}})}
+    else:
+        bare = {"saliency": found.saliency.model_copy(update={"added_cc": None})}
+    said = verdict(found.model_copy(update=bare))
+    assert said.tone == "open" and said.word.startswith(word)
+    assert said.text.endswith(f"Its {missing} has none.")
+
+
 def test_what_to_do_next_follows_from_the_interval(evaluated):
     def lines(*added):
         return first_screen(_with(evaluated, added))[1].lines
 
-    # Half as wide takes four times the patients: 0.1 to either side of 0.05.
-    assert any("some 160 patients would show it" in line for line in lines(0.05, -0.05, 0.15))
+    # Half as wide takes four times the patients (0.1 to either side of 0.05), for power of 0.8
+    # another 2.04 times: 40 * 4 * 2.04.
+    assert any("some 330 patients show it" in line for line in lines(0.05, -0.05, 0.15))
     assert any("more patients will not make one" in line for line in lines(-0.05, -0.15, 0.05))
     assert any("these give no interval" in line for line in lines(0.3))
     assert not any(line.startswith("next:") for line in lines(0.3, 0.2, 0.4))

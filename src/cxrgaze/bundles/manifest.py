@@ -83,7 +83,7 @@ class Provenance(Frozen):
 class Manifest(Digested):
     """Content of `manifest.json`."""
 
-    VERSION = 4
+    VERSION = 5
     WHAT = "bundle"
     REMEDY = "export again, or use the version that wrote it"
 
