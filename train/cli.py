@@ -121,8 +121,9 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="evaluate a checkpoint or a bundle on a labelled set",
-        description="Diagnosis and gaze with intervals, beside the centre prior: report.json, "
-        "report.md, report.html and films.csv. Changes neither model nor set; a look at a test "
+        description="Diagnosis and gaze with intervals, beside what is said without the network "
+        "(view and age, grey levels, patient number, centre prior): report.json, report.md, "
+        "report.html and films.csv. Changes neither model nor set; a look at a test "
         "split is logged in SET/looks.jsonl.",
         epilog=command.EXIT_HELP,
     )
@@ -280,7 +281,7 @@ def _fit(args: argparse.Namespace) -> int:
         start=start,
         machine=machine,
         resume=args.resume,
-        command=_command_of(args, "fit", str(args.set)),
+        command=_command_of(args, "fit", _portable(args.set)),
         identity_key=read_key(args.identity_key),
         statements=read_statements(args.card),
     )
@@ -385,17 +386,22 @@ def _command_of(args: argparse.Namespace, *words: str) -> str:
     """The command line that makes this checkpoint, without what belongs to the machine."""
     line = ["cxrgaze-train", *words]
     if args.config:
-        line += ["--config", args.config]
+        line += ["--config", _portable(args.config)]
     for text in args.overrides:
         line += ["--set", text]
-    for flag in ("init", "init_origin", "teacher"):
+    for flag, shown in (("init", _portable), ("init_origin", str), ("teacher", _portable)):
         value = getattr(args, flag, "")
         if value and value != "random":
-            line += [f"--{flag.replace('_', '-')}", str(value)]
+            line += [f"--{flag.replace('_', '-')}", shown(value)]
     for flag in ("allow_leakage", "allow_untaught"):
         if getattr(args, flag, False):
             line.append(f"--{flag.replace('_', '-')}")
     return shlex.join(line)
+
+
+def _portable(path: str | Path) -> str:
+    """A path for a card, which travels: of an absolute one the name, the rest is this machine's."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _print_card(path: Path, figures: dict[str, Any], card: Any) -> None:

@@ -5,7 +5,8 @@ RUN/run.json              what the run was started from; a resumed run must be t
 RUN/epochs.csv            a row an epoch: losses, validation AUC and CC, learning rate
 RUN/tensorboard/          the same for TensorBoard
 RUN/stages/               weights after each finished stage; the running stage's state
-RUN/NAME.safetensors      the checkpoint, NAME.json its card, NAME.seen hashes of its films
+RUN/NAME.safetensors      the checkpoint, NAME.json its card (to read: NAME.card.html), NAME.seen
+                          hashes of its films, NAME.prior their centre prior
 """
 
 from __future__ import annotations
