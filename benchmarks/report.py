@@ -21,8 +21,7 @@ from cxrgaze.report import (
     Table,
     Tone,
     Verdict,
-    html_page,
-    markdown_page,
+    page_files,
 )
 
 _PERCENTILES = tuple(NEEDED)
@@ -35,8 +34,7 @@ def pages(report: Report) -> dict[str, bytes]:
     blocks = _blocks(report, figures)
     return {
         "report.json": report.rendered(),
-        "report.md": markdown_page(title, blocks).encode(),
-        "report.html": html_page(title, blocks).encode(),
+        **page_files("report", title, blocks),
         "report.csv": _csv(report).encode(),
         **{name: figure.data for name, figure in figures.items()},
     }

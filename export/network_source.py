@@ -63,8 +63,8 @@ def source_from_random(variant: str, seed: int) -> TorchSource:
 
 def _beside(path: Path, card: Card) -> dict[str, bytes]:
     """The card as a record and to read, and what an evaluation elsewhere compares with."""
-    pages = {f"{FOLDER}/card.{kind}": page for kind, page in card_page.pages(card).items()}
     prior = checkpoint.prior_bytes(path, card)
+    pages = card_page.pages(card, f"{FOLDER}/card")
     return {CARD: card.rendered(), **pages, **({PRIOR: prior} if prior else {})}
 
 

@@ -23,9 +23,8 @@ from cxrgaze.report import (
     Tone,
     Verdict,
     drawn,
-    html_page,
-    markdown_page,
     new_plot,
+    page_files,
 )
 from cxrgaze.runtime.ort import witness
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head
@@ -62,8 +61,7 @@ def pages(
         mode="json", include={"name", "parity", "gate", "audit", "calibration", "forms_tried"}
     )
     return {
-        f"{FOLDER}/parity.md": markdown_page(title, blocks).encode(),
-        f"{FOLDER}/parity.html": html_page(title, blocks).encode(),
+        **page_files(f"{FOLDER}/parity", title, blocks),
         f"{FOLDER}/parity.json": render_json(evidence),
         **{f"{FOLDER}/{figure.name}": figure.data for figure in figures.values()},
     }

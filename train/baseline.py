@@ -58,8 +58,8 @@ class Regression(Frozen):
         return np.asarray(odds / odds.sum(axis=1, keepdims=True))
 
 
-class Baseline(Frozen):
-    """A fitted baseline: how its columns are made, and what it makes of them."""
+class Recipe(Frozen):
+    """How the columns of a baseline are made of films."""
 
     name: Name
     views: tuple[str, ...] = ()
@@ -68,6 +68,34 @@ class Baseline(Frozen):
     """Numbers that a column each lies between."""
     typical_age: float = 0.0
     """Of the films that it was fitted on; taken where an age is not known."""
+
+    def columns(self, films: Described) -> Array | str:
+        """The raw columns `(n, d)`, or why there are none."""
+        rows = films.rows
+        if self.name == "grey_levels":
+            return "no film was looked at" if films.grey is None else films.grey
+        if self.name == "patient_number":
+            numbers = _numbers(films)
+            if isinstance(numbers, str):
+                return numbers
+            bins = np.searchsorted(np.asarray(self.edges), numbers, side="right")
+            return np.eye(len(self.edges) + 1)[bins]
+        return np.array(
+            [
+                [
+                    *((row.view or "") == view for view in self.views),
+                    self.typical_age if row.age is None else row.age,
+                    row.age is None,
+                ]
+                for row in rows
+            ],
+            dtype=np.float64,
+        )
+
+
+class Baseline(Recipe):
+    """A fitted baseline: how its columns are made, and what it makes of them."""
+
     centre: tuple[float, ...]
     spread: tuple[float, ...]
     """Of the columns, on the films that it was fitted on."""
@@ -97,7 +125,7 @@ class Baseline(Frozen):
 
         A class that no film had which it was fitted on gets probability zero.
         """
-        raw = _columns(self.name, films, self.views, self.edges, self.typical_age)
+        raw = self.columns(films)
         if isinstance(raw, str):
             return raw
         if raw.shape[1] != len(self.centre):
@@ -130,12 +158,8 @@ def fitted(
     targets = _targets(known, classes)
     if not targets:
         return "the training films have fewer than two classes"
-    views = tuple(sorted({row.view or "" for row in films.rows}))
-    numbers = _numbers(films)
-    edges = () if isinstance(numbers, str) else tuple(np.quantile(numbers, _QUANTILES).tolist())
-    ages = [row.age for row in films.rows if row.age is not None]
-    typical = float(np.mean(ages)) if ages else 0.0
-    raw = _columns(name, films, views, edges, typical)
+    recipe = _recipe(name, films)
+    raw = recipe.columns(films)
     if isinstance(raw, str):
         return raw
     used = np.array(sorted({i for index, _ in targets for i in index}))
@@ -155,10 +179,7 @@ def fitted(
             )
         )
     return Baseline(
-        name=name,
-        views=views if name == "view_and_age" else (),
-        edges=edges if name == "patient_number" else (),
-        typical_age=typical if name == "view_and_age" else 0.0,
+        **recipe.model_dump(),
         centre=tuple(centre.tolist()),
         spread=tuple(spread.tolist()),
         regressions=tuple(regressions),
@@ -181,34 +202,18 @@ def grey_statistics(arrays: Arrays) -> Array:
     return np.array(found)
 
 
-def _columns(
-    name: Name,
-    films: Described,
-    views: Sequence[str],
-    edges: Sequence[float],
-    typical_age: float,
-) -> Array | str:
-    """The raw columns of a baseline `(n, d)`, or why there are none."""
-    rows = films.rows
-    if name == "grey_levels":
-        return "no film was looked at" if films.grey is None else films.grey
-    if name == "patient_number":
-        numbers = _numbers(films)
-        if isinstance(numbers, str):
-            return numbers
-        bins = np.searchsorted(np.asarray(edges), numbers, side="right")
-        return np.eye(len(edges) + 1)[bins]
-    return np.array(
-        [
-            [
-                *((row.view or "") == view for view in views),
-                typical_age if row.age is None else row.age,
-                row.age is None,
-            ]
-            for row in rows
-        ],
-        dtype=np.float64,
-    )
+def _recipe(name: Name, films: Described) -> Recipe:
+    """That of the films that a baseline is fitted on."""
+    if name == "view_and_age":
+        ages = [row.age for row in films.rows if row.age is not None]
+        return Recipe(
+            name=name,
+            views=tuple(sorted({row.view or "" for row in films.rows})),
+            typical_age=float(np.mean(ages)) if ages else 0.0,
+        )
+    if name == "patient_number" and not isinstance(numbers := _numbers(films), str):
+        return Recipe(name=name, edges=tuple(np.quantile(numbers, _QUANTILES).tolist()))
+    return Recipe(name=name)
 
 
 def _numbers(films: Described) -> Array | str:

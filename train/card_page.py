@@ -11,8 +11,7 @@ from cxrgaze.report import (
     Paragraph,
     Table,
     Verdict,
-    html_page,
-    markdown_page,
+    page_files,
 )
 from cxrgaze.train.card import Card, Population, Statements
 from cxrgaze.train.evaluation_tables import (
@@ -28,14 +27,9 @@ from cxrgaze.train.evaluation_verdict import verdict
 NOT_STATED = "not stated"
 
 
-def pages(card: Card) -> dict[str, bytes]:
-    """The page as `md` and `html`."""
-    title = f"Card of {card.name}"
-    blocks = _blocks(card)
-    return {
-        "md": markdown_page(title, blocks).encode(),
-        "html": html_page(title, blocks).encode(),
-    }
+def pages(card: Card, stem: str) -> dict[str, bytes]:
+    """The page as Markdown and as HTML (`page_files`)."""
+    return page_files(stem, f"Card of {card.name}", _blocks(card))
 
 
 def not_stated(card: Card) -> tuple[list[str], int]:

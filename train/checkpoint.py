@@ -144,8 +144,8 @@ def save(
 def write_card(path: Path, card: Card) -> None:
     """Write the card and its pages beside the weights `path`."""
     write_atomic(path.with_suffix(".json"), card.rendered())
-    for kind, page in card_page.pages(card).items():
-        write_atomic(path.with_suffix(f".card.{kind}"), page)
+    for name, page in card_page.pages(card, f"{path.stem}.card").items():
+        write_atomic(path.with_name(name), page)
 
 
 def read_card(path: Path) -> Card:

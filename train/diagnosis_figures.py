@@ -91,11 +91,12 @@ def diagnosis_of(
     served_by_none = int((class_index(truth.truth) == UNKNOWN).sum()) if exclusive else 0
     if served_by_none:
         left_out.append(f"log-loss of {served_by_none} films: their class is not served")
+    drawn = truth.drawn(p, classes) if classes else np.empty((0, 0))
     figures = Diagnosis(
         patients=len(set(bootstrap.patients)),
         films=counts,
         known=None if exclusive else truth.known,
-        auc=truth.aucs(p, classes) if classes else None,
+        auc=truth.aucs(p, classes, drawn) if classes else None,
         accuracy=truth.accuracy(p) if exclusive else None,
         temperature=served.decision.temperature if exclusive else None,
         temperatures=None if exclusive else served.decision.temperatures,
@@ -104,14 +105,7 @@ def diagnosis_of(
         operating_points={
             name: truth.operating_point(p, name, point) for name, point in served.points.items()
         },
-        baselines={
-            name: BaselineFigures(
-                auc=truth.aucs(found.scores, found.among(classes)),
-                added=truth.added(p, found.scores, found.among(classes)),
-                fitted_on=found.fitted_on,
-            )
-            for name, found in scored.items()
-        },
+        baselines={name: truth.beside(p, drawn, found, classes) for name, found in scored.items()},
         subgroups=subgroups,
     )
     return figures, left_out + too_few
@@ -191,9 +185,9 @@ class _Truth:
             eces.append(metrics.ece(confidence, right))
         null, null_high = calibration.ece_null(confidences[1], seed=self.bootstrap.seed)
         return Calibration(
-            brier=self._mean(brier[1]),
+            brier=self.bootstrap.mean(brier[1]),
             brier_before=float(np.nanmean(brier[0])),
-            log_loss=self._mean(losses[1]) if np.isfinite(losses[1]).any() else None,
+            log_loss=self.bootstrap.mean(losses[1]) if np.isfinite(losses[1]).any() else None,
             log_loss_before=float(np.nanmean(losses[0])) if np.isfinite(losses[0]).any() else None,
             ece=eces[1],
             ece_before=eces[0],
@@ -218,40 +212,41 @@ class _Truth:
         return ClassCalibration(
             slope=interval(calibration.slope),
             intercept=interval(calibration.intercept),
-            brier=part._mean((own - has) ** 2),
+            brier=part.bootstrap.mean((own - has) ** 2),
         )
 
-    def _mean(self, values: NDArray[np.floating]) -> Interval:
-        drawn = self.bootstrap.draws(lambda w: intervals.weighted_mean(values, w))
-        return self.bootstrap.around(float(np.nanmean(values)), drawn)
+    def beside(
+        self, p: Scores, drawn: intervals.Array, baseline: Scored, classes: Sequence[int]
+    ) -> BaselineFigures:
+        """A baseline on the classes that it was fitted on, and what the network adds there.
 
-    def added(self, scores: Scores, other: Scores, classes: Sequence[int]) -> Interval:
-        """Macro AUC of scores minus that of others, on the same films and resamples."""
-        aucs = [metrics.auc_per_class(s, self.truth) for s in (scores, other)]
-        value = float(np.mean([aucs[0][c] - aucs[1][c] for c in classes]))
-        drawn = np.subtract(*(self._drawn_aucs(s, classes).mean(axis=1) for s in (scores, other)))
-        found = self.bootstrap.around(value, drawn)
-        sure = np.ptp(drawn) == 0 and len(set(self.bootstrap.patients)) >= intervals.MIN_PATIENTS
-        return Interval(value=value, low=value, high=value) if sure else found
+        Args:
+            drawn: of the network, for `classes`.
+        """
+        own = baseline.among(classes)
+        aucs = [metrics.auc_per_class(s, self.truth) for s in (p, baseline.scores)]
+        alone = self.drawn(baseline.scores, own)
+        more = drawn[:, [list(classes).index(c) for c in own]] - alone
+        return BaselineFigures(
+            auc=self.aucs(baseline.scores, own, alone),
+            added=self.bootstrap.around(
+                float(np.mean([aucs[0][c] - aucs[1][c] for c in own])), more.mean(axis=1)
+            ),
+            fitted_on=baseline.fitted_on,
+        )
 
-    def _drawn_aucs(self, scores: Scores, classes: Sequence[int]) -> intervals.Array:
+    def drawn(self, scores: Scores, classes: Sequence[int]) -> intervals.Array:
         """AUC of each of these classes over the resamples, `(resamples, classes)`."""
-        parts = list(columns(self.truth))
         return self.bootstrap.draws(
-            lambda w: np.stack(
-                [
-                    intervals.weighted_auc(scores[known, c], has, w[:, known])
-                    for c, (known, has) in ((c, parts[c]) for c in classes)
-                ],
-                axis=1,
-            )
+            lambda w: intervals.weighted_aucs(scores, self.truth, classes, w)
         )
 
-    def aucs(self, scores: Scores, classes: Sequence[int]) -> dict[str, AucIntervals]:
-        """AUC of each of these classes by name, "macro" and "micro"."""
+    def aucs(
+        self, scores: Scores, classes: Sequence[int], drawn: intervals.Array
+    ) -> dict[str, AucIntervals]:
+        """AUC of each of these classes by name, "macro" and "micro", with the draws of `drawn`."""
         parts = list(columns(self.truth))
         delong = [self._influence(scores[:, c], *parts[c]) for c in classes]
-        drawn = self._drawn_aucs(scores, classes)
         aucs = {self.names[c]: self._auc(*delong[k], drawn[:, k]) for k, c in enumerate(classes)}
         values, influences = zip(*delong, strict=True)
         macro = float(np.mean(values)), np.mean(influences, axis=0)
@@ -260,6 +255,10 @@ class _Truth:
             "macro": self._auc(*macro, drawn.mean(axis=1)),
             "micro": self._micro_auc(scores, classes),
         }
+
+    def macro(self, scores: Scores, classes: Sequence[int]) -> AucIntervals:
+        """Mean AUC of these classes."""
+        return self.aucs(scores, classes, self.drawn(scores, classes))["macro"]
 
     def _influence(
         self, scores: NDArray[np.float64], known: Mask, has: Mask
@@ -311,8 +310,8 @@ def _subgroups(
         found[name] = Subgroup(
             films=len(part.truth),
             classes=tuple(part.names[c] for c in classes),
-            macro=part.aucs(p[here], classes)["macro"],
-            view_and_age=part.aucs(baseline.scores[here], classes)["macro"]
+            macro=part.macro(p[here], classes),
+            view_and_age=part.macro(baseline.scores[here], classes)
             if baseline and baseline.among(classes) == classes
             else None,
         )

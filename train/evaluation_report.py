@@ -17,9 +17,8 @@ from cxrgaze.report import (
     Heading,
     Paragraph,
     drawn,
-    html_page,
-    markdown_page,
     new_plot,
+    page_files,
 )
 from cxrgaze.spec import LOG_DENSITY
 from cxrgaze.train.baseline import SHOWN
@@ -53,11 +52,7 @@ def pages(evaluation: Evaluation, films: EvaluatedFilms) -> dict[str, bytes]:
     if evaluation.left_out:
         blocks += [Heading("Left out"), Bullets(evaluation.left_out)]
     drawings = {b.name: b.data for b in blocks if isinstance(b, Figure)}
-    return {
-        "report.md": markdown_page(title, blocks).encode(),
-        "report.html": html_page(title, blocks).encode(),
-        **drawings,
-    }
+    return {**page_files("report", title, blocks), **drawings}
 
 
 def summary(evaluation: Evaluation) -> list[str]:

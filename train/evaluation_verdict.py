@@ -18,14 +18,20 @@ _POWER = (1.96 + 0.84) / 1.96
 class Difference:
     """What the network adds to one baseline."""
 
-    name: str
     quantity: str
+    over: str
+    """The baseline's name."""
     network: Interval
     baseline: Interval
     added: Interval
     """Paired, over patients."""
     patients: int
     """Who have what it is measured on."""
+
+    @property
+    def name(self) -> str:
+        """What is added to what."""
+        return f"{self.quantity} over {self.over}"
 
     @property
     def tone(self) -> Tone:
@@ -43,13 +49,12 @@ def differences(evaluation: Evaluation) -> list[Difference]:
     if diagnosis and diagnosis.auc:
         for name, baseline in diagnosis.baselines.items():
             alone, own = baseline.auc["macro"].bootstrap, diagnosis.auc["macro"].bootstrap
-            what = f"macro AUC over {SHOWN[name]}"
-            who = diagnosis.patients
-            found.append(Difference(what, "macro AUC", own, alone, baseline.added, who))
+            who, added = diagnosis.patients, baseline.added
+            found.append(Difference("macro AUC", SHOWN[name], own, alone, added, who))
     if saliency and saliency.added_cc and saliency.prediction.cc and saliency.centre_prior.cc:
         own, alone = saliency.prediction.cc, saliency.centre_prior.cc
-        what, who = "CC over the centre prior", saliency.patients
-        found.append(Difference(what, "CC", own, alone, saliency.added_cc, who))
+        who, added = saliency.patients, saliency.added_cc
+        found.append(Difference("CC", "the centre prior", own, alone, added, who))
     order = ("bad", "open", "good")
     return sorted(found, key=lambda d: (order.index(d.tone), d.added.value))
 
@@ -65,7 +70,7 @@ def verdict(evaluation: Evaluation) -> Verdict:
     if not found:
         return Verdict("Nothing to compare with", f"No baseline could be made {on}.", "open")
     worst = found[0]
-    baseline = worst.name.split(" over ", 1)[1]
+    baseline = worst.over
     figures = f"{worst.quantity} {worst.network} against {worst.baseline}"
     said = f"{figures}, difference {worst.added}, {on}."
     if worst.tone == "bad":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrgaze.errors import DataError, UsageError
-from cxrgaze.evidence.intervals import Interval, PatientBootstrap, weighted_auc, weighted_mean
-from cxrgaze.evidence.truth import HAS, HAS_NOT, UNKNOWN, Truth, any_known, columns, present_classes
+from cxrgaze.evidence.intervals import Interval, PatientBootstrap, weighted_aucs
+from cxrgaze.evidence.truth import HAS, HAS_NOT, UNKNOWN, Truth, any_known, present_classes
 from cxrgaze.train.evaluation_record import FILE, Evaluation, read_evaluation
 
 Array = NDArray[np.float64]
@@ -86,40 +86,27 @@ def compare_reports(
             "evaluate again with one --heatmap"
         )
     changes = np.mean([other.cc - one.cc for one, other in pairs], axis=0)
-    classes, parts = present_classes(first.truth), list(columns(first.truth))
+    classes, labelled = present_classes(first.truth), any_known(first.truth)
 
-    def macro(table: Films, weights: Array) -> Array:
-        each = [
-            weighted_auc(table.probabilities[known, c], has, weights[:, known])
-            for c, (known, has) in ((c, parts[c]) for c in classes)
-        ]
-        return np.asarray(np.mean(each, axis=0))
+    def aucs(table: Films, weights: Array) -> Array:
+        p, truth = table.probabilities[labelled], table.truth[labelled]
+        return weighted_aucs(p, truth, classes, weights)
 
     def added_auc(weights: Array) -> Array:
-        each = [macro(other, weights) - macro(one, weights) for one, other in pairs]
-        return np.asarray(np.mean(each, axis=0))
+        each = [aucs(other, weights) - aucs(one, weights) for one, other in pairs]
+        return np.asarray(np.mean(each, axis=(0, 2)))
 
-    def interval(statistic: Callable[[Array], Array], among: NDArray[np.bool_]) -> Interval | None:
-        """Of the films that have what it takes; the rest has no weight."""
-        if not among.any():
-            return None
-        index = np.flatnonzero(among)
-        bootstrap = PatientBootstrap([first.patients[i] for i in index], resamples, seed)
+    def among(films: NDArray[np.bool_]) -> PatientBootstrap:
+        """Of the patients of some films."""
+        return PatientBootstrap([first.patients[i] for i in np.flatnonzero(films)], resamples, seed)
 
-        def over_all(weights: Array) -> Array:
-            spread: Array = np.zeros((len(weights), len(among)))
-            spread[:, index] = weights
-            return statistic(spread)
-
-        value = float(over_all(np.ones((1, len(index))))[0])
-        return bootstrap.around(value, bootstrap.draws(over_all))
-
+    seen = np.isfinite(changes)
     compared = Compared(
         films=len(first.films),
         patients=len(set(first.patients)),
         pairs=len(pairs),
-        macro_auc=interval(added_auc, any_known(first.truth)) if classes else None,
-        cc=interval(lambda weights: weighted_mean(changes, weights), np.isfinite(changes)),
+        macro_auc=among(labelled).interval(added_auc) if classes else None,
+        cc=among(seen).mean(changes[seen]) if seen.any() else None,
     )
     if compared.macro_auc is None and compared.cc is None:
         raise DataError(f"{first.where}: neither a class with an AUC nor a CC to compare")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrgaze.evidence import intervals
 from cxrgaze.evidence.intervals import Interval, PatientBootstrap
 from cxrgaze.train.evaluated_films import EvaluatedFilms
 from cxrgaze.train.evaluation_record import BetweenReaders, Saliency, SaliencyMeans
@@ -26,18 +25,15 @@ def saliency_of(
     def over_films(key: str) -> NDArray[np.float64]:
         return np.array([metrics.get(key, np.nan) for metrics in by_film.values()])
 
-    def mean(values: NDArray[np.float64]) -> Interval:
-        drawn = bootstrap.draws(lambda w: intervals.weighted_mean(values, w))
-        return bootstrap.around(float(np.nanmean(values)), drawn)
+    def mean(values: NDArray[np.float64]) -> Interval | None:
+        return None if np.isnan(values).all() else bootstrap.mean(values)
 
     def measured(key: str) -> Interval | None:
-        values = over_films(key)
-        return None if np.isnan(values).all() else mean(values)
+        return mean(over_films(key))
 
     def means(suffix: str = "") -> SaliencyMeans:
         return SaliencyMeans(**{key: measured(key + suffix) for key in SaliencyMeans.model_fields})
 
-    added = over_films("cc") - over_films("cc_centre_prior")
     between_readers = BetweenReaders(
         cc=measured("cc_between_readers"), network_cc=measured("cc_single_reader")
     )
@@ -48,8 +44,8 @@ def saliency_of(
         heatmap=heatmap,
         prediction=means(),
         centre_prior=means("_centre_prior"),
-        added_cc=None if np.isnan(added).all() else mean(added),
+        added_cc=mean(over_films("cc") - over_films("cc_centre_prior")),
         between_readers=between_readers,
-        pad_mass=mean(over_films("pad_mass")),
+        pad_mass=bootstrap.mean(over_films("pad_mass")),
     )
     return figures, left_out

@@ -176,6 +176,14 @@ def _markdown_cell(text: str) -> str:
 Block = Heading | Paragraph | Verdict | Bullets | Table | Figure
 
 
+def page_files(stem: str, title: str, blocks: Sequence[Block]) -> dict[str, bytes]:
+    """The page as Markdown and as HTML: files by name, which `stem` is without its suffix."""
+    return {
+        f"{stem}.md": markdown_page(title, blocks).encode(),
+        f"{stem}.html": html_page(title, blocks).encode(),
+    }
+
+
 def markdown_page(title: str, blocks: Sequence[Block]) -> str:
     """The page as Markdown; its figures are files beside it."""
     return "\n\n".join([f"# {title}", *(block.markdown() for block in blocks)]) + "\n"

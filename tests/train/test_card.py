@@ -158,8 +158,8 @@ def test_the_shipped_networks_say_what_they_were_trained_on():
         assert card.evaluations and card.evaluations[0].synthetic
         assert card.evaluations[0].leakage is None
         assert len(checkpoint.seen_by(path, card).films) == 1050
-        for kind, page in card_page.pages(card).items():
-            assert path.with_suffix(f".card.{kind}").read_bytes() == page, "write_card"
+        for page, data in card_page.pages(card, f"{name}.card").items():
+            assert path.with_name(page).read_bytes() == data, "write_card"
         prior = checkpoint.prior_of(path, card)
         assert prior.shape == (card.spec.height, card.spec.width)
         assert prior.sum() == pytest.approx(1, abs=1e-4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from cxrgaze.errors import ExitCode, IntegrityError
 from cxrgaze.evidence import heatmaps, metrics, phantom
 from cxrgaze.evidence.arrays import load_arrays
 from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.intervals import PatientBootstrap
 from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, Look, SetInfo, write_set
 from cxrgaze.evidence.truth import one_of
 from cxrgaze.files import render_json
-from cxrgaze.train import baseline, checkpoint, cli, evaluation
+from cxrgaze.train import baseline, checkpoint, cli, diagnosis_figures, evaluation
 from cxrgaze.train.diagnosis_figures import exact_share
+from cxrgaze.train.evaluated_films import Scored
 from cxrgaze.train.evaluated_model import open_model
 from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
 from cxrgaze.train.evaluation_record import Evaluation, SaliencyMeans, read_evaluation
@@ -399,6 +403,33 @@ def test_grey_statistics_are_of_the_film_without_its_pad(labelled):
         expected = [values.mean(), values.std(), stats.skew(values), stats.kurtosis(values) + 3]
         np.testing.assert_allclose(row[:4], expected, rtol=1e-5)
         np.testing.assert_allclose(row[4:], np.quantile(values, np.arange(5, 100, 5) / 100))
+
+
+def test_a_difference_without_a_width_has_no_interval():
+    """S9: a network that is always right against a baseline that never is, on twenty patients."""
+    index = np.arange(20) % 2
+    right = np.eye(2)[index]
+    bootstrap = PatientBootstrap([str(i) for i in range(20)], 200, 0)
+    truth = diagnosis_figures._Truth(one_of(index, 2), ("a", "b"), bootstrap)
+    wrong = Scored(1 - right, "nothing", frozenset({0, 1}))
+    added = truth.beside(right, truth.drawn(right, [0, 1]), wrong, [0, 1]).added
+    assert (added.value, added.low, added.high) == (1, None, None)
+
+
+def test_a_command_in_a_card_holds_no_path_of_this_machine():
+    arguments = argparse.Namespace(
+        config="/home/x/mine.toml",
+        overrides=["seed=1"],
+        init="/data/x/first.safetensors",
+        init_origin="scans of x/y",
+        teacher=Path("runs/teacher.safetensors"),
+        allow_leakage=True,
+    )
+    said = cli._command_of(arguments, "fit", cli._portable("/data/hospital/SET"))
+    assert said == (
+        "cxrgaze-train fit SET --config mine.toml --set seed=1 --init first.safetensors "
+        "--init-origin 'scans of x/y' --teacher runs/teacher.safetensors --allow-leakage"
+    )
 
 
 WRONG = {

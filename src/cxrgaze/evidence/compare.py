@@ -54,7 +54,7 @@ from cxrgaze.evidence.intervals import (
     MIN_PATIENTS,
     Array,
     auc_influence,
-    weighted_auc,
+    weighted_aucs,
 )
 from cxrgaze.evidence.power import (
     NOTHING_SHOWN,
@@ -302,22 +302,18 @@ def _macro_auc(
     if not changes:
         return _not_measured("macro AUC", limit, lack)
     some = any_known(diagnoses.truth)
-    parts = list(columns(diagnoses.truth[some]))
+    truth, present = diagnoses.truth[some], [c for c, _, _ in changes]
+    candidate, reference = (
+        says.probabilities[some] for says in (diagnoses.candidate, diagnoses.reference)
+    )
     before, after = (
         float(np.mean([getattr(change, side) for _, change, _ in changes]))
         for side in ("reference", "candidate")
     )
 
     def difference(weights: Array) -> Array:
-        differences = []
-        for c, _, _ in changes:
-            known, has = parts[c]
-            candidate, reference = (
-                weighted_auc(scores[some, c][known], has, weights[:, known])
-                for scores in (diagnoses.candidate.probabilities, diagnoses.reference.probabilities)
-            )
-            differences.append(candidate - reference)
-        return np.asarray(np.mean(differences, axis=0))
+        drawn = (weighted_aucs(p, truth, present, weights) for p in (candidate, reference))
+        return np.asarray(np.subtract(*drawn).mean(axis=1))
 
     bounds = None
     if not lack:

@@ -13,6 +13,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrgaze.evidence.truth import Truth, columns
 from cxrgaze.records import Frozen
 
 Array = NDArray[np.float64]
@@ -136,6 +137,15 @@ class PatientBootstrap:
         """Values of `statistic` over the resamples (`bootstrap`)."""
         return bootstrap(self.patients, statistic, resamples=self.resamples, seed=self.seed)
 
+    def interval(self, statistic: Callable[[Array], Array]) -> Interval:
+        """The statistic of the films as they are, with its interval."""
+        value = float(statistic(np.ones((1, len(self.patients))))[0])
+        return self.around(value, self.draws(statistic))
+
+    def mean(self, values: NDArray[np.floating]) -> Interval:
+        """Mean of each film's value `(n,)` with its interval; NaN values do not count."""
+        return self.interval(lambda weights: weighted_mean(values, weights))
+
     def around(self, value: float, samples: Array) -> Interval:
         """The percentile interval of `draws` around an estimate (`percentile_interval`)."""
         return percentile_interval(value, samples, len(set(self.patients)))
@@ -155,6 +165,19 @@ def weighted_auc(scores: Array, positive: NDArray[np.bool_], weights: Array) -> 
     wins = (above * (np.cumsum(below, axis=1) - below / 2)).sum(axis=1)
     total = above.sum(axis=1) * below.sum(axis=1)
     return _ratio(wins, total)
+
+
+def weighted_aucs(scores: Array, truth: Truth, classes: Sequence[int], weights: Array) -> Array:
+    """`weighted_auc` of each of some classes over the films of which it is known, `(b, k)`.
+
+    Args:
+        scores: `(n, C)`. truth: `(n, C)`. classes: k columns. weights: `(b, n)`.
+    """
+    parts, each = list(columns(truth)), []
+    for c in classes:
+        known, has = parts[c]
+        each.append(weighted_auc(scores[known, c], has, weights[:, known]))
+    return np.stack(each, axis=1)
 
 
 def weighted_share(hit: NDArray[np.bool_], among: NDArray[np.bool_], weights: Array) -> Array:
