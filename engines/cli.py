@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxrgaze import command
+from cxrgaze.runtime import backends
 
 if TYPE_CHECKING:
     from cxrgaze.bundles.bundle import Bundle
@@ -26,9 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "and for what. A second build with the same inputs is instant. Plans are for the GPU of "
         "this machine; TensorRT-RTX also compiles ahead of time without one (--cpu-only --sm). "
         "What precision the library really built is read from the engine: another one than the "
-        "graph's deletes the plan (exit code 3).",
+        "graph's deletes the plan (exit code 3). With --device openvino there is no plan: the "
+        "graph is compiled each time it is loaded, and what is kept is the proof of its precision "
+        "and, with --gate, of its accuracy on this processor.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--device",
+        choices=("tensorrt", *backends.names("openvino")),
+        default="tensorrt",
+        help="what runs it (default tensorrt: a plan, by the --library)",
+    )
     parser.add_argument(
         "--library",
         choices=("auto", "tensorrt", "tensorrt_rtx"),
@@ -90,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_split(parser, "--gate-split", "test")
     parser.add_argument("--heatmap", metavar="PRESET", help="how the set's human maps are made")
     parser.add_argument("--rebuild", action="store_true", help="build even if the plan is there")
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in _OF_PLANS})
     return command.execute(parser, _run, argv)
 
 
@@ -99,6 +109,8 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.runtime import plans, trt_library
 
+    if args.device != "tensorrt":
+        return _proof(args)
     if args.cpu_only != bool(args.sm):
         raise UsageError("--cpu-only and --sm go together, as: --cpu-only --sm 86,89")
     bundle = Bundle.open(args.bundle)
@@ -134,6 +146,53 @@ def _run(args: argparse.Namespace) -> int:
             print(f"gate     {verdict.verdict} at engine level: {verdict.reason}")
     command.say(built.record.notice)
     return ExitCode.INCONCLUSIVE if verdict and verdict.verdict == "inconclusive" else ExitCode.OK
+
+
+_OF_PLANS = (
+    "library",
+    "cpu_only",
+    "sm",
+    "batch",
+    "workspace",
+    "optimization_level",
+    "version_compatible",
+    "hardware_compatible",
+    "allow_host_code",
+    "tf32",
+    "gpu",
+    "rebuild",
+)
+"""Options that say something of a plan alone."""
+
+
+def _proof(args: argparse.Namespace) -> int:
+    """Prove what needs no plan."""
+    from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.engines.prove import proven
+    from cxrgaze.errors import ExitCode, UsageError
+    from cxrgaze.runtime.backend import BackendOptions
+
+    if asked := [name for name in _OF_PLANS if getattr(args, name) != args.defaults[name]]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise UsageError(f"{options}: {args.device} has no plan; leave it out")
+    bundle = Bundle.open(args.bundle)
+    films = _films(bundle, args) if args.gate else None
+    where = args.device.partition(":")[2]
+    record = proven(bundle, BackendOptions(cache=args.cache, where=where), films)
+    inputs = record.inputs
+    print(f"proof    {inputs.key}: no plan, the graph is compiled when it is loaded")
+    print(
+        f"for      {inputs.library} {inputs.library_version}, {inputs.device}, {inputs.processor} "
+        f"({', '.join(inputs.features) or 'instructions not known'})"
+    )
+    print(f"built    {record.built_precision}: {record.built_precision_why}")
+    if record.gate:
+        print(f"gate     {record.gate.verdict} at engine level: {record.gate.reason}")
+    else:
+        print("gate     not measured here: --gate SET")
+    command.say(record.notice)
+    is_open = record.gate and record.gate.verdict == "inconclusive"
+    return ExitCode.INCONCLUSIVE if is_open else ExitCode.OK
 
 
 def _films(bundle: Bundle, args: argparse.Namespace) -> GateSet:

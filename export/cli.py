@@ -46,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--target",
-        choices=("tensorrt", "cpu"),
+        choices=("tensorrt", "cpu", "openvino"),
         default="tensorrt",
-        help="what the graph is shaped for: int8 graphs of the two are two files, and a CPU gets "
-        "more of the exact rewrites (default tensorrt)",
+        help="what the graph is shaped for: int8 graphs of the three are three files (openvino: "
+        "processors, with OpenVINO; cpu: with ONNX Runtime), and cpu gets more of the exact "
+        "rewrites (default tensorrt)",
     )
     parser.add_argument(
         "--films",

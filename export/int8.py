@@ -1,17 +1,18 @@
-"""INT8 in the graph: explicit quantization for two targets that cannot be one file.
+"""INT8 in the graph: explicit quantization for three targets that cannot be one file.
 
 `tensorrt`: int8 with zero point 0 on the inputs of convolutions and on their weights, per output
-channel; biases and all else float. `cpu`: ONNX Runtime's own form, asymmetric uint8 on inputs and
-outputs, which it fuses into integer convolutions and TensorRT's parser refuses
-(docs/graphs.md#qdq-rules, docs/graphs.md#qdq-cpu).
+channel; biases and all else float. `openvino`: the same, but uint8 where an input has no negative
+value, and narrow weights. `cpu`: ONNX Runtime's own form, asymmetric uint8 on inputs and outputs,
+narrow weights, which it fuses into integer convolutions and TensorRT's parser refuses
+(docs/graphs.md#qdq-rules, docs/graphs.md#qdq-cpu, docs/graphs.md#saturation).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,6 +24,11 @@ from cxrgaze.export.ranges import Method, collect
 from cxrgaze.export.source import Layout
 
 PERCENTILE = 99.99
+WIDE = 127
+"""Levels of int8 weights on each side of zero."""
+NARROW = 64
+"""Those for CPUs: without VNNI they add two products in 16 bits and saturate, silently, where two
+times 255 levels of an input times those of a weight do not fit (docs/graphs.md#saturation)."""
 Ranges = Mapping[str, tuple[float, float]]
 
 _CPU_OPS = ["Conv", "Relu", "Add", "Concat", "MaxPool", "AveragePool", "Resize", "Mul"]
@@ -72,8 +78,8 @@ def calibrate(
     return {name: tally.range(method, percentile) for name, tally in tallies.items()}
 
 
-def ranged_for_tensorrt(model: onnx.ModelProto, layout: Layout) -> set[str]:
-    """Names of the tensors that `for_tensorrt` needs the range of."""
+def ranged_inputs(model: onnx.ModelProto, layout: Layout) -> set[str]:
+    """Names of the tensors that `for_tensorrt` and `for_openvino` need the range of."""
     return _activations(model, {node.input[0] for node in convolutions(model)})
 
 
@@ -88,6 +94,16 @@ def _activations(model: onnx.ModelProto, names: set[str]) -> set[str]:
     return {name for name in names if name and name not in weights}
 
 
+class _Grid(NamedTuple):
+    """How numbers become integers."""
+
+    weight_levels: int
+    unsigned: bool
+    """uint8 for the inputs that have no negative value."""
+    scales: Callable[[NDArray[np.floating]], NDArray[np.float32]]
+    """Scales as they are stored, of those that would be exact."""
+
+
 def for_tensorrt(
     model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()
 ) -> onnx.ModelProto:
@@ -99,23 +115,43 @@ def for_tensorrt(
     Raises:
         ParityError: a convolution whose weight is not stored, or an input without a range.
     """
+    return _quantized(model, ranges, keep, _Grid(WIDE, unsigned=False, scales=_as_float16))
+
+
+def for_openvino(
+    model: onnx.ModelProto, ranges: Ranges, keep: Collection[str] = ()
+) -> onnx.ModelProto:
+    """As `for_tensorrt`, with uint8 where an input has no negative value, and `NARROW` weights.
+
+    Raises:
+        ParityError: as `for_tensorrt`.
+    """
+    return _quantized(model, ranges, keep, _Grid(NARROW, unsigned=True, scales=_as_float32))
+
+
+def _quantized(
+    model: onnx.ModelProto, ranges: Ranges, keep: Collection[str], grid: _Grid
+) -> onnx.ModelProto:
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
     weights = {w.name: w for w in graph.initializer}
     dequantized: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
-    zero = numpy_helper.from_array(np.zeros((), np.int8), "int8/zero")
-    graph.initializer.append(zero)
+    zeros = {kind: f"{np.dtype(kind).name}/zero" for kind in (np.int8, np.uint8)}
+    for kind, name in zeros.items():
+        graph.initializer.append(numpy_helper.from_array(np.zeros((), kind), name))
 
     def quantized_input(name: str) -> str:
         if name not in dequantized:
             if name not in ranges:
                 raise ParityError(f"no calibrated range for {name}")
-            scale = _scales(np.abs(ranges[name]).max())
-            graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
-            nodes.append(_node("QuantizeLinear", [name, f"{name}/scale", zero.name], f"{name}/q"))
-            back = [f"{name}/q", f"{name}/scale", zero.name]
-            nodes.append(_node("DequantizeLinear", back, f"{name}/dq"))
+            low, high = ranges[name]
+            is_unsigned = grid.unsigned and low >= 0
+            exact = np.asarray(high / 255 if is_unsigned else max(-low, high) / 127)
+            scale, zero = f"{name}/scale", zeros[np.uint8 if is_unsigned else np.int8]
+            graph.initializer.append(numpy_helper.from_array(grid.scales(exact), scale))
+            nodes.append(_node("QuantizeLinear", [name, scale, zero], f"{name}/q"))
+            nodes.append(_node("DequantizeLinear", [f"{name}/q", scale, zero], f"{name}/dq"))
             dequantized[name] = f"{name}/dq"
         return dequantized[name]
 
@@ -124,7 +160,8 @@ def for_tensorrt(
             if node.input[1] not in weights:
                 raise ParityError(f"the weight of {node.name} is not stored in the graph")
             node.input[0] = quantized_input(node.input[0])
-            node.input[1] = _quantized_weight(graph, nodes, weights[node.input[1]], dequantized)
+            weight = weights[node.input[1]]
+            node.input[1] = _quantized_weight(graph, nodes, weight, dequantized, grid)
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
     kept = [w for w in graph.initializer if w.name in used]
@@ -139,13 +176,15 @@ def _quantized_weight(
     nodes: list[onnx.NodeProto],
     weight: onnx.TensorProto,
     dequantized: dict[str, str],
+    grid: _Grid,
 ) -> str:
     if weight.name not in dequantized:
         values = numpy_helper.to_array(weight).astype(np.float32)
-        scales = _scales(np.abs(values).reshape(len(values), -1).max(axis=1))
+        most = grid.weight_levels
+        scales = grid.scales(np.abs(values).reshape(len(values), -1).max(axis=1) / most)
         levels = np.rint(values / scales.reshape(-1, *[1] * (values.ndim - 1)))
         parts = {
-            "int8": np.clip(levels, -127, 127).astype(np.int8),
+            "int8": np.clip(levels, -most, most).astype(np.int8),
             "scales": scales,
             "zeros": np.zeros(len(values), np.int8),
         }
@@ -162,7 +201,7 @@ def for_cpu(
 ) -> onnx.ModelProto:
     """The graph as ONNX Runtime's quantizer writes it, with our ranges.
 
-    uint8 activations with a zero point, int8 weights per channel, int32 biases.
+    uint8 activations with a zero point, `NARROW` int8 weights per channel, int32 biases.
 
     Args:
         keep: names of convolutions that stay float.
@@ -190,7 +229,7 @@ def for_cpu(
         quantizer = QDQQuantizer(
             onnx.load(prepared),
             per_channel=True,
-            reduce_range=False,
+            reduce_range=True,  # of weights: `NARROW`
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=tensor_ranges,
@@ -223,12 +262,15 @@ def _cpu_nodes(
     ]
 
 
-def lint(model: onnx.ModelProto) -> int:
-    """Count the Q/DQ nodes after proving that TensorRT takes each (docs/graphs.md#qdq-rules).
+def lint(model: onnx.ModelProto, *, unsigned: bool = False) -> int:
+    """Count the Q/DQ nodes after proving that its target takes each (docs/graphs.md#qdq-rules).
 
     int8 with zero point 0 everywhere, no int32 (quantized biases), scales that are positive and
     finite; each DequantizeLinear after a QuantizeLinear or a stored weight; weights per output
     channel.
+
+    Args:
+        unsigned: uint8 with zero point 0 will do for what is not stored (OpenVINO).
 
     Raises:
         ParityError: naming the node that breaks a rule.
@@ -239,9 +281,12 @@ def lint(model: onnx.ModelProto) -> int:
     for node in q_dq:
         if len(node.input) < 3 or not {node.input[1], node.input[2]} <= set(weights):
             raise ParityError(f"{node.name}: scale and zero point must be stored")
-        zero = weights[node.input[2]]
-        if zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any():
-            raise ParityError(f"{node.name}: expected an int8 zero point of 0")
+        zero, stored = weights[node.input[2]], weights.get(node.input[0])
+        kinds = [TensorProto.INT8]
+        kinds += [TensorProto.UINT8] if unsigned and stored is None else []
+        if zero.data_type not in kinds or numpy_helper.to_array(zero).any():
+            wanted = " or ".join(TensorProto.DataType.Name(kind).lower() for kind in kinds)
+            raise ParityError(f"{node.name}: expected a zero point of 0 in {wanted}")
         scale = weights[node.input[1]]
         values = numpy_helper.to_array(scale).astype(np.float64)
         if not np.isfinite(values).all() or not (values > 0).all():
@@ -251,7 +296,6 @@ def lint(model: onnx.ModelProto) -> int:
             )
         if node.op_type == "DequantizeLinear":
             source = producer.get(node.input[0])
-            stored = weights.get(node.input[0])
             if stored is None and (source is None or source.op_type != "QuantizeLinear"):
                 raise ParityError(f"{node.name}: expected a QuantizeLinear or a stored weight")
             axis = next((a.i for a in node.attribute if a.name == "axis"), None)
@@ -260,14 +304,31 @@ def lint(model: onnx.ModelProto) -> int:
     return len(q_dq)
 
 
-def _scales(largest: NDArray[np.floating] | np.floating) -> NDArray[np.float32]:
-    """Scales whose 127 steps reach `largest`, as float16 holds them.
+def require_narrow(model: onnx.ModelProto) -> None:
+    """Refuse a graph on whose weights a CPU without VNNI would saturate.
+
+    Raises:
+        ParityError: naming the weight.
+    """
+    for weight in model.graph.initializer:
+        if weight.data_type == TensorProto.INT8:
+            levels = numpy_helper.to_array(weight).astype(np.int16)
+            if (largest := np.abs(levels).max(initial=0)) > NARROW:
+                raise ParityError(f"{weight.name} has {largest} levels, expected {NARROW} at most")
+
+
+def _as_float16(exact: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Scales as float16 holds them.
 
     Rounded before the levels are made, so that both forms of the graph, with float16 and with
     float32 scales, have the same levels and no scale changes its value between them.
     """
-    half = np.maximum(np.asarray(largest) / 127, _SMALLEST_SCALE).astype(np.float16)
+    half = np.maximum(exact, _SMALLEST_SCALE).astype(np.float16)
     return np.asarray(half.astype(np.float32))
+
+
+def _as_float32(exact: NDArray[np.floating]) -> NDArray[np.float32]:
+    return np.asarray(np.maximum(exact, _SMALLEST_SCALE).astype(np.float32))
 
 
 _SMALLEST_SCALE = 2.0**-20

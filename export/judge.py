@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cxrgaze.bundles.manifest import Calibration, FormRecord
 from cxrgaze.bundles.served import Decision
@@ -17,10 +18,11 @@ from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import any_known
-from cxrgaze.export import graph, int8, parity
-from cxrgaze.export.canvases import CALIBRATION_SEED
-from cxrgaze.export.forms import Form
+from cxrgaze.export import equalize, graph, int8, parity
+from cxrgaze.export.canvases import CALIBRATION_SEED, is_large
+from cxrgaze.export.forms import Form, Forms
 from cxrgaze.export.options import ExportOptions
+from cxrgaze.export.ranges import channel_peaks
 from cxrgaze.export.search import JudgedForm
 from cxrgaze.export.source import Answers, Source, served_of
 from cxrgaze.export.targets import TARGETS
@@ -103,17 +105,30 @@ def validation_films(
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Ranges of activations, and the films that they were found on."""
+    """What int8 graphs are made from, and the films that it was found on."""
 
+    model: onnx.ModelProto
+    """The float32 graph, its channels equalized."""
     ranges: int8.Ranges
     record: Calibration
     films: gate.GateSet
+    reference: gate.Predicted
+    """The float32 graph's answers on them."""
+
+    def shift(self, found: gate.Predicted) -> NDArray[np.float64] | None:
+        """What to add to a form's logits `found`; None without a diagnosis, or one of numbers."""
+        if LOGITS not in self.reference:
+            return None
+        shift = (self.reference[LOGITS] - found[LOGITS]).mean(axis=0, dtype=np.float64)
+        return shift if np.isfinite(shift).all() else None
 
 
 def calibrated(
     source: Source, options: ExportOptions, model: onnx.ModelProto, gated: Gated | None
 ) -> Calibrated:
     """Ranges of what the target's int8 quantizes, over calibration films.
+
+    Its channels are equalized by the strength that takes those films' outputs least from float32.
 
     Raises:
         DataError: a set that breaks a rule, or shares patients or films with the gate's.
@@ -136,18 +151,44 @@ def calibrated(
         warnings.append(f"calibrated on {chosen.domain} films, the network is {spec.domain}")
     for warning in warnings:
         say(f"  warning: {warning}")
-    names = TARGETS[options.target].ranged(model, source.layout)
-    ranges = int8.calibrate(model, list(chosen.arrays.images), names, asked.method)
-    record = Calibration(
-        method=asked.method,
-        percentile=int8.PERCENTILE,
-        set_name=chosen.name,
-        domain=chosen.domain,
-        films=chosen.keys,
-        sha256=sha256("\n".join(chosen.keys).encode()),
-        warnings=tuple(warnings),
+    films = list(chosen.arrays.images)
+    row, layout = TARGETS[options.target], source.layout
+    quantized = {n.name for n in int8.convolutions(model)} - int8.kept_convolutions(model, layout)
+    peaks = channel_peaks(model, int8.ranged_inputs(model, layout), films)
+    reference = gate.predicted(witness(graph.finished(model, spec)), chosen.arrays.images)
+    tried: list[tuple[float, Calibrated]] = []
+    for strength in equalize.OF_A_LARGE_ONE if is_large(spec) else equalize.STRENGTHS:
+        equal = equalize.equalized(model, peaks, quantized, strength)
+        ranges = int8.calibrate(equal, films, row.ranged(equal, layout), asked.method)
+        record = Calibration(
+            method=asked.method,
+            percentile=int8.PERCENTILE,
+            equalization=strength,
+            set_name=chosen.name,
+            domain=chosen.domain,
+            films=chosen.keys,
+            sha256=sha256("\n".join(chosen.keys).encode()),
+            warnings=tuple(warnings),
+        )
+        one = Calibrated(equal, ranges, record, chosen, reference)
+        tried.append((_distance(one, source, options), one))
+        say(f"  channels equalized by {strength}: outputs {tried[-1][0]:.2g} from fp32")
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def _distance(calibration: Calibrated, source: Source, options: ExportOptions) -> float:
+    """How far the form with most int8 takes the calibration films' outputs, without its shift."""
+    forms = Forms(
+        calibration.model, "int8", options.target, source.layout, calibration.ranges
+    ).with_kept()
+    films, spec = calibration.films, source.spec
+    found = gate.predicted(witness(graph.finished(next(forms).model, spec)), films.arrays.images)
+    if (shift := calibration.shift(found)) is not None:
+        found = {**found, LOGITS: found[LOGITS] + shift}
+    served = served_of(source)
+    return max(
+        gate.distance(films, calibration.reference, found, head, served) for head in served.heads
     )
-    return Calibrated(ranges, record, chosen)
 
 
 @dataclass(frozen=True)
@@ -162,9 +203,12 @@ class FormJudge:
     gated: Gated | None
     validation: gate.GateSet | None = None
     """Films that a form's temperatures and points are fitted on."""
+    calibration: Calibrated | None = None
+    """Of int8."""
 
     def __call__(self, form: Form) -> JudgedForm:
-        """The form with both verdicts."""
+        """The form with both verdicts; of int8 without the shift of its logits."""
+        form = self._without_shift(form)
         data = graph.finished(form.model, self.source.spec)
         served, precision = served_of(self.source), self.options.precision
         agreement = parity.compare(self.answers, data, precision, self.domain, served)
@@ -181,6 +225,15 @@ class FormJudge:
             gate_reason=verdict.reason,
         )
         return JudgedForm(form, data, agreement, verdict, record, decision, origin)
+
+    def _without_shift(self, form: Form) -> Form:
+        if self.calibration is None:
+            return form
+        infer = witness(graph.finished(form.model, self.source.spec))
+        shift = self.calibration.shift(gate.predicted(infer, self.calibration.films.arrays.images))
+        if shift is None:
+            return form
+        return replace(form, model=equalize.shifted(form.model, shift))
 
     def _decision(self, data: bytes) -> tuple[Decision, str]:
         """Temperatures and points of a form, and where they are from."""

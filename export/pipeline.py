@@ -104,13 +104,16 @@ def _made(source: Source, options: ExportOptions, step: Steps) -> _Made:
             audit.require_no_overflow(audited)
     if precision == "int8":
         with step("calibrate"):
+            say("")
             calibration = calibrated(source, options, model, gated)
     with step(f"type the graph as {precision}; parity and gate"):
         say("")
         validation = validation_films(source, options, gated)
-        judge = FormJudge(source, options, source.answers(images), domain, gated, validation)
+        answers = source.answers(images)
+        judge = FormJudge(source, options, answers, domain, gated, validation, calibration)
         ranges = calibration.ranges if calibration else None
-        forms = Forms(model, precision, options.target, source.layout, ranges)
+        typed_from = calibration.model if calibration else model
+        forms = Forms(typed_from, precision, options.target, source.layout, ranges)
         judged = _judged(forms, judge, calibration)
         chosen = search.best(judged)
         parity.require_pass(chosen.parity, precision)

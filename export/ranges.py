@@ -132,6 +132,26 @@ def collect(
     return tallies
 
 
+def channel_peaks(
+    model: onnx.ModelProto, names: Collection[str], images: Sequence[NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """Largest absolute value of each channel of the tensors called `names`, over films.
+
+    Args:
+        names: of tensors `(1, C, H, W)`; those that no node gives are left out.
+        images: canvases `(1, H, W)`.
+    """
+    sizes = _sizes(model)
+    peaks: dict[str, NDArray[np.float32]] = {}
+    for group in _groups([name for name in sizes if name in set(names)], sizes):
+        session = open_session(_giving(model, group), spinning=False)
+        for image in images:
+            for name, values in zip(group, session.run(group, {IMAGE: image[None]}), strict=True):
+                largest = np.abs(values).max(axis=(0, *range(2, values.ndim)))
+                peaks[name] = np.maximum(largest, peaks.get(name, largest))
+    return peaks
+
+
 def _giving(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
     """The graph with these outputs alone, and the nodes that they need.
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +21,21 @@ from cxrgaze.bundles.manifest import Arithmetic, Manifest, Precision, Target
 from cxrgaze.bundles.verdicts import Gate
 from cxrgaze.spec import Outputs
 
-ANY_TARGET: frozenset[Target] = frozenset({"tensorrt", "cpu"})
+ANY_TARGET: frozenset[Target] = frozenset(get_args(Target))
 
 
 class Backend(ABC):
     """Runs the graph of a bundle.
 
     `activate` may be slow and takes memory, `infer` is the hot path, `deactivate` frees everything
-    and may be called twice. One thread at a time.
+    and may be called twice. One thread at a time, but for `infer`, where `at_once` says more.
     """
 
     name: str
     device: str = "cpu"
     """Where it runs, for the record: "cpu", a GPU's name."""
+    at_once: int = 1
+    """Threads that may call `infer` at the same time."""
     serves: Mapping[Precision, frozenset[Target]] = {"fp32": ANY_TARGET, "fp16": ANY_TARGET}
     """Targets by precision: fp32 and fp16 graphs run anywhere, int8 ones on their own target."""
     gate: Gate | None = None
@@ -79,6 +82,8 @@ class BackendOptions:
 
     threads: int | None = None
     """CPU threads; None leaves the choice to the backend."""
+    at_once: int = 1
+    """Films that are to be inferred at the same time, where the backend can."""
     cache: Path | None = None
     """Folder of plans (`cxrgaze.runtime.plans.Cache`)."""
     allow_host_code: bool = False
@@ -87,3 +92,5 @@ class BackendOptions:
     """Key of the plan to take; None leaves the choice to the backend."""
     gpu: str | None = None
     """Index or UUID of the GPU; None is the first."""
+    where: str = ""
+    """Device of the backend's own, as GPU of openvino:GPU; "" is its first."""

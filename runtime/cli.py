@@ -36,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also write the gaze density in pixels of the film: float32 with sum 1 (npy), or "
         "scaled to its peak (png16); needs --output",
     )
+    parser.add_argument(
+        "--no-overlay",
+        dest="overlay",
+        action="store_false",
+        help="draw none: a folder is read faster",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line on stdout")
     parser.add_argument(
         "--force",
@@ -100,12 +106,19 @@ def _run(args: argparse.Namespace) -> int:
     from cxrgaze.films.decode import load_film
     from cxrgaze.films.find import find_films
     from cxrgaze.films.isolate import IsolatedLoader
-    from cxrgaze.runtime.predict import PredictOptions, predict, require_heatmaps
+    from cxrgaze.processors import cpu_count
+    from cxrgaze.runtime.predict import (
+        MOST_WORKERS,
+        PredictOptions,
+        predict,
+        require_heatmaps,
+    )
     from cxrgaze.runtime.reader import load
 
     if args.heatmap and not args.output:
         raise UsageError("--heatmap needs --output DIR")
     found = find_films(args.paths)
+    workers = max(min(args.threads or cpu_count(), MOST_WORKERS, len(found.films)), 1)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
             load(
@@ -117,6 +130,7 @@ def _run(args: argparse.Namespace) -> int:
                 allow_host_code=args.allow_host_code,
                 plan=args.plan,
                 require=args.require,
+                at_once=workers,
             )
         )
         decode: Decode = load_film
@@ -127,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
         output = make_output_folder(args.output) if args.output else None
         if output:
             stack.enter_context(only_run(output))
-        options = PredictOptions(output, args.heatmap, as_json=args.json, force=args.force)
+        options = PredictOptions(output, args.heatmap, args.overlay, args.json, args.force, workers)
         records = predict(reader, found, decode, options)
     count = Counter(record["status"] for record in records)
     told = (f"{count[s]} {s.replace('_', ' ')}" for s in ("read", "not_applicable", "failed"))

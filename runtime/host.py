@@ -19,6 +19,24 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+_FEATURES = frozenset(
+    "avx2 avx512f avx_vnni avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16 amx_fp16 "
+    "asimd asimdhp asimddp i8mm bf16 sve".split()
+)
+"""Instructions by which the libraries choose kernels for 8 and 16 bit, as the kernel names them."""
+
+
+def cpu_features(root: Path = Path("/")) -> tuple[str, ...]:
+    """Those of `_FEATURES` that the processor has, sorted; empty where the system does not say.
+
+    Source: /proc/cpuinfo, "flags" on x86, "Features" on ARM.
+    """
+    info = root / "proc/cpuinfo"
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return tuple(sorted(_FEATURES.intersection(flags[1].split()))) if flags else ()
+
+
 def host_platform() -> str:
     """Operating system and machine, as plans are tied to both: "linux-x86_64"."""
     return f"{sys.platform}-{platform.machine().lower()}"

@@ -80,6 +80,7 @@ class OnnxRuntime(Backend):
 
     Args:
         threads: as `open_session`.
+        at_once: threads that may infer at once; they share the others between them.
     """
 
     name = "onnxruntime"
@@ -89,8 +90,11 @@ class OnnxRuntime(Backend):
         "int8": frozenset({"cpu"}),
     }
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
+    def __init__(self, threads: int | None = None, at_once: int = 1) -> None:
+        self.at_once = at_once
+        # A caller computes beside the pool that all of them share.
+        own = threads or (cpu_count() if at_once > 1 else None)
+        self._threads = max(own - at_once + 1, 1) if own else None
         self._infer: Infer | None = None
 
     def arithmetic(self, manifest: Manifest) -> Arithmetic:

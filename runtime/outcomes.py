@@ -1,14 +1,13 @@
-"""Many films, one reader: a stream of outcomes, in which an error about one film is a value."""
+"""Films and a reader: the outcome of each, in which an error about one film is a value."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cxrgaze.errors import CxrgazeError, FilmError, NotApplicableError, unforeseen
-from cxrgaze.films.ahead import Decode, decode_ahead
+from cxrgaze.films.ahead import Decode, decoded
 from cxrgaze.films.film import Film
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
@@ -41,25 +40,17 @@ class Outcome:
         }
 
 
-def outcomes(
-    reader: Reader, paths: Iterable[Path], decode: Decode, *, force: bool = False
-) -> Generator[Outcome, None, None]:
-    """An outcome a film, in the order of `paths`; close it to stop early.
+def outcome_of(reader: Reader, path: Path, decode: Decode, *, force: bool = False) -> Outcome:
+    """What becomes of one film.
 
     Args:
-        decode: makes a film of a path; it runs ahead of inference in a thread of its own.
-        force: read films that are not applicable.
+        decode: makes a film of a path.
+        force: read it even if it is not applicable.
+
+    Raises:
+        CxrgazeError, MemoryError: what concerns every film: a device, a backend, a closed reader.
     """
-    listed = list(paths)
-    decoded = decode_ahead(listed, decode)
-    try:
-        for path, film in zip(listed, decoded, strict=True):
-            yield _outcome(reader, path, film, force)
-    finally:
-        decoded.close()
-
-
-def _outcome(reader: Reader, path: Path, film: Film | FilmError, force: bool) -> Outcome:
+    film = decoded(decode, path)
     if isinstance(film, NotApplicableError):
         return Outcome(path, "not_applicable", "; ".join(film.reasons))
     if isinstance(film, FilmError):

@@ -19,10 +19,10 @@ import numpy as np
 from cxrgaze.command import counted, say, shown
 from cxrgaze.errors import UsageError, unforeseen
 from cxrgaze.files import render_json, write_atomic
-from cxrgaze.films.ahead import Decode
+from cxrgaze.films.ahead import Decode, in_order
 from cxrgaze.films.find import SUFFIXES, Found
 from cxrgaze.runtime import overlay
-from cxrgaze.runtime.outcomes import Outcome, outcomes
+from cxrgaze.runtime.outcomes import Outcome, outcome_of
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
 from cxrgaze.spec import LOG_DENSITY
@@ -31,6 +31,8 @@ Heatmap = Literal["npy", "png16"]
 Record = dict[str, Any]
 """The JSON of a film."""
 TABLE = "readings.csv"
+MOST_WORKERS = 4
+"""Threads of a run at most: as many films are held in memory."""
 _MODEL = ("name", "bundle_sha256", "backend", "device", "plan")
 """What the table says of the network and of what ran it."""
 _SUFFIXES = (".json", ".overlay.png", ".heatmap.npy", ".heatmap.png")
@@ -43,10 +45,14 @@ class PredictOptions:
     output: Path | None = None
     """Folder for the files; None writes none."""
     heatmap: Heatmap | None = None
+    overlay: bool = True
+    """Draw an overlay a film."""
     as_json: bool = False
     """The line on standard output is the film's JSON instead of a summary."""
     force: bool = False
     """Read films that are not applicable."""
+    workers: int = 1
+    """Threads, each with a film; `Reader.at_once` of them infer at once."""
 
 
 def predict(reader: Reader, found: Found, decode: Decode, options: PredictOptions) -> list[Record]:
@@ -69,22 +75,30 @@ def predict(reader: Reader, found: Found, decode: Decode, options: PredictOption
     names = _output_names([relative for _, relative in found.films])
     if options.output:
         _check_inputs_are_safe(paths, names, options.output)
-    stream = outcomes(reader, paths, decode, force=options.force)
-    records: list[Record] = []
+    done: dict[int, Record] = {}
+
+    def work(index: int) -> Record:
+        outcome = outcome_of(reader, paths[index], decode, force=options.force)
+        record = outcome.to_json()
+        if options.output:
+            record = _written(outcome, record, options.output / names[index], options)
+        done[index] = record
+        return record
+
+    # Each film goes its whole way in one thread: the processors are busy without waiting for each
+    # other, and what is held is a film a thread.
+    stream = in_order(range(len(paths)), work, workers=options.workers, waiting=options.workers)
     try:
-        for name, outcome in counted(zip(names, stream, strict=True), len(names), "film"):
-            record = outcome.to_json()
-            if options.output:
-                record = _written(outcome, record, options.output / name, options.heatmap)
-            records.append(record)
+        for record in counted(stream, len(paths), "film"):
             _print(record, options)
             if record["status"] == "failed":
                 say(f"failed: {shown(record['reason'])}")
-        for path, reason in found.skipped:
-            records.append(Outcome(path, "skipped", reason).to_json())
-            _print(records[-1], options)
+        for number, (path, reason) in enumerate(found.skipped, start=len(paths)):
+            done[number] = Outcome(path, "skipped", reason).to_json()
+            _print(done[number], options)
     finally:
         stream.close()
+        records = [record for _, record in sorted(done.items())]
         if options.output and records:
             write_atomic(options.output / TABLE, _table(records, reader).encode())
     return records
@@ -107,17 +121,18 @@ def _print(record: Record, options: PredictOptions) -> None:
     print(json.dumps(record) if options.as_json else _summary(record), flush=True)
 
 
-def _written(outcome: Outcome, record: Record, stem: Path, heatmap: Heatmap | None) -> Record:
+def _written(outcome: Outcome, record: Record, stem: Path, options: PredictOptions) -> Record:
     """The record once the film's files are written, or that of why they could not be."""
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix in _SUFFIXES:  # of an earlier run: it is not the result of this one
             _with(stem, suffix).unlink(missing_ok=True)
         if outcome.reading and outcome.film:
-            overlaid = overlay.png(outcome.reading, outcome.film.pixels)
-            write_atomic(_with(stem, ".overlay.png"), overlaid)
-            if heatmap:
-                _write_heatmap(stem, outcome.reading, heatmap)
+            if options.overlay:
+                overlaid = overlay.png(outcome.reading, outcome.film.pixels)
+                write_atomic(_with(stem, ".overlay.png"), overlaid)
+            if options.heatmap:
+                _write_heatmap(stem, outcome.reading, options.heatmap)
         write_atomic(_with(stem, ".json"), render_json(record))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

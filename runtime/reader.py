@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,7 @@ def load(
     gpu: str | None = None,
     require: Literal["pass"] | None = None,
     isolate: bool = False,
+    at_once: int = 1,
 ) -> Reader:
     """Verify a bundle, choose a backend, test it on the golden input, and return a Reader.
 
@@ -58,7 +59,7 @@ def load(
         bundle: the folder that `cxrgaze-export` made.
         device: "auto", the name of a backend (`cxrgaze.runtime.backends.BACKENDS`), or a backend of
             your own (`cxrgaze.runtime.backend.Backend`). "auto" takes a TensorRT with a plan of
-            this bundle for this GPU (`cxrgaze-build`), else ONNX Runtime.
+            this bundle for this GPU (`cxrgaze-build`), else what docs/devices.md#choice says.
         threads: CPU threads of the backend; None leaves the choice to it.
         public_key: PEM file; a bundle that its owner did not sign is refused.
         cache: folder of plans; None is the user's own (`cxrgaze.runtime.plans.Cache`).
@@ -68,6 +69,8 @@ def load(
         gpu: index or UUID of the GPU; None is the first.
         isolate: decode the files that are read in a child process with a memory and a time limit
             (`cxrgaze.films.isolate.IsolatedLoader`), for films from strangers.
+        at_once: films that threads may have inferred at the same time, for many films on a CPU:
+            each takes longer, all of them less. A GPU takes one at a time.
         require: "pass" refuses what was not gated, or not with that verdict: of a plan its own
             verdict on its device counts, else the bundle's.
 
@@ -89,15 +92,16 @@ def load(
     if public_key is not None:
         require_signature(opened, Path(public_key))
     where = Path(cache) if cache else None
-    options = BackendOptions(threads, where, allow_host_code, plan, gpu)
+    options = BackendOptions(threads, at_once, where, allow_host_code, plan, gpu)
     backend, warnings = choose(opened, device, options)
     return Reader(opened, backend, warnings, require=require, isolate=isolate)
 
 
-class Reader(AbstractContextManager["Reader"]):
+class Reader(contextlib.AbstractContextManager["Reader"]):
     """Reads films with one bundle on one backend; a context manager.
 
-    Threads may share it: films are decoded and prepared in each, and inferred one batch at a time.
+    Threads may share it: films are decoded and prepared in each, and inferred one batch at a time,
+    or as many as the backend takes at once (`load`).
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class Reader(AbstractContextManager["Reader"]):
         """What is served of the network: heads, classes, decisions."""
         self._closed = False
         self._lock = threading.Lock()
+        self._places = threading.Semaphore(backend.at_once)
         self._loader = IsolatedLoader() if isolate else None
         backend.activate(bundle)
         try:
@@ -145,7 +150,9 @@ class Reader(AbstractContextManager["Reader"]):
 
     def close(self) -> None:
         """Free the backend, once it has inferred what another thread gave it."""
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as all_places:
+            for _ in range(self.backend.at_once):
+                all_places.enter_context(self._places)
             self._closed = True
             self.backend.deactivate()
         if self._loader:
@@ -209,7 +216,7 @@ class Reader(AbstractContextManager["Reader"]):
             preprocess_ms = (time.perf_counter() - start) * 1e3
             times = {"decode": film.decode_ms, "preprocess": preprocess_ms}
             prepared.append((film, geometry, times))
-        with self._lock:
+        with self._places:
             self._require_open()
             start = time.perf_counter()
             outputs = self.backend.infer(image)

@@ -17,7 +17,7 @@ _FILE_LIMIT = 4 << 30
 
 Precision = Literal["fp32", "fp16", "int8"]
 DataType = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-Target = Literal["tensorrt", "cpu"]
+Target = Literal["tensorrt", "cpu", "openvino"]
 Arithmetic = Literal["float32", "tf32", "float16", "bfloat16", "int8"]
 """What a backend computes a graph in; an int8 one is float where it was not quantized."""
 
@@ -57,6 +57,8 @@ class Calibration(Frozen):
 
     method: Literal["minmax", "percentile"]
     percentile: float
+    equalization: float
+    """Strength by which channels were equalized; 0: not at all."""
     set_name: str
     domain: Domain
     films: tuple[str, ...]
@@ -83,7 +85,7 @@ class Provenance(Frozen):
 class Manifest(Digested):
     """Content of `manifest.json`."""
 
-    VERSION = 5
+    VERSION = 6
     WHAT = "bundle"
     REMEDY = "export again, or use the version that wrote it"
 

@@ -1,12 +1,13 @@
-"""Decoding ahead of inference, in a thread of its own."""
+"""Work on many films in threads, in their order: decoding ahead of inference, or all of it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cxrgaze.command import say, shown
 from cxrgaze.errors import FilmError, unforeseen
@@ -18,6 +19,8 @@ AHEAD = 2
 
 
 Decode = Callable[[Path], Film]
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 class Usable(NamedTuple):
@@ -35,18 +38,30 @@ def decode_ahead(
 
     A film that cannot be read is given as its FilmError, so that it does not end the others.
     """
-    waiting: deque[Future[Film | FilmError]] = deque()
-    source = iter(paths)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+    return in_order(paths, partial(decoded, decode), workers=1, waiting=depth)
+
+
+def in_order(
+    items: Iterable[Item], work: Callable[[Item], Done], *, workers: int, waiting: int
+) -> Generator[Done, None, None]:
+    """What `work` makes of `items`, in their order.
+
+    Closed or left by an exception, it begins no further item and waits for those in work.
+
+    Args:
+        workers: threads. waiting: items that may be in work or wait, beside the one that is given.
+    """
+    begun: deque[Future[Done]] = deque()
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="films") as pool:
         try:
-            for path in source:
-                waiting.append(pool.submit(_outcome, decode, path))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) > waiting:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
         finally:
-            for future in waiting:
+            for future in begun:
                 future.cancel()
 
 
@@ -65,7 +80,8 @@ def usable(paths: Iterable[Path], decode: Decode = load_film) -> Usable:
     return Usable(films, f"{out} of {len(listed)} films were left out" if out else "")
 
 
-def _outcome(decode: Decode, path: Path) -> Film | FilmError:
+def decoded(decode: Decode, path: Path) -> Film | FilmError:
+    """A film, or why it cannot be read; an error that nobody foresaw is one about the film."""
     try:
         return decode(path)
     except FilmError as error:
