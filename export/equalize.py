@@ -22,16 +22,22 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from cxrgaze.spec import LOGITS
+from cxrgaze.spec import LOGITS, ModelSpec
 
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
 """That are tried: how much of a factor follows the input, the rest follows the weights; 0 moves
 nothing. None is best for every network and target: calibration films choose."""
-OF_A_LARGE_ONE = (0.0, 0.4)
-"""Where each takes minutes."""
+_OF_A_LARGE_ONE = (0.0, 0.4)
+_LARGE_CANVAS = 512 * 512
+"""Pixels above which each strength takes minutes."""
 
 _MOST = 2.0**8
 """A factor at most, and one over it at least."""
+
+
+def strengths(spec: ModelSpec) -> tuple[float, ...]:
+    """The strengths that are tried for a network."""
+    return _OF_A_LARGE_ONE if spec.height * spec.width > _LARGE_CANVAS else STRENGTHS
 
 
 def equalized(

@@ -282,11 +282,11 @@ def lint(model: onnx.ModelProto, *, unsigned: bool = False) -> int:
         if len(node.input) < 3 or not {node.input[1], node.input[2]} <= set(weights):
             raise ParityError(f"{node.name}: scale and zero point must be stored")
         zero, stored = weights[node.input[2]], weights.get(node.input[0])
-        kinds = [TensorProto.INT8]
-        kinds += [TensorProto.UINT8] if unsigned and stored is None else []
+        either = (TensorProto.INT8, TensorProto.UINT8)
+        kinds = either if unsigned and stored is None else either[:1]
         if zero.data_type not in kinds or numpy_helper.to_array(zero).any():
-            wanted = " or ".join(TensorProto.DataType.Name(kind).lower() for kind in kinds)
-            raise ParityError(f"{node.name}: expected a zero point of 0 in {wanted}")
+            wanted = "int8 or uint8" if len(kinds) > 1 else "int8"
+            raise ParityError(f"{node.name}: expected an {wanted} zero point of 0")
         scale = weights[node.input[1]]
         values = numpy_helper.to_array(scale).astype(np.float64)
         if not np.isfinite(values).all() or not (values > 0).all():

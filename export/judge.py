@@ -19,7 +19,7 @@ from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.evidence.seen import Seen, require_unseen
 from cxrgaze.evidence.truth import any_known
 from cxrgaze.export import equalize, graph, int8, parity
-from cxrgaze.export.canvases import CALIBRATION_SEED, is_large
+from cxrgaze.export.canvases import CALIBRATION_SEED
 from cxrgaze.export.forms import Form, Forms
 from cxrgaze.export.options import ExportOptions
 from cxrgaze.export.ranges import channel_peaks
@@ -157,7 +157,7 @@ def calibrated(
     peaks = channel_peaks(model, int8.ranged_inputs(model, layout), films)
     reference = gate.predicted(witness(graph.finished(model, spec)), chosen.arrays.images)
     tried: list[tuple[float, Calibrated]] = []
-    for strength in equalize.OF_A_LARGE_ONE if is_large(spec) else equalize.STRENGTHS:
+    for strength in equalize.strengths(spec):
         equal = equalize.equalized(model, peaks, quantized, strength)
         ranges = int8.calibrate(equal, films, row.ranged(equal, layout), asked.method)
         record = Calibration(

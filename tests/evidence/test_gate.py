@@ -284,8 +284,47 @@ def test_a_large_reference_is_cut_by_seed(films, reference, monkeypatch):
     monkeypatch.setattr(gate, "REFERENCE_LIMIT", reference["log_density"][0].nbytes * 10)
     one, two = (gate.stored_reference(films, reference) for _ in range(2))
     assert one == two
-    keys = np.load(io.BytesIO(one))["keys"]
-    assert len(keys) == 10 and [k.decode() for k in keys] != list(films.keys[:10])
+    found = np.load(io.BytesIO(one))
+    keys = [key.decode() for key in found["keys"]]
+    assert sorted(keys) == sorted(films.keys) and keys[:10] != list(films.keys[:10])
+    assert len(found["log_density"]) == 10
+    place = [films.keys.index(key) for key in keys]
+    assert np.array_equal(found["logits"], reference["logits"][place])
+    assert np.array_equal(found["log_density"], reference["log_density"][place[:10]])
+
+
+def test_an_engine_is_judged_on_all_logits_and_on_the_maps_that_there_are(
+    bundle, films, reference, judged, monkeypatch
+):
+    """The verdict on decisions of every film, that on maps of those whose maps are stored."""
+    backend = OnnxRuntime()
+    backend.activate(bundle)
+    monkeypatch.setattr(gate, "REFERENCE_LIMIT", reference["log_density"][0].nbytes * 40)
+    data = gate.stored_reference(films, reference)
+    read = Bundle.read
+    monkeypatch.setattr(
+        Bundle, "read", lambda self, name: data if name == REFERENCE else read(self, name)
+    )
+    found = gate.judge_engine(bundle, films, backend.infer)
+    few = np.sort(np.random.default_rng(0).permutation(len(films.keys))[:40])
+    some = gate.some_of(reference, few)
+    all_of, maps = judged(reference, reference), judged(some, some, of=films.chosen(few))
+
+    def quantities(of, head):
+        return {q.name: q.reference for q in of.comparison.quantities if q.head == head}
+
+    assert quantities(found, "logits") == pytest.approx(quantities(all_of, "logits"), abs=1e-4)
+    assert quantities(found, "log_density") == pytest.approx(
+        quantities(maps, "log_density"), abs=1e-4
+    )
+    assert found.comparison.patients == len(films.keys)
+    backend_of_another = {"log_density": lambda array: array[..., ::-1]}
+
+    def mirrored(image):
+        outputs = backend.infer(image)
+        return {h: backend_of_another.get(h, lambda a: a)(a) for h, a in outputs.items()}
+
+    assert gate.judge_engine(bundle, films, mirrored).verdict == "fail"
 
 
 def test_calibration_and_gate_must_be_apart(films):

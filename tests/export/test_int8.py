@@ -61,11 +61,12 @@ def _agreement(model, other, images):
     return found
 
 
-def test_there_are_two_forms_for_tensorrt_and_one_for_the_cpu(typed):
+def test_there_are_two_forms_for_tensorrt_and_one_for_each_library_of_processors(typed):
     assert list(typed) == [
         "int8, float16 else, float32 scales",
         "int8, float16 else, float16 scales",
         "int8 for the CPU, float32 else",
+        "int8 for OpenVINO, float32 else",
     ]
 
 
@@ -132,6 +133,80 @@ def test_a_quantized_convolution_is_the_textbook_sum():
         w = np.clip(np.rint(weight[channel, 0] / s_w), -127, 127) * s_w
         by_hand = sum(padded[i : i + 8, j : j + 8] * w[i, j] for i in range(3) for j in range(3))
         np.testing.assert_allclose(found[0, channel], by_hand + 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("low", [0.0, -0.5], ids=["unsigned", "signed"])
+def test_for_openvino_it_is_the_textbook_sum_of_narrow_weights(low):
+    """round(x / s_x) of 255 levels where nothing is negative, of 127 a side else; weights of 64."""
+    rng = np.random.default_rng(3)
+    weight = rng.normal(0, [[[[0.01]]], [[[1.0]]]], (2, 1, 3, 3))
+    image = rng.uniform(low, 1, (1, 1, 8, 8)).astype(np.float32)
+    made = int8.for_openvino(_one_convolution(weight), {"image": (low, 1.0)})
+    assert int8.lint(made, unsigned=True) == 3
+    int8.require_narrow(made)
+    levels = (0, 255) if low == 0 else (-128, 127)
+    s_x = 1 / levels[1]
+    x = np.pad(np.clip(np.rint(image[0, 0] / s_x), *levels) * s_x, 1)
+    (found,) = onnxruntime.InferenceSession(made.SerializeToString()).run(None, {"image": image})
+    for channel in range(2):
+        s_w = np.abs(weight[channel]).max() / 64
+        w = np.rint(weight[channel, 0] / s_w) * s_w
+        by_hand = sum(x[i : i + 8, j : j + 8] * w[i, j] for i in range(3) for j in range(3))
+        np.testing.assert_allclose(found[0, channel], by_hand + 0.5, atol=1e-4)
+
+
+def _saturating(levels):
+    """The largest input on the largest weights, quantized before and after: all in integers."""
+    channels = 16
+    weight = np.full((8, channels, 3, 3), levels, np.int8)
+    stored = {
+        "s": np.float32(1 / 255),
+        "z": np.uint8(0),
+        "w": weight,
+        "ws": np.full(8, 1 / levels, np.float32),
+        "wz": np.zeros(8, np.int8),
+        "os": np.float32(channels * 9 / 255),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("Conv", ["x", "wd"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "os", "z"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "os", "z"], ["y"]),
+    ]
+    floats = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "saturating",
+        [helper.make_tensor_value_info("image", floats, [1, channels, 8, 8])],
+        [helper.make_tensor_value_info("y", floats, [1, 8, 6, 6])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    made.ir_version = 10
+    return made, np.ones((1, channels, 8, 8), np.float32), channels * 9.0
+
+
+def test_narrow_weights_do_not_saturate_on_any_processor():
+    """With 127 levels a processor without VNNI makes 72 of 144, in both libraries, silently."""
+    openvino = pytest.importorskip("openvino")
+    model, image, expected = _saturating(int8.NARROW)
+    int8.require_narrow(model)
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
+    np.testing.assert_allclose(compiled(image)["y"], expected, rtol=1e-3)
+
+
+def test_wide_weights_are_refused_for_processors(typed):
+    with pytest.raises(ParityError, match="w has 127 levels, expected 64 at most"):
+        int8.require_narrow(_saturating(int8.WIDE)[0])
+    with pytest.raises(ParityError, match="has 127 levels"):
+        int8.require_narrow(typed["int8, float16 else, float32 scales"])
+    for name in ("int8 for the CPU, float32 else", "int8 for OpenVINO, float32 else"):
+        int8.require_narrow(typed[name])
 
 
 def test_a_channel_of_zeros_has_a_scale():
@@ -228,9 +303,22 @@ def test_what_tensorrt_refuses_the_lint_refuses(typed, name):
         int8.lint(_change(typed["int8, float16 else, float32 scales"], change))
 
 
-def test_the_lint_refuses_the_form_for_the_cpu(typed):
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_the_lint_refuses_the_form_for_the_cpu(typed, unsigned):
+    """It crashes OpenVINO."""
     with pytest.raises(ParityError):
-        int8.lint(typed["int8 for the CPU, float32 else"])
+        int8.lint(typed["int8 for the CPU, float32 else"], unsigned=unsigned)
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name != "unsigned"])
+def test_what_openvino_is_not_to_have_the_lint_refuses(typed, name):
+    change, message = BROKEN[name]
+    good = typed["int8 for OpenVINO, float32 else"]
+    assert int8.lint(good, unsigned=True)
+    with pytest.raises(ParityError, match="int8 zero point|uint8"):
+        int8.lint(good)
+    with pytest.raises(ParityError, match=message):
+        int8.lint(_change(good, change), unsigned=True)
 
 
 def test_nan_in_calibration_is_an_error(model):

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from cxrgaze.errors import IntegrityError
 
 Expected = Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
-"""Type and shape by name; None stands for a number of films, alike in all."""
+"""Type and shape by name; None stands for a number of films, alike in all, `AT_MOST` for as many or
+fewer."""
+
+AT_MOST = -1
 
 _FILMS = 100_000
 """More films than any stored file has."""
@@ -54,7 +57,9 @@ def read(data: bytes, expected: Expected, where: str) -> dict[str, NDArray[Any]]
                     found_shape, found_type = _header(member)
                     if shape[0] is None and films is None:
                         films = found_shape[0] if found_shape else 0
-                    wanted = (films, *shape[1:]) if shape[0] is None else shape
+                    wanted = (films, *shape[1:]) if shape[0] in (None, AT_MOST) else shape
+                    if shape[0] == AT_MOST and films is not None:
+                        wanted = (min(films, *found_shape[:1]), *shape[1:])
                     if found_shape != wanted or found_type != dtype:
                         raise IntegrityError(
                             f"{where}: {name} is {found_type} {found_shape}, expected "

@@ -257,6 +257,7 @@ def judge(
     """The verdict on a candidate, on what is served of it.
 
     Args:
+        reference, candidate: maps may be those of the first films alone.
         served: what is served of the reference; what nothing taught cannot lose anything.
         decision: temperatures and operating points of the candidate; None for the reference's.
     """
@@ -269,8 +270,11 @@ def judge(
         diagnoses = Diagnoses(truth, one, other, served.decides | own.decides, exclusive)
         changes = np.abs(other.probabilities - one.probabilities).max(axis=1)
     if LOG_DENSITY in served.heads:
-        agreement = _agreement(films, candidate, reference)
-        maps = Maps(_human_cc(films, reference), _human_cc(films, candidate))
+        mapped = films.chosen(range(len(reference[LOG_DENSITY])))
+        agreement = _agreement(mapped, candidate, reference)
+        none = np.full(len(films.keys) - len(agreement), np.nan)
+        human = (np.append(_human_cc(mapped, one), none) for one in (reference, candidate))
+        maps = Maps(*human)
     comparison = compare(Paired(films.patients, diagnoses, maps), limits, classes=served.classes)
     worst = None
     if agreement is not None:
@@ -348,19 +352,28 @@ def _inside(films: GateSet, found: Predicted, index: int) -> NDArray[np.float64]
 def stored_reference(films: GateSet, reference: Predicted, seed: int = 0) -> bytes:
     """The reference's outputs as a bundle stores them: at most `REFERENCE_LIMIT` bytes of maps.
 
-    Films are chosen by seed beyond, whole patients or not: the device counts the patients it has.
+    Beyond, films are chosen by seed that have their map stored; they come first. Logits, which take
+    no room, are of all films.
     """
-    most = len(films.keys)
+    count = len(films.keys)
+    parts = dict(reference)
+    index = np.arange(count)
     if LOG_DENSITY in reference:
         most = max(REFERENCE_LIMIT // reference[LOG_DENSITY][0].nbytes, 1)
-    order = np.random.default_rng(seed).permutation(len(films.keys))[:most]
-    index = np.sort(order)
+        order = np.random.default_rng(seed).permutation(count)
+        mapped = np.sort(order[:most])
+        index = np.concatenate([mapped, np.sort(order[most:])])
+        if LOGITS not in reference:
+            index = mapped
+        parts[LOG_DENSITY] = reference[LOG_DENSITY][mapped]
+    if LOGITS in reference:
+        parts[LOGITS] = reference[LOGITS][index]
     keys = np.array([films.keys[i] for i in index], dtype="S64")
-    return npz.written({"keys": keys, **some_of(reference, index.tolist())})
+    return npz.written({"keys": keys, **parts})
 
 
 def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
-    """Film hashes and float32 outputs that the bundle stores.
+    """Film hashes and float32 outputs that the bundle stores; maps may be of the first films alone.
 
     Raises:
         DataError: the bundle was made without a gate.
@@ -374,7 +387,7 @@ def read_reference(bundle: Bundle) -> tuple[tuple[str, ...], Predicted]:
     spec = bundle.manifest.spec
     shapes: dict[Head, tuple[Any, tuple[int | None, ...]]] = {
         LOGITS: (np.dtype(np.float32), (None, len(spec.classes))),
-        LOG_DENSITY: (np.dtype(np.float16), (None, spec.height, spec.width)),
+        LOG_DENSITY: (np.dtype(np.float16), (npz.AT_MOST, spec.height, spec.width)),
     }
     found = bundle.read_arrays(
         REFERENCE,
@@ -399,7 +412,7 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
     """The verdict on what runs on this device, against the reference that the bundle stores.
 
     By the limits that its graph was judged by. Films of the set that the bundle has no reference of
-    are left out.
+    are left out; maps are compared where it has one.
 
     Raises:
         DataError: none of the films has one.
@@ -413,13 +426,33 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
             f"{bundle.path} has reference outputs of; use the set that it was exported with: "
             f"{bundle.manifest.gate.set_name or 'not recorded'}"
         )
+    maps = len(reference.get(LOG_DENSITY, ()))
+    with_reference.sort(
+        key=lambda index: place[films.keys[index]] >= maps
+    )  # those with a map first
     part = films.chosen(with_reference)
-    matching = some_of(reference, [place[key] for key in part.keys])
-    candidate = predicted(infer, part.arrays.images)
+    at = [place[key] for key in part.keys]
+    mapped = [number for number in at if number < maps]
+    matching = {
+        head: array[mapped if head == LOG_DENSITY else at] for head, array in reference.items()
+    }
+    candidate = _answers(infer, part.arrays.images, len(mapped))
     manifest = bundle.manifest
     limits = manifest.gate.comparison.limits if manifest.gate.comparison else Limits()
     served, decision = manifest.reference_served, manifest.decision
     return judge(part, matching, candidate, limits, "engine", served, decision)
+
+
+def _answers(infer: Infer, images: NDArray[np.float32], mapped: int) -> Predicted:
+    """The heads of films, maps of the first `mapped` alone: they take the room."""
+
+    def unmapped(image: NDArray[np.float32]) -> Outputs:
+        return {head: array for head, array in infer(image).items() if head != LOG_DENSITY}
+
+    parts = [predicted(infer, images[:mapped])] if mapped else []
+    if mapped < len(images):
+        parts.append(predicted(unmapped, images[mapped:]))
+    return {h: np.concatenate([part[h] for part in parts if h in part]) for h in parts[0]}
 
 
 def require_apart(
