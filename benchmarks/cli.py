@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_compare(commands)
+    _add_folder(commands)
     render = commands.add_parser(
         "render",
         help="make the pages of a stored report again",
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     render.add_argument("report", type=Path, metavar="REPORT.json")
     render.add_argument("--output", type=Path, metavar="DIR", help="(default: beside the report)")
-    run = {"run": _run, "compare": _compare, "render": _render}
+    run = {"run": _run, "compare": _compare, "folder": _folder, "render": _render}
     return command.execute(parser, lambda args: run[args.command](args), argv)
 
 
@@ -131,6 +132,52 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="a smaller change is no difference (default 0.03)",
     )
     compare.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def _add_folder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    folder = commands.add_parser(
+        "folder",
+        help="films a second from files to files, beside the bare network's rate",
+        description="What cxrgaze-predict makes of a folder, with overlays and without, and the "
+        "network alone on the same films already on their canvas: all of it in one process, in "
+        "turns.",
+    )
+    folder.add_argument("bundle", type=Path, metavar="BUNDLE")
+    folder.add_argument("--films", type=Path, nargs="+", default=[], metavar="PATH")
+    folder.add_argument(
+        "--device", default="auto", help="backend, as in cxrgaze-predict (default auto)"
+    )
+    command.add_threads(folder)
+    folder.add_argument(
+        "--turns", type=command.bounded(1, 1000), default=5, metavar="N", help="(default 5)"
+    )
+    folder.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def _folder(args: argparse.Namespace) -> int:
+    from cxrgaze.benchmarks import measure
+    from cxrgaze.benchmarks.folder import folder_rates
+    from cxrgaze.processors import cpu_count
+
+    with _films(args) as paths:
+        films = measure.usable_films(paths).films
+        threads = args.threads or cpu_count()
+        found = folder_rates(args.bundle, films, args.device, threads, args.turns)
+    if args.json:
+        print(found.model_dump_json())
+    else:
+        print(f"bare     {found.bare:.2f} films/s: canvas to heads, one after another")
+        for name, rate, ratio in (
+            ("overlays", found.overlays, found.overlays_ratio),
+            ("without", found.without_overlays, found.without_overlays_ratio),
+        ):
+            print(f"{name:8} {rate:.2f} films/s, {ratio:.2f} of the bare network's")
+        print(
+            f"of       {found.films} films, medians of {found.turns} turns; {found.bundle} on "
+            f"{found.backend}, {found.threads} threads"
+        )
+    command.say(found.notice)
+    return 0
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -207,8 +207,14 @@ def build(
             built another precision than the graph has, and the plan is not kept.
         IntegrityError: a bundle or a cache that was altered.
         OutOfMemoryError: the device has no room for the build.
-        UsageError, IncompatibleError: as `plan_inputs`.
+        UsageError, IncompatibleError: as `plan_inputs`; an int8 graph of another target.
     """
+    manifest = bundle.manifest
+    if manifest.target not in TensorRT.serves[manifest.precision]:
+        raise IncompatibleError(
+            f"{bundle.path} is {manifest.precision} for target {manifest.target}, which TensorRT "
+            "does not take; export it again with --target tensorrt"
+        )
     bundle.verify(leave=(GRAPH,))
     site = this_site()
     inputs = plan_inputs(bundle, library, options, site)

@@ -292,12 +292,22 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _build(bundle: Bundle, *, wanted: bool) -> None:
-    """The plan for the GPU here, where a TensorRT is beside one, else the command for a device."""
+    """The plan for the GPU here, where a TensorRT is beside one, else the command for a device.
+
+    An int8 graph for a library of processors has no plan.
+    """
     from cxrgaze.engines.build import BuildOptions, build
     from cxrgaze.engines.cli import print_built
     from cxrgaze.errors import BuildError, IncompatibleError
     from cxrgaze.runtime import plans, trt_library
 
+    manifest = bundle.manifest
+    if manifest.precision == "int8" and manifest.target != "tensorrt":
+        if manifest.target == "openvino":
+            films = "phantom" if manifest.gate.domain == "phantom" else "SET"
+            command_line = f"cxrgaze-build {bundle.path.name} --device openvino --gate {films}"
+            print(f"proof    on the device: {command_line}")
+        return
     beside = trt_library.beside_a_gpu() if wanted else []
     if not beside:
         print(f"plan     on the device: cxrgaze-build {bundle.path.name}")

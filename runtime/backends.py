@@ -140,10 +140,17 @@ def _tensorrt(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def _is_here(name: str, bundle: Bundle, options: BackendOptions) -> bool:
-    """Whether this TensorRT is installed, or the cache has a plan of this bundle for it."""
+    """Whether this TensorRT is installed, or the cache has a plan of this bundle for it.
+
+    Never for int8 graphs of other targets, unless a plan or a GPU is asked for.
+    """
     from cxrgaze.runtime import plans
 
-    if options.plan or options.gpu or find_spec(name):
+    if options.plan or options.gpu:
+        return True
+    if bundle.manifest.precision == "int8" and bundle.manifest.target != "tensorrt":
+        return False
+    if find_spec(name):
         return True
     try:
         records = list(plans.Cache(options.cache).records(bundle.sha256))

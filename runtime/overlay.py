@@ -37,24 +37,28 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
     film = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     grey = (film * 255).astype(np.uint8)
-    picture: NDArray[Any] = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
-    if reading.log_density is not None:
-        picture = np.hstack([_with_gaze(grey, reading.film_density), _colour_bar(len(grey))])
-    missing = max(_MIN_WIDTH - picture.shape[1], 0)
-    picture = cv2.copyMakeBorder(picture, 0, 0, 0, missing, cv2.BORDER_CONSTANT)
-    return np.asarray(np.vstack([picture, _caption(reading, picture.shape[1])]), dtype=np.uint8)
+    has_map = reading.log_density is not None
+    width = max(size[0] + (_BAR if has_map else 0), _MIN_WIDTH)
+    caption = _caption(reading, width)
+    picture = np.zeros((size[1] + len(caption), width, 3), dtype=np.uint8)
+    picture[size[1] :] = caption
+    if has_map:
+        picture[: size[1], : size[0]] = _with_gaze(grey, reading.film_density)
+        picture[: size[1], size[0] : size[0] + _BAR] = _colour_bar(size[1])
+    else:
+        picture[: size[1], : size[0]] = grey[..., None]
+    return picture
 
 
 def _with_gaze(grey: NDArray[Any], film_density: NDArray[np.float32]) -> NDArray[np.uint8]:
     """A film's grey levels under the density's colours, with the contour."""
     size = (grey.shape[1], grey.shape[0])
     density = cv2.resize(film_density, size, interpolation=cv2.INTER_LINEAR)
-    root = np.sqrt(density * (1 / max(float(density.max()), np.finfo(np.float32).tiny)))
-    levels = (root * (_LEVELS - 1) + 0.5).astype(np.int32)
+    levels = _levels(density)
     blended = _blended().take(levels + _LEVELS * grey.astype(np.int32))
     coloured = blended.view(np.uint8).reshape(*grey.shape, 4)
     picture = np.asarray(cv2.cvtColor(coloured, cv2.COLOR_BGRA2BGR), dtype=np.uint8)
-    region = (density >= top_mass_level(density)).astype(np.uint8)
+    region = (density >= top_mass_level(density, levels=levels)).astype(np.uint8)
     contours, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, (255, 255, 255), 1, cv2.LINE_AA)
     return picture
@@ -62,6 +66,13 @@ def _with_gaze(grey: NDArray[Any], film_density: NDArray[np.float32]) -> NDArray
 
 _LEVELS = 1024
 """Steps of the root of the density over its peak, in which opacity is linear."""
+
+
+def _levels(density: NDArray[Any]) -> NDArray[np.uint16]:
+    """The step of each value of a density."""
+    peak = max(float(density.max()), np.finfo(np.float32).tiny)
+    root = np.sqrt(density.astype(np.float32, copy=False) * np.float32(1 / peak))
+    return np.asarray((root * np.float32(_LEVELS - 1) + np.float32(0.5)).astype(np.uint16))
 
 
 @cache
@@ -77,23 +88,35 @@ def _blended() -> NDArray[np.uint32]:
     return np.asarray(blended.view(np.uint32)[..., 0])
 
 
-def top_mass_level(density: NDArray[Any], mass: float = TOP_MASS) -> float:
+def top_mass_level(
+    density: NDArray[Any], mass: float = TOP_MASS, levels: NDArray[np.uint16] | None = None
+) -> float:
     """The level above which lies the smallest area with the share `mass` of the density.
 
-    By counting: only the values about the level are sorted.
+    By counting: only the values of one step are sorted.
+
+    Args:
+        levels: the step of each value, where it is known.
     """
-    flat = density.ravel()
-    peak = max(float(flat.max()), np.finfo(np.float32).tiny)
-    bins = (np.sqrt(flat * (1 / peak)) * (_LEVELS - 1)).astype(np.intp)
-    above = np.cumsum(np.bincount(bins, flat, _LEVELS)[::-1])
-    if not above[-1]:
+    steps = _levels(density) if levels is None else levels
+    counts = cv2.calcHist([steps], [0], None, [_LEVELS], [0, _LEVELS]).ravel()
+    guess = np.cumsum((counts * np.arange(_LEVELS, dtype=np.float64) ** 2)[::-1])
+    wanted = mass * float(density.sum(dtype=np.float64))
+    if not wanted:
         return 0.0
-    wanted = mass * above[-1]
-    index = min(int(np.searchsorted(above, wanted)), _LEVELS - 1)
-    ordered = np.sort(flat[bins == _LEVELS - 1 - index])[::-1].astype(np.float64)
-    before = above[index - 1] if index else 0.0
-    place = np.searchsorted(before + np.cumsum(ordered), wanted)
-    return float(ordered[min(int(place), len(ordered) - 1)])
+    step = _LEVELS - 1 - int(np.searchsorted(guess, mass * guess[-1]))
+    while (above := _sum(density, steps > step)) >= wanted and step < _LEVELS - 1:
+        step += 1
+    while step and above + (own := _sum(density, steps == step)) < wanted:
+        above, step = above + own, step - 1
+    ordered = np.sort(density[steps == step])[::-1].astype(np.float64)
+    place = int(np.searchsorted(above + np.cumsum(ordered), wanted))
+    return float(ordered[min(place, len(ordered) - 1)])
+
+
+def _sum(density: NDArray[Any], where: NDArray[np.bool_]) -> float:
+    """The mass of a density where it is asked for."""
+    return float(np.dot(density.ravel(), where.ravel()))
 
 
 def png(reading: Reading, pixels: NDArray[np.float32]) -> bytes:

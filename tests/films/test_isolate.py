@@ -23,7 +23,7 @@ import pytest
 
 from cxrgaze.errors import CxrgazeError, FilmError, NotApplicableError, UsageError
 from cxrgaze.films import isolate
-from cxrgaze.films.ahead import decode_ahead
+from cxrgaze.films.ahead import decode_ahead, in_order
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.isolate import IsolatedLoader
 from cxrgaze.runtime.cli import main
@@ -368,6 +368,46 @@ def test_decode_ahead_stops_when_it_is_closed():
     next(ahead)
     ahead.close()
     assert len(started) <= 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_work_in_threads_keeps_order_and_is_bounded(workers):
+    """Each waits for a slower one before it; no more are begun than may wait."""
+    begun: list[int] = []
+    together, most, lock = 0, 0, threading.Lock()
+
+    def work(number):
+        nonlocal together, most
+        with lock:
+            begun.append(number)
+            together += 1
+            most = max(most, together)
+        time.sleep(0.02 if number % 3 == 0 else 0.001)
+        with lock:
+            together -= 1
+        return number * number
+
+    done = []
+    for number, square in enumerate(in_order(range(20), work, workers=workers, waiting=3)):
+        assert max(begun) <= number + 4
+        done.append(square)
+    assert done == [n * n for n in range(20)] and most == workers
+
+
+def test_an_error_of_the_work_ends_it_once_what_is_begun_is_done():
+    ended: list[int] = []
+
+    def work(number):
+        if number == 2:
+            raise ValueError("the disk is full")
+        time.sleep(0.01)
+        ended.append(number)
+
+    with pytest.raises(ValueError, match="disk"):
+        list(in_order(range(1000), work, workers=3, waiting=3))
+    count = len(ended)
+    time.sleep(0.05)
+    assert len(ended) == count <= 6
 
 
 def test_other_errors_of_a_decoder_are_said_and_do_not_cost_the_others():

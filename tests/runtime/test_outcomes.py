@@ -1,10 +1,11 @@
-"""A stream of outcomes: an error about one film is a value, and nothing is kept."""
+"""Outcomes of films: an error about one film is a value, and nothing is kept."""
 
 from __future__ import annotations
 
 import gc
 import json
 import weakref
+from functools import partial
 
 import cv2
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 
 import cxrgaze
 from cxrgaze.errors import DeviceError, FilmError
+from cxrgaze.films.ahead import in_order
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.isolate import IsolatedLoader
-from cxrgaze.runtime.outcomes import outcomes
+from cxrgaze.runtime.outcomes import outcome_of
 from cxrgaze.runtime.reader import Reader
 
 
@@ -22,6 +24,12 @@ from cxrgaze.runtime.reader import Reader
 def reader(bundles):
     with cxrgaze.load(bundles / "demo-fp16.cxrgaze") as reader:
         yield reader
+
+
+def outcomes(reader, paths, decode, *, force=False):
+    """An outcome a film, in their order, in two threads."""
+    work = partial(outcome_of, reader, decode=decode, force=force)
+    return in_order(paths, work, workers=2, waiting=2)
 
 
 @pytest.fixture

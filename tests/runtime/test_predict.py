@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from cxrgaze.bundles.manifest import FileRecord
 from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import ExitCode
 from cxrgaze.files import sha256
+from cxrgaze.runtime import predict as predict_module
 from cxrgaze.runtime.cli import main
 from cxrgaze.spec import SPEC_KEY
 
@@ -250,6 +252,71 @@ def test_an_interrupt_keeps_what_is_finished(bundle, films, tmp_path):
         done = list(csv.DictReader(file))
     assert 3 <= len(done) < 300
     assert not list((tmp_path / "out").glob("*.part"))
+    written = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert written == {Path(row["film"]).stem for row in done}
+    assert {p.name.split(".")[0] for p in (tmp_path / "out").glob("*.overlay.png")} == written
+
+
+def _without_times(folder):
+    """What was written of a folder's films, but for how long it took."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            content.pop("timings_ms", None)
+            found[path.name] = content
+        elif path.is_file():
+            found[path.name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_threads_change_no_reading_and_no_order(bundles, films, tmp_path, capsys, precision):
+    """One film at a time on one thread, and four in as many: the same bytes, the same lines."""
+    bundle = str(bundles / f"demo-{precision}.cxrgaze")
+    source = tmp_path / "in"
+    source.mkdir()
+    for index in range(3):
+        for film in sorted(films.glob("*.png")):
+            shutil.copy(film, source / f"{index}-{film.name}")
+    (source / "0-damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    said = []
+    for threads in ("1", "4"):
+        out = tmp_path / threads
+        command = [bundle, str(source), "--device", "onnxruntime", "--output", str(out)]
+        assert main([*command, "--threads", threads]) == ExitCode.FAILURE
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("\n") == 13
+    assert _without_times(tmp_path / "1") == _without_times(tmp_path / "4")
+
+
+def test_without_overlays_all_else_is_there(bundle, films, tmp_path):
+    for name, more in (("with", []), ("without", ["--no-overlay"])):
+        command = [bundle, str(films), "--output", str(tmp_path / name), "--heatmap", "npy"]
+        assert main([*command, *more]) == ExitCode.OK
+    full, less = (_without_times(tmp_path / name) for name in ("with", "without"))
+    overlays = {name for name in full if name.endswith(".overlay.png")}
+    assert len(overlays) == 8 and less == {n: v for n, v in full.items() if n not in overlays}
+
+
+def test_a_full_disk_ends_the_run_with_a_table_of_what_was_written(
+    bundle, films, tmp_path, monkeypatch, capsys
+):
+    written = []
+    ours = predict_module.write_atomic
+
+    def filling(path, data):
+        if path.suffix == ".json" and len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.extend([path] if path.suffix == ".json" else [])
+        ours(path, data)
+
+    monkeypatch.setattr(predict_module, "write_atomic", filling)
+    assert main([bundle, str(films), "--output", str(tmp_path / "out")]) != ExitCode.OK
+    assert "No space left" in capsys.readouterr().err
+    with (tmp_path / "out" / "readings.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and len(list((tmp_path / "out").glob("*.json"))) == 3
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "99999999999"])

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.special import expit
 
 import cxrgaze
@@ -22,7 +26,7 @@ from cxrgaze.evidence import metrics, phantom
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.films.film import Film
 from cxrgaze.runtime.backend import Backend
-from cxrgaze.runtime.overlay import render, top_mass_level
+from cxrgaze.runtime.overlay import png, render, top_mass_level
 from cxrgaze.runtime.reader import MAX_BATCH, Reader, read_golden
 from cxrgaze.spec import HEADS
 
@@ -140,8 +144,9 @@ def test_the_byte_order_of_an_array_does_not_matter(reader):
 
 
 def test_an_unknown_backend_lists_those_that_exist(bundles):
-    with pytest.raises(UsageError, match="choose from auto, tensorrt, tensorrt_rtx, onnxruntime"):
-        cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="openvino")
+    listed = "auto, tensorrt, tensorrt_rtx, openvino, openvino:GPU, onnxruntime"
+    with pytest.raises(UsageError, match=f"choose from {listed}"):
+        cxrgaze.load(bundles / "demo-fp32.cxrgaze", device="tensorrtx")
 
 
 def test_a_closed_reader_says_so(bundles):
@@ -183,12 +188,58 @@ def test_overlay_shows_film_colour_and_caption(reader):
     assert picture[400:].max() > 200  # text
 
 
-def test_the_contour_holds_the_mass_it_says():
-    density = np.random.default_rng(0).random((50, 40)) ** 4
-    level = top_mass_level(density, 0.5)
-    held = density[density >= level].sum() / density.sum()
-    assert held >= 0.5
-    assert density[density > level].sum() / density.sum() < 0.5
+def _sorted_level(density, mass):
+    ordered = np.sort(density, axis=None)[::-1].astype(np.float64)
+    return float(ordered[np.searchsorted(np.cumsum(ordered), mass * ordered.sum())])
+
+
+DENSITIES = {
+    "noise": np.random.default_rng(0).random((50, 40)) ** 4,
+    "a peak": np.pad([[1.0]], 3),
+    "flat": np.full((7, 9), 0.25),
+    "two levels": np.repeat([1e-9, 1.0], 8).reshape(4, 4),
+    "steep": np.exp(-np.linspace(0, 80, 4000)).reshape(50, 80).astype(np.float32),
+    "a map": np.random.default_rng(1).random((300, 200)).astype(np.float32) ** 9,
+    "nothing": np.zeros((3, 3)),
+}
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", DENSITIES)
+def test_the_contour_holds_the_mass_it_says(name, mass):
+    """Found by counting, it is the level that sorting finds."""
+    density = DENSITIES[name]
+    level = top_mass_level(density, mass)
+    assert level == pytest.approx(_sorted_level(density, mass), rel=1e-5)
+    if density.any():
+        assert density[density >= level].sum() / density.sum() >= mass - 1e-6
+        assert density[density > level].sum() / density.sum() < mass + 1e-6
+
+
+def test_the_overlay_file_is_the_picture(reader):
+    drawn = phantom.draw(4, shape=(401, 307))
+    pixels = drawn.pixels.astype(np.float32) / 255
+    reading = reader.read(drawn.pixels)
+    data = np.frombuffer(png(reading, pixels), np.uint8)
+    assert np.array_equal(cv2.imdecode(data, cv2.IMREAD_UNCHANGED), render(reading, pixels))
+    with Image.open(io.BytesIO(data.tobytes())) as image:
+        image.verify()
+
+
+def test_the_colours_are_film_and_density_blended(reader):
+    """Against the formula pixel by pixel: within two grey levels where no contour lies."""
+    drawn = phantom.draw(5, shape=(300, 260))
+    pixels = drawn.pixels.astype(np.float32) / 255
+    reading = reader.read(drawn.pixels)
+    density = cv2.resize(reading.film_density, (260, 300), interpolation=cv2.INTER_LINEAR)
+    relative = (density / density.max())[..., None]
+    colour = cv2.applyColorMap((relative * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+    opacity = 0.65 * np.sqrt(relative)
+    expected = np.floor(pixels * 255)[..., None] * (1 - opacity) + colour * opacity
+    region = (density >= top_mass_level(density)).astype(np.uint8)
+    near = cv2.dilate(region, np.ones((5, 5))) != cv2.erode(region, np.ones((5, 5)))
+    off = np.abs(render(reading, pixels)[:300, :260].astype(float) - np.floor(expected))[~near]
+    assert off.max() <= 2 and off.mean() < 0.1
 
 
 def test_geometry_of_a_reading_is_that_of_its_film(reader):
@@ -226,6 +277,59 @@ class StandIn(Backend):
 
     def perf_counter(self):
         return self.now
+
+
+class Crowded(StandIn):
+    """Counts the threads that infer at the same time, and those after it was freed."""
+
+    def __init__(self, golden, at_once):
+        super().__init__(golden)
+        self.at_once = at_once
+        self.inside = self.most = self.late = 0
+        self.freed = False
+        self.counting = threading.Lock()
+
+    def infer(self, image):
+        with self.counting:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            self.late += self.freed
+        time.sleep(0.005)
+        outputs = super().infer(image)
+        with self.counting:
+            self.inside -= 1
+        return outputs
+
+    def deactivate(self):
+        with self.counting:
+            self.late += self.inside
+            self.freed = True
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_as_many_threads_infer_as_the_backend_takes(reader, golden, tmp_path, at_once):
+    backend = Crowded(golden, at_once)
+    made = Reader(_bundle_of(tmp_path, reader.bundle.manifest, golden), backend)
+    pixels = phantom.draw(4).pixels
+    closed = []
+
+    def work():
+        for _ in range(8):
+            try:
+                made.read(pixels)
+            except UsageError as error:
+                closed.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.03)
+    made.close()
+    made.close()
+    for thread in threads:
+        thread.join()
+    assert backend.most == at_once and backend.late == 0
+    assert closed and all("closed" in said for said in closed)
 
 
 @pytest.fixture(scope="module")
