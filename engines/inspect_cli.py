@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `cxrgaze-inspect`."""
     parser = command.parser(
         "cxrgaze-inspect",
-        "Verify a bundle and print what it is and which plans of it are in your cache, without "
-        "loading either; with --device, what this machine has.",
+        "Verify a bundle and print what it is and which plans and proofs of it are in your cache, "
+        "without loading any; with --device, what this machine has.",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     parser.add_argument(
@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.verify:
             require_signature(bundle, args.verify)
         sections["bundle"], sections["plans"] = bundle_facts(bundle, args.cache, bool(args.verify))
+        sections["proofs"] = proofs_of(bundle, args.cache)
     if args.json:
         print(json.dumps(sections, indent=2))
         return 0
@@ -76,7 +77,9 @@ def device_facts() -> dict[str, Any]:
     from cxrgaze.environment import versions
     from cxrgaze.runtime import device, host, support, trt_library
 
-    libraries = trt_library.versions() | versions("onnxruntime", "cuda-bindings", "pycuda")
+    libraries = trt_library.versions() | versions(
+        "onnxruntime", "openvino", "cuda-bindings", "pycuda"
+    )
     gpus, l4t = device.gpus(), host.l4t_release()
     available = host.available_memory_bytes()
     verdicts = []
@@ -92,6 +95,7 @@ def device_facts() -> dict[str, Any]:
     none = "no GPU" if isinstance(gpus, str) else "no TensorRT"
     return {
         "cpu": f"{host.cpu_name()}, {processors.cpu_count()} cores for this process",
+        "instructions": ", ".join(host.cpu_features()) or "not known",
         "memory": f"{available / 1e9:.1f} GB available" if available else "not known",
         "platform": host.host_platform(),
         "gpus": [asdict(gpu) for gpu in gpus] if not isinstance(gpus, str) else f"none ({gpus})",
@@ -200,6 +204,37 @@ def bundle_facts(
             }
         )
     return facts, listed
+
+
+def proofs_of(bundle: Bundle, cache: Path | None) -> list[dict[str, Any]]:
+    """Proofs of a bundle at engine level, and whether each is of this machine.
+
+    Raises:
+        IntegrityError: a cache that others can write.
+    """
+    from cxrgaze.errors import IntegrityError
+    from cxrgaze.runtime import plans, proofs
+
+    listed: list[dict[str, Any]] = []
+    for record in proofs.records(plans.Cache(cache), bundle.sha256):
+        if isinstance(record, IntegrityError):
+            listed.append({"proof": "refused", "why": str(record)})
+            continue
+        inputs, gate = record.inputs, record.gate
+        here = proofs.inputs_here(
+            bundle.sha256, inputs.library, inputs.library_version, inputs.device
+        )
+        listed.append(
+            {
+                "proof": inputs.key,
+                "for": f"{inputs.library} {inputs.library_version}, {inputs.device}, "
+                f"{inputs.processor} ({', '.join(inputs.features)}), {inputs.platform}",
+                "precision": f"{record.built_precision}: {record.built_precision_why}",
+                "gate": f"{gate.verdict} (engine): {gate.reason}" if gate else "not measured",
+                "here": "of this processor" if here == inputs else "of another machine",
+            }
+        )
+    return listed
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from cxrgaze.errors import CxrgazeError, FilmError, NotApplicableError, unforeseen
-from cxrgaze.films.ahead import Decode, decoded
+from cxrgaze.films.ahead import Decode, decoded, in_order
 from cxrgaze.films.film import Film
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.reading import Reading
@@ -65,6 +67,23 @@ def outcome_of(reader: Reader, path: Path, decode: Decode, *, force: bool = Fals
         raise  # a device, a backend, a closed reader: it concerns every film
     except Exception as error:
         return Outcome(path, "failed", str(unforeseen(str(path), error)), film)
+
+
+def outcomes(
+    reader: Reader,
+    paths: Iterable[Path],
+    decode: Decode,
+    *,
+    force: bool = False,
+    workers: int = 1,
+) -> Generator[Outcome, None, None]:
+    """An `outcome_of` each film, in the order of `paths`; close it to stop early.
+
+    Args:
+        workers: threads, each with a film; `load(at_once=)` of them infer at the same time.
+    """
+    work = partial(outcome_of, reader, decode=decode, force=force)
+    return in_order(paths, work, workers=workers, waiting=workers)
 
 
 def printable(text: Path | str) -> str:

@@ -9,6 +9,8 @@ lie beside the plans, in the cache that is writable by nobody else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -91,14 +93,32 @@ def find(cache: Cache, inputs: ProofInputs) -> ProofRecord | None:
         IntegrityError: a record is there and malformed, or of something else.
     """
     path = cache.folder / f"{inputs.key}{SUFFIX}"
+    return _read(path) if path.exists() or path.is_symlink() else None
+
+
+def records(cache: Cache, bundle_sha256: str) -> Iterator[ProofRecord | IntegrityError]:
+    """Proofs of a bundle, and what is wrong with those that cannot be read."""
+    try:
+        listed = sorted(p for p in cache.folder.iterdir() if p.suffix == SUFFIX)
+    except OSError:  # not there, or not ours to see
+        return
+    for path in listed:
+        try:
+            record = _read(path)
+        except IntegrityError as error:
+            yield error
+            continue
+        if record.inputs.bundle_sha256 == bundle_sha256:
+            yield record
+
+
+def _read(path: Path) -> ProofRecord:
     try:
         data = read_regular(path, _LIMIT)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
     record = parse_record(ProofRecord, data, str(path))
-    if record.inputs != inputs:
+    if record.inputs.key != path.stem:
         raise IntegrityError(f"{path} is the proof of something else; {ProofRecord.REMEDY}")
     return record
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from functools import partial
 
 import cv2
 import numpy as np
@@ -13,10 +12,9 @@ import pytest
 
 import cxrgaze
 from cxrgaze.errors import DeviceError, FilmError
-from cxrgaze.films.ahead import in_order
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.isolate import IsolatedLoader
-from cxrgaze.runtime.outcomes import outcome_of
+from cxrgaze.runtime.outcomes import outcomes
 from cxrgaze.runtime.reader import Reader
 
 
@@ -24,12 +22,6 @@ from cxrgaze.runtime.reader import Reader
 def reader(bundles):
     with cxrgaze.load(bundles / "demo-fp16.cxrgaze") as reader:
         yield reader
-
-
-def outcomes(reader, paths, decode, *, force=False):
-    """An outcome a film, in their order, in two threads."""
-    work = partial(outcome_of, reader, decode=decode, force=force)
-    return in_order(paths, work, workers=2, waiting=2)
 
 
 @pytest.fixture
@@ -45,10 +37,12 @@ def _small():
     return cv2.imencode(".png", np.arange(100, dtype=np.uint8).reshape(10, 10))[1].tobytes()
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("isolated", [False, True])
-def test_every_film_has_its_outcome_in_order(reader, three, isolated):
+def test_every_film_has_its_outcome_in_order(reader, three, isolated, workers):
     with IsolatedLoader() as loader:
-        stream = list(outcomes(reader, three, loader.load if isolated else load_film))
+        decode = loader.load if isolated else load_film
+        stream = list(outcomes(reader, three, decode, workers=workers))
     assert [o.status for o in stream] == ["read", "not_applicable", "failed", "read"]
     assert [o.path for o in stream] == three
     assert "expected 32 a side" in stream[1].reason and stream[1].film and not stream[1].reading
