@@ -20,9 +20,9 @@ demo: $(VENV)/export
 
 # One thread a process: two that spin for two cores take longer than one.
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not long" -n auto --dist worksteal --durations=20
 
-# With what is slow: the paper network, the whole demo training run.
+# With what is long or slow: the paper network, the whole demo training run.
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest
 

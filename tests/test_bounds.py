@@ -24,7 +24,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("sign", "bench")
+EXTRAS = ("sign", "bench", "openvino")
 
 
 def floors(requirements: list[str]) -> list[str]:
@@ -127,10 +127,14 @@ def test_a_device_reads_and_measures_at(bound, films, tmp_path, package_index):
     read = [str(bundle), str(films), "--public-key", str(public), "--output"]
     assert predict_cli.main([*read, str(tmp_path / "here")]) == 0
     _run(commands / "cxrgaze-predict", *read, tmp_path / "there")
-    here, there = _readings(tmp_path / "here"), _readings(tmp_path / "there")
-    assert len(here) == 8 and there.keys() == here.keys()
-    for film, expected in here.items():
-        assert there[film] == pytest.approx(expected, abs=1e-3), film
+    _run(commands / "cxrgaze-build", bundle, "--device", "openvino", "--cache", tmp_path / "proofs")
+    _run(commands / "cxrgaze-predict", *read, tmp_path / "openvino", "--device", "openvino")
+    here = _readings(tmp_path / "here")
+    for folder in ("there", "openvino"):
+        there = _readings(tmp_path / folder)
+        assert len(here) == 8 and there.keys() == here.keys()
+        for film, expected in here.items():
+            assert there[film] == pytest.approx(expected, abs=1e-3), film
 
     short = ["--samples", "3", "--warmup", "1", "--after-idle", "1", "--cold-starts", "1"]
     _run(

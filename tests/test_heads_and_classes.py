@@ -61,7 +61,7 @@ TABLE = {
     "diagnosis alone": Row(3, heads=(LOGITS,)),
     "4 findings alone": Row(4, findings=True, heads=(LOGITS,)),
 }
-QUICK = ("18 findings",)
+MARKS = {"4 findings alone": [], "18 findings": [pytest.mark.long]}
 
 
 def _write_set(folder: Path, row: Row) -> Path:
@@ -104,7 +104,7 @@ def in_a_hurry(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in TABLE]
+    "name", [pytest.param(n, marks=MARKS.get(n, [pytest.mark.slow])) for n in TABLE]
 )
 def test_the_whole_way(name, tmp_path, in_a_hurry):
     row = TABLE[name]

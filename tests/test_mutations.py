@@ -155,7 +155,16 @@ class Copy:
         path = self._folder / module
         original = path.read_text(encoding="utf-8")
         self._write(path, source)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-m", "not slow"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--tb=no",
+            "-m",
+            "not slow and not long",
+        ]
         for plugin in ("mutation_child", "no:cacheprovider", "no:hypothesispytest", "no:xdist"):
             command += ["-p", plugin]  # what is left out takes longer to import than most tests
         command += shlex.split(PAIRS[module])

@@ -100,6 +100,7 @@ def test_the_blocked_imports_of_that_test_do_block():
     )
 
 
+@pytest.mark.long
 def test_the_bench_runs_with_the_base_install_only(bundles, films, tmp_path):
     code = f"""
 import sys

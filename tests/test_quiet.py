@@ -59,6 +59,10 @@ def _commands(bundles, films, place):
     yield "predict", [BIN / "cxrgaze-predict", bundle, film, "--output", out / "readings"]
     yield "isolate", [BIN / "cxrgaze-predict", bundle, film, "--isolate"]
     yield "inspect", [BIN / "cxrgaze-inspect", bundle, "--device"]
+    if importlib.util.find_spec("openvino"):
+        asked = ["--device", "openvino"]
+        yield "openvino", [BIN / "cxrgaze-predict", bundle, film, *asked]
+        yield "prove", [BIN / "cxrgaze-build", bundle, *asked, "--cache", out / "proofs"]
     if importlib.util.find_spec("tensorrt_rtx"):
         plan = ["--cpu-only", "--sm", "86", "--cache", out / "plans"]
         yield "build", [BIN / "cxrgaze-build", bundle, *plan]

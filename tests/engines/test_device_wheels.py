@@ -19,6 +19,7 @@ TAGS = ("manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_27", "
 DEVICES = {"JetPack 6": ("3.10", "cuda12", "12."), "JetPack 7": ("3.12", "cuda13", "13.")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_base_install_resolves_for_aarch64(package_index, device, tmp_path):
     python, extra, cuda = DEVICES[device]

@@ -67,6 +67,7 @@ def _changed(folder, bundle, files, **changes):
     return fill_bundle(folder, bundle.manifest.model_copy(update=changes), every | files)
 
 
+@pytest.mark.long
 def test_a_loss_is_exit_5_and_nothing_is_served_by_it_from_then_on(
     bundles, films, cache, tmp_path, capsys
 ):

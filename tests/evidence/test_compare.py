@@ -274,6 +274,7 @@ def test_a_difference_is_that_of_the_slow_form(drawn, _, name):
     assert found.loss == (found.difference if name == "Brier" else -found.difference)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drawn,place,name", MEASURED)
 def test_its_standard_error_is_that_of_the_jackknife_over_patients(drawn, place, name, asked):
     paired = drawn()

@@ -81,6 +81,7 @@ def test_a_key_has_sixteen_bytes(tmp_path):
     assert read_key(tmp_path / "k") == KEY
 
 
+@pytest.mark.long
 def test_a_copied_folder_that_is_split_anew_is_caught(tmp_path, capsys):
     """Another name, origin and split: evaluation, gate and a second training see it."""
     made = write_phantom_set(tmp_path / "set", {"train": 24, "val": 8, "test": 8})

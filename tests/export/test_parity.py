@@ -230,6 +230,7 @@ def test_maps_that_agree_too_little_fail_although_no_compared_pixel_does(said, c
         parity.require_pass(found, precision)
 
 
+@pytest.mark.long
 def test_a_graph_that_fails_parity_is_never_written(source, tmp_path, monkeypatch):
     from cxrgaze.command import Steps
 

@@ -246,7 +246,7 @@ def test_an_export_ships_the_last_form_that_passed(source, sets, tmp_path, monke
     assert found.gate.reason == "look 2" == found.forms_tried[1].gate_reason
     assert found.convolution_macs == found.forms_tried[1].macs
     assert found.decision == asked[1]  # it is served with what it was judged with
-    assert len({decision.temperature for decision in asked}) == 3  # each form has its own
+    assert asked[0] == asked[1] != asked[2]  # each form has its own; "map" alone decides nothing
     assert found.decision_from.startswith("fitted on 40 films of this graph")
 
 
@@ -308,6 +308,7 @@ def test_the_ranking_never_sees_a_film_of_the_gate(source, sets, tmp_path, monke
     assert found.decision_from.startswith("fitted on 40" if validated else "the float32 network's")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_the_order_is_none_of_the_gates(source, sets, tmp_path, precision):
     """Another gate looks at the same forms in the same order."""

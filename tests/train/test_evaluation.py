@@ -125,6 +125,7 @@ def _numbers(value):
     return [value]
 
 
+@pytest.mark.long
 def test_nothing_is_changed_but_the_log_of_looks(labelled, tmp_path):
     folder = shutil.copytree(labelled.folder, tmp_path / "set")
     (folder / LOOKS).unlink(missing_ok=True)
@@ -478,6 +479,7 @@ def test_a_gaze_set_without_training_films_says_that_the_prior_is_missing(labell
     assert "not measured" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_a_set_without_training_films_takes_the_networks_own_baselines(labelled, tmp_path, bundles):
     """As an external set does, of a checkpoint and of its bundle."""
     kept = {row.film: labelled.gaze[row.film] for row in labelled.rows if row.split == "test"}

@@ -96,6 +96,7 @@ def egd(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_from_egd_to_a_report_and_a_bundle(egd, capsys):
     films, made, run = egd / "mimic", egd / "set", egd / "run"
     arguments = ["prepare", "--egd", str(egd / "egd"), "--films", str(films), "--output", str(made)]
