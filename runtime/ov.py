@@ -113,7 +113,9 @@ class OpenVINO(Backend):
             model = core.read_model(graph)
             _require_interface(model, bundle)
             model.reshape({IMAGE: [1, 1, spec.height, spec.width]})
-            share = {"INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": self.at_once}
+            share = {"NUM_STREAMS": self.at_once}
+            if self._inputs.device == "CPU":  # no other knows it
+                share["INFERENCE_NUM_THREADS"] = self._threads
             compiled = core.compile_model(model, self._inputs.device, {**_ASKED, **share})
             facts = {
                 "devices": list(compiled.get_property("EXECUTION_DEVICES")),
