@@ -116,6 +116,7 @@ def test_weights_that_are_not_the_bundles_are_refused(opened, tmp_path):
         peers.weights_of(foreign, None, 1)
 
 
+@pytest.mark.long
 def test_random_weights_are_made_again(tmp_path, opened):
     arguments = ["--variant", "tiny", "--random-weights", "--seed", "3", "--output", str(tmp_path)]
     assert export_cli.main(arguments) == 0

@@ -52,6 +52,7 @@ def test_an_own_checkpoint_films_and_target(tmp_path, films, capsys):
     assert "[8] write and verify the bundle" in out.err and "not a medical device" in out.err
 
 
+@pytest.mark.long
 def test_random_weights_are_marked_in_every_reading(tmp_path, films):
     arguments = ["--variant", "tiny", "--random-weights", "--precision", "fp16"]
     assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
@@ -216,6 +217,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_old_bundle_untouched(
     assert Bundle.open(old).sha256 == before
 
 
+@pytest.mark.long
 def test_the_golden_input_is_a_phantom_and_nothing_of_a_film_is_stored(bundles, films, tmp_path):
     arguments = ["--output", str(tmp_path), "--films", str(films)]
     assert cli.main(arguments) == 0

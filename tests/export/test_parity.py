@@ -155,6 +155,7 @@ def _scaled(source, factor):
     return replace(source, module=network)
 
 
+@pytest.mark.long
 def test_an_activation_beyond_half_fails_fp16_although_onnx_runtime_does_not_see_it(
     source, images, compare
 ):

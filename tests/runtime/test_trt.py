@@ -519,6 +519,7 @@ def test_tensorrt_rtx_has_no_timings_and_an_interrupted_build_keeps_none(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_plan_is_gated_on_its_own(bundles, cache, beside_a_gpu):
     """The stand-in's plan computes its graph: it passes; with swapped classes it is deleted."""
     half = Bundle.open(bundles / "demo-fp16.cxrgaze")

@@ -324,6 +324,7 @@ def test_another_label_is_another_run(small, finished, tmp_path):
         fit.fit(labelled, _config(), finished[0], resume=True)
 
 
+@pytest.mark.long
 def test_another_seed_gives_other_weights_and_the_same_one_the_same(small, tmp_path, finished):
     fit.fit(small, _config(), tmp_path / "same")
     fit.fit(small, _config("seed=1"), tmp_path / "other")
