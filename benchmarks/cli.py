@@ -143,11 +143,7 @@ def _add_folder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "turns.",
     )
     folder.add_argument("bundle", type=Path, metavar="BUNDLE")
-    folder.add_argument("--films", type=Path, nargs="+", default=[], metavar="PATH")
-    folder.add_argument(
-        "--device", default="auto", help="backend, as in cxrgaze-predict (default auto)"
-    )
-    command.add_threads(folder)
+    _add_reading(folder)
     folder.add_argument(
         "--turns", type=command.bounded(1, 1000), default=5, metavar="N", help="(default 5)"
     )
@@ -181,16 +177,21 @@ def _folder(args: argparse.Namespace) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--films", type=Path, nargs="+", default=[], metavar="PATH")
-    parser.add_argument(
-        "--device", default="auto", help="backend, as in cxrgaze-predict (default auto)"
-    )
+    _add_reading(parser)
     parser.add_argument(
         "--seconds",
         type=float,
         default=120.0,
         metavar="S",
         help="no part goes on for longer, even if samples are missing (default 120)",
+    )
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """What is read, and on what."""
+    parser.add_argument("--films", type=Path, nargs="+", default=[], metavar="PATH")
+    parser.add_argument(
+        "--device", default="auto", help="backend, as in cxrgaze-predict (default auto)"
     )
     command.add_gpu(parser)
     command.add_threads(parser)

@@ -14,6 +14,7 @@ from cxrgaze.runtime import backends
 
 if TYPE_CHECKING:
     from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.bundles.verdicts import Gate
     from cxrgaze.engines.build import Built
     from cxrgaze.evidence.gate import GateSet
     from cxrgaze.runtime.plans import Cache
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.engines.build import BuildOptions, build, gated
-    from cxrgaze.errors import ExitCode, UsageError
+    from cxrgaze.errors import UsageError
     from cxrgaze.runtime import plans, trt_library
 
     if args.device != "tensorrt":
@@ -142,9 +143,16 @@ def _run(args: argparse.Namespace) -> int:
             allow_host_code=args.allow_host_code,
         )
         verdict = record.gate
-        if verdict:
-            print(f"gate     {verdict.verdict} at engine level: {verdict.reason}")
-    command.say(built.record.notice)
+    return _told(verdict, built.record.notice)
+
+
+def _told(verdict: Gate | None, notice: str) -> int:
+    """Say what was measured and what must be said; the exit code."""
+    from cxrgaze.errors import ExitCode
+
+    if verdict:
+        print(f"gate     {verdict.verdict} at engine level: {verdict.reason}")
+    command.say(notice)
     return ExitCode.INCONCLUSIVE if verdict and verdict.verdict == "inconclusive" else ExitCode.OK
 
 
@@ -169,7 +177,7 @@ def _proof(args: argparse.Namespace) -> int:
     """Prove what needs no plan."""
     from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.engines.prove import proven
-    from cxrgaze.errors import ExitCode, UsageError
+    from cxrgaze.errors import UsageError
     from cxrgaze.runtime.backend import BackendOptions
 
     if asked := [name for name in _OF_PLANS if getattr(args, name) != args.defaults[name]]:
@@ -186,13 +194,9 @@ def _proof(args: argparse.Namespace) -> int:
         f"({', '.join(inputs.features) or 'instructions not known'})"
     )
     print(f"built    {record.built_precision}: {record.built_precision_why}")
-    if record.gate:
-        print(f"gate     {record.gate.verdict} at engine level: {record.gate.reason}")
-    else:
+    if not record.gate:
         print("gate     not measured here: --gate SET")
-    command.say(record.notice)
-    is_open = record.gate and record.gate.verdict == "inconclusive"
-    return ExitCode.INCONCLUSIVE if is_open else ExitCode.OK
+    return _told(record.gate, record.notice)
 
 
 def _films(bundle: Bundle, args: argparse.Namespace) -> GateSet:

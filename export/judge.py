@@ -71,8 +71,7 @@ def gate_films(source: Source, options: ExportOptions, model: onnx.ModelProto) -
             model_sha256=source.facts.sha256,
             what=f"gate of {options.precision}, target {options.target}",
         )
-    infer = witness(graph.finished(model, spec))
-    return Gated(films, gate.predicted(infer, films.arrays.images), not_compared)
+    return Gated(films, _predicted(model, source, films), not_compared)
 
 
 def validation_films(
@@ -155,7 +154,7 @@ def calibrated(
     row, layout = TARGETS[options.target], source.layout
     quantized = {n.name for n in int8.convolutions(model)} - int8.kept_convolutions(model, layout)
     peaks = channel_peaks(model, int8.ranged_inputs(model, layout), films)
-    reference = gate.predicted(witness(graph.finished(model, spec)), chosen.arrays.images)
+    reference = _predicted(model, source, chosen)
     tried: list[tuple[float, Calibrated]] = []
     for strength in equalize.strengths(spec):
         equal = equalize.equalized(model, peaks, quantized, strength)
@@ -177,18 +176,26 @@ def calibrated(
 
 
 def _distance(calibration: Calibrated, source: Source, options: ExportOptions) -> float:
-    """How far the form with most int8 takes the calibration films' outputs, without its shift."""
-    forms = Forms(
-        calibration.model, "int8", options.target, source.layout, calibration.ranges
-    ).with_kept()
-    films, spec = calibration.films, source.spec
-    found = gate.predicted(witness(graph.finished(next(forms).model, spec)), films.arrays.images)
+    """How far the first int8 form takes the calibration films' outputs, without its shift."""
+    model, layout, films = calibration.model, source.layout, calibration.films
+    forms = Forms(model, "int8", options.target, layout, calibration.ranges).with_kept()
+    found = _predicted(next(forms).model, source, films)
     if (shift := calibration.shift(found)) is not None:
         found = {**found, LOGITS: found[LOGITS] + shift}
+    return _farthest(source, films, calibration.reference, found)
+
+
+def _predicted(model: onnx.ModelProto, source: Source, films: gate.GateSet) -> gate.Predicted:
+    """What a graph, as it would ship, says of films."""
+    return gate.predicted(witness(graph.finished(model, source.spec)), films.arrays.images)
+
+
+def _farthest(
+    source: Source, films: gate.GateSet, reference: gate.Predicted, found: gate.Predicted
+) -> float:
+    """The largest over the heads of their distance, in parts of 1: both are of one scale."""
     served = served_of(source)
-    return max(
-        gate.distance(films, calibration.reference, found, head, served) for head in served.heads
-    )
+    return max(gate.distance(films, reference, found, head, served) for head in served.heads)
 
 
 @dataclass(frozen=True)
@@ -229,9 +236,8 @@ class FormJudge:
     def _without_shift(self, form: Form) -> Form:
         if self.calibration is None:
             return form
-        infer = witness(graph.finished(form.model, self.source.spec))
-        shift = self.calibration.shift(gate.predicted(infer, self.calibration.films.arrays.images))
-        if shift is None:
+        found = _predicted(form.model, self.source, self.calibration.films)
+        if (shift := self.calibration.shift(found)) is None:
             return form
         return replace(form, model=equalize.shifted(form.model, shift))
 
@@ -251,18 +257,14 @@ class FormJudge:
         return fitted, f"fitted on {labelled} films of this graph: {films.name}"
 
     def ranking(self, films: gate.GateSet, model: onnx.ModelProto) -> Callable[[Form], float]:
-        """How far a form is from the float32 graph on some films that are none of the gate's.
-
-        The largest over the heads of its distance, in parts of 1: both are of one scale.
-        """
+        """How far a form is from the float32 graph on some films that are none of the gate's."""
         some = films.chosen(range(min(RANKING_FILMS, len(films.keys))))
-        served, spec = served_of(self.source), self.source.spec
-        reference = gate.predicted(witness(graph.finished(model, spec)), some.arrays.images)
+        reference = _predicted(model, self.source, some)
 
         def distance(form: Form) -> float:
-            infer = witness(graph.finished(form.model, spec))
-            found = gate.predicted(infer, some.arrays.images)
-            return max(gate.distance(some, reference, found, h, served) for h in served.heads)
+            return _farthest(
+                self.source, some, reference, _predicted(form.model, self.source, some)
+            )
 
         return distance
 

@@ -8,7 +8,7 @@ are held at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,11 +124,8 @@ def collect(
     if IMAGE in tallies:
         for image in images:
             tallies[IMAGE].add(image)
-    for group in groups:
-        session = open_session(_giving(model, group), spinning=False)
-        for image in images:
-            for name, values in zip(group, session.run(group, {IMAGE: image[None]}), strict=True):
-                tallies[name].add(values)
+    for name, values in _given(model, groups, images):
+        tallies[name].add(values)
     return tallies
 
 
@@ -143,13 +140,21 @@ def channel_peaks(
     """
     sizes = _sizes(model)
     peaks: dict[str, NDArray[np.float32]] = {}
-    for group in _groups([name for name in sizes if name in set(names)], sizes):
+    groups = _groups([name for name in sizes if name in set(names)], sizes)
+    for name, values in _given(model, groups, images):
+        largest = np.abs(values).max(axis=(0, *range(2, values.ndim)))
+        peaks[name] = np.maximum(largest, peaks.get(name, largest))
+    return peaks
+
+
+def _given(
+    model: onnx.ModelProto, groups: Iterable[Sequence[str]], images: Sequence[NDArray[np.float32]]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every tensor of every group, film by film; those of one group and film are held at once."""
+    for group in groups:
         session = open_session(_giving(model, group), spinning=False)
         for image in images:
-            for name, values in zip(group, session.run(group, {IMAGE: image[None]}), strict=True):
-                largest = np.abs(values).max(axis=(0, *range(2, values.ndim)))
-                peaks[name] = np.maximum(largest, peaks.get(name, largest))
-    return peaks
+            yield from zip(group, session.run(group, {IMAGE: image[None]}), strict=True)
 
 
 def _giving(model: onnx.ModelProto, names: Sequence[str]) -> bytes:

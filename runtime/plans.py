@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -40,10 +40,31 @@ _CACHE_VARIABLE = "CXRGAZE_CACHE"
 BuiltPrecision = Literal["proven", "contradicted", "opaque"]
 
 
-class PlanInputs(Frozen):
-    """Everything that a build depends on; the plan's key is their hash."""
+class Keyed(Frozen):
+    """Everything that a record of the cache depends on; its key is their hash."""
 
     bundle_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def key(self) -> str:
+        """32 hex digits that name the record."""
+        return sha256(render_json(self.model_dump(mode="json")))[:32]
+
+
+class Kept(Record):
+    """A record in the cache, in a file of its key's name."""
+
+    notice: str = NOTICE
+    bundle_name: str
+    inputs: Keyed
+
+
+AnyKept = TypeVar("AnyKept", bound=Kept)
+
+
+class PlanInputs(Keyed):
+    """Everything that a build depends on; the plan's key is their hash."""
+
     library: Literal["tensorrt", "tensorrt_rtx"]
     library_version: str = Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$")
     architecture: tuple[str, ...]
@@ -61,11 +82,6 @@ class PlanInputs(Frozen):
     """Loads on every discrete GPU of compute capability 8.0 and later."""
     tf32: bool = False
 
-    @property
-    def key(self) -> str:
-        """32 hex digits that name the plan."""
-        return sha256(render_json(self.model_dump(mode="json")))[:32]
-
 
 class BuiltEngine(Frozen):
     """What the library says of the engine, once it was loaded where it was built."""
@@ -81,7 +97,7 @@ class BuiltEngine(Frozen):
     """What an execution context needs beside weights and buffers."""
 
 
-class PlanRecord(Record):
+class PlanRecord(Kept):
     """What was built, beside the plan."""
 
     VERSION = 3
@@ -89,8 +105,6 @@ class PlanRecord(Record):
     REMEDY = "run: cxrgaze-build --rebuild"
 
     schema_version: int = VERSION
-    notice: str = NOTICE
-    bundle_name: str
     inputs: PlanInputs
     plan_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     plan_bytes: int = Field(gt=0, le=_PLAN_LIMIT)
@@ -179,14 +193,7 @@ class Cache:
 
     def records(self, bundle_sha256: str) -> Iterator[PlanRecord | IntegrityError]:
         """Records of a bundle's plans, and what is wrong with those that cannot be read."""
-        for path in sorted(_listed(self.folder)):
-            try:
-                record = read_record(path)
-            except IntegrityError as error:
-                yield error
-                continue
-            if record.inputs.bundle_sha256 == bundle_sha256:
-                yield record
+        return kept_in(self.folder, PlanRecord, ".json", bundle_sha256)
 
     def fitting(
         self,
@@ -273,16 +280,34 @@ class Cache:
         )
 
 
-def _listed(folder: Path) -> list[Path]:
-    """The records in a cache; none where it is not there, or not ours to see."""
+def kept_in(
+    folder: Path, kind: type[AnyKept], suffix: str, bundle_sha256: str
+) -> Iterator[AnyKept | IntegrityError]:
+    """Records of a bundle in a cache, and what is wrong with those that cannot be read.
+
+    None where the folder is not there, or not ours to see.
+    """
     try:
-        return [path for path in folder.iterdir() if path.suffix == ".json"]
+        paths = sorted(path for path in folder.iterdir() if path.suffix == suffix)
     except OSError:
-        return []
+        return
+    for path in paths:
+        try:
+            record = read_kept(kind, path)
+        except IntegrityError as error:
+            yield error
+            continue
+        if record.inputs.bundle_sha256 == bundle_sha256:
+            yield record
 
 
 def read_record(path: Path) -> PlanRecord:
-    """A record from its file.
+    """The record of a plan (`read_kept`)."""
+    return read_kept(PlanRecord, path)
+
+
+def read_kept(kind: type[AnyKept], path: Path) -> AnyKept:
+    """A record of the cache from its file.
 
     Raises:
         IntegrityError: too large, a link, no record, of another schema version or another name.
@@ -291,9 +316,9 @@ def read_record(path: Path) -> PlanRecord:
         data = read_regular(path, _RECORD_LIMIT)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
-    record = parse_record(PlanRecord, data, str(path))
+    record = parse_record(kind, data, str(path))
     if path.stem != record.inputs.key:
-        raise IntegrityError(f"{path} is not the record of the plan of its name")
+        raise IntegrityError(f"{path} is not the {kind.WHAT} of its name; {kind.REMEDY}")
     return record
 
 

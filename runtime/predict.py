@@ -52,7 +52,7 @@ class PredictOptions:
     force: bool = False
     """Read films that are not applicable."""
     workers: int = 1
-    """Threads, each with a film; `Reader.at_once` of them infer at once."""
+    """Threads, each with a film; `Backend.at_once` of them infer at once."""
 
 
 def predict(reader: Reader, found: Found, decode: Decode, options: PredictOptions) -> list[Record]:

@@ -13,7 +13,7 @@ from cxrgaze.engines import cli
 from cxrgaze.errors import ExitCode, IncompatibleError
 from cxrgaze.runtime import plans, proofs
 
-pytest.importorskip("openvino")
+pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 FILM = "nih_00001507_002_512.png"
 
 

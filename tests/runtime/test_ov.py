@@ -30,7 +30,7 @@ from cxrgaze.runtime.ort import OnnxRuntime, witness
 from cxrgaze.runtime.reader import Reader
 from cxrgaze.runtime.trt import TensorRT
 
-pytest.importorskip("openvino")
+pytest.importorskip("openvino", reason="needs the extra 'openvino'")
 FILM = "nih_00001507_002_512.png"
 
 

@@ -270,11 +270,8 @@ def judge(
         diagnoses = Diagnoses(truth, one, other, served.decides | own.decides, exclusive)
         changes = np.abs(other.probabilities - one.probabilities).max(axis=1)
     if LOG_DENSITY in served.heads:
-        mapped = films.chosen(range(len(reference[LOG_DENSITY])))
-        agreement = _agreement(mapped, candidate, reference)
-        none = np.full(len(films.keys) - len(agreement), np.nan)
-        human = (np.append(_human_cc(mapped, one), none) for one in (reference, candidate))
-        maps = Maps(*human)
+        agreement = _agreement(films, candidate, reference)
+        maps = Maps(_human_cc(films, reference), _human_cc(films, candidate))
     comparison = compare(Paired(films.patients, diagnoses, maps), limits, classes=served.classes)
     worst = None
     if agreement is not None:
@@ -326,7 +323,8 @@ def _human_cc(films: GateSet, found: Predicted) -> NDArray[np.float64]:
     A map that is not finite has CC -1: it must not pass for a film without gaze.
     """
     human = np.full(len(films.keys), np.nan)
-    for index in np.flatnonzero(films.arrays.has_gaze).tolist():
+    mapped = len(found[LOG_DENSITY])
+    for index in np.flatnonzero(films.arrays.has_gaze[:mapped]).tolist():
         inside = _inside(films, found, index)
         truth = films.arrays.geometries[index].crop(films.arrays.densities[index, 0])
         human[index] = metrics.cc(np.exp(inside), truth) if np.isfinite(inside).all() else -1.0
@@ -335,8 +333,8 @@ def _human_cc(films: GateSet, found: Predicted) -> NDArray[np.float64]:
 
 def _agreement(films: GateSet, found: Predicted, reference: Predicted) -> NDArray[np.float64]:
     """CC to the reference's map over each film's area; -1 for a map that is not finite."""
-    agreement = np.full(len(films.keys), -1.0)
-    for index in range(len(films.keys)):
+    agreement = np.full(len(found[LOG_DENSITY]), -1.0)
+    for index in range(len(agreement)):
         one, other = (_inside(films, p, index) for p in (found, reference))
         if np.isfinite(one).all():
             agreement[index] = metrics.cc(np.exp(one), np.exp(other))
@@ -427,9 +425,8 @@ def judge_engine(bundle: Bundle, films: GateSet, infer: Infer) -> Gate:
             f"{bundle.manifest.gate.set_name or 'not recorded'}"
         )
     maps = len(reference.get(LOG_DENSITY, ()))
-    with_reference.sort(
-        key=lambda index: place[films.keys[index]] >= maps
-    )  # those with a map first
+    # Those with a map first.
+    with_reference.sort(key=lambda index: place[films.keys[index]] >= maps)
     part = films.chosen(with_reference)
     at = [place[key] for key in part.keys]
     mapped = [number for number in at if number < maps]
