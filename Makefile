@@ -57,9 +57,10 @@ gpu-pack: $(VENV)/export
 	$(BIN)/python -m cxrgaze.benchmarks.gpu_pack $(OUT)/gpu-pack
 
 # The pack, where the card is. Without $(VENV) it is $(PYTHON), and from the pack what that lacks.
+# SITE: a folder of packages to come first (an ONNX Runtime for a card, a TensorRT).
 gpu:
 	test -x $(BIN)/python || $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile \
 	  --upgrade --target $(OUT)/gpu-site $(OUT)/gpu-pack/wheels/*.whl
-	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/$(OUT)/gpu-site \
+	PYTHONPATH=$(CURDIR)/src:$(SITE):$(CURDIR)/$(OUT)/gpu-site \
 	  $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) \
 	  -m cxrgaze.benchmarks.gpu_run $(OUT)/gpu-pack --output $(or $(TO),$(OUT)/gpu)

@@ -36,7 +36,7 @@ from cxrgaze.evidence import gate, metrics
 from cxrgaze.files import write_atomic
 from cxrgaze.runtime import device, plans, support, trt_library
 from cxrgaze.runtime.host import host_platform, l4t_release
-from cxrgaze.runtime.ort import witness
+from cxrgaze.runtime.ort import heads_of, witness
 from cxrgaze.runtime.reader import load
 from cxrgaze.runtime.trt_library import Library
 from cxrgaze.spec import HEADS, IMAGE, LOG_DENSITY, LOGITS, Infer, Outputs
@@ -114,6 +114,17 @@ def _torch_card(run: Run) -> str:
     return "" if torch.cuda.is_available() else "torch sees no card"
 
 
+def _cuda_provider(run: Run) -> str:
+    import onnxruntime
+
+    if _CUDA_PROVIDER in onnxruntime.get_available_providers():
+        return ""
+    return f"this ONNX Runtime {onnxruntime.__version__} has no {_CUDA_PROVIDER}"
+
+
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+
+
 def _file(name: str) -> Callable[[Run], str]:
     return lambda run: "" if (_ROOT / name).is_file() else f"{name} is not here"
 
@@ -125,6 +136,7 @@ def _program(name: str) -> Callable[[Run], str]:
 NEEDS: dict[str, Callable[[Run], str]] = {
     "a card": _card,
     "torch on a card": _torch_card,
+    "ONNX Runtime's CUDA provider": _cuda_provider,
     "tests": _file("tests/runtime/test_device.py"),
     "nvcc": _program("nvcc"),
     "cc": _program("cc"),
@@ -375,6 +387,68 @@ def _torch(module: Any, on: str, *, autocast: bool = False) -> Infer:
         return {head: tensor.float().cpu().numpy() for head, tensor in heads.items()}
 
     return infer
+
+
+def by_cuda_provider(network: str, run: Run) -> Found:
+    """A network's graphs by ONNX Runtime's CUDA provider, judged as an engine is.
+
+    It is no backend of ours: it shows what a float16 graph loses where float16 is computed, which
+    the host rounds and computes in float32.
+
+    Raises:
+        CxrgazeError: it runs elsewhere.
+    """
+    says, figures = [], {}
+    for precision in PRECISIONS:
+        bundle = run.pack.bundle(network, precision, run.work)
+        graph = bundle.read(GRAPH)
+        films = run.pack.films(network, bundle)
+        infer, left = card_session(graph)
+        some = films.arrays.images[:4]
+        apart = differences(_answers(infer, some), _answers(witness(graph), some))
+        verdict = gate.judge_engine(bundle, films, infer)
+        times = timed(infer, films.arrays.images)
+        figures[precision] = {
+            "to_host": apart,
+            "gate": verdict.model_dump(mode="json"),
+            "timed": times,
+            "not_on_the_card": left,
+        }
+        says += [
+            f"{precision}: 4 films, {_apart(apart)} from the host on the same graph",
+            f"{precision}: gate {verdict.verdict}, {films.name}: {verdict.reason}",
+            *(f"{precision}: {words}" for words in _rates(times)),
+            *([f"{precision}: not all of it on the card: {left}"] if left else []),
+        ]
+    return Found(tuple(says), figures)
+
+
+def card_session(graph: bytes) -> tuple[Infer, str]:
+    """A graph by the CUDA provider, in its own types; why not all of it, "" where it is.
+
+    Raises:
+        CxrgazeError: it would run elsewhere.
+    """
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
+
+    def opened(*, host_too: bool) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(not host_too)))
+        providers = [(_CUDA_PROVIDER, {"use_tf32": "0"})]
+        return onnxruntime.InferenceSession(graph, options, providers=providers)
+
+    left = ""
+    try:
+        session = opened(host_too=False)
+    except Exception as error:
+        left = last_line(str(error))
+        session = opened(host_too=True)
+    if (first := session.get_providers()[0]) != _CUDA_PROVIDER:
+        raise CxrgazeError(f"ONNX Runtime runs it by {first}, not by {_CUDA_PROVIDER}: {left}")
+    return heads_of(session), left
 
 
 def polygraphy_on_plans(run: Run) -> Found:
@@ -684,6 +758,15 @@ STEPS: tuple[Step, ...] = (
             f"{network} in half in torch on the card, beside the fp16 graph",
             ("torch", "monai", "safetensors", "torch on a card"),
             partial(half_of, network),
+        )
+        for network in NETWORKS
+    ),
+    *(
+        Step(
+            f"cuda-provider-{network}",
+            f"{network} by ONNX Runtime's CUDA provider, judged as an engine",
+            ("ONNX Runtime's CUDA provider", "a card"),
+            partial(by_cuda_provider, network),
         )
         for network in NETWORKS
     ),

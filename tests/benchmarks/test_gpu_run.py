@@ -22,7 +22,7 @@ from cxrgaze.bundles.bundle import GRAPH, REFERENCE, Bundle
 from cxrgaze.bundles.verdicts import Limits
 from cxrgaze.command import Steps
 from cxrgaze.engines.build import Built
-from cxrgaze.errors import BuildError, IntegrityError, UsageError
+from cxrgaze.errors import BuildError, CxrgazeError, IntegrityError, UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.runtime import device, plans
 from cxrgaze.runtime.ort import witness
@@ -285,6 +285,24 @@ def test_half_arithmetic_is_compared_with_the_graphs_answers(run):
     assert 0 < apart["cpu half from host float32"]["log_density_max"] < 1
     assert set(apart) >= {"cpu half from fp16 graph", "cpu autocast from fp16 graph"}
     assert found.figures["films"] == 2
+
+
+def test_a_provider_for_a_card_is_judged_as_an_engine(run, monkeypatch, quick):
+    """The host's session stands for it here, which says nothing of a card."""
+    monkeypatch.setattr(gpu_steps, "card_session", lambda graph: (witness(graph), "its Resize"))
+    found = gpu_steps.by_cuda_provider("tiny", run)
+    assert list(found.figures) == list(gpu_pack.PRECISIONS)
+    assert found.figures["fp16"]["to_host"]["logits_max"] == 0
+    assert found.figures["fp16"]["gate"]["level"] == "engine"
+    assert "fp32: not all of it on the card: its Resize" in found.says
+
+
+def test_without_a_provider_for_a_card_no_session_stands_for_it(run, bundles):
+    if not gpu_steps.missing("ONNX Runtime's CUDA provider", run):
+        pytest.skip("this ONNX Runtime has one")
+    graph = Bundle.open(bundles / "demo-fp16.cxrgaze").read(GRAPH)
+    with pytest.raises(CxrgazeError, match="not by CUDAExecutionProvider"):
+        gpu_steps.card_session(graph)
 
 
 def test_polygraphy_is_another_witness(run, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import cxrgaze
 from cxrgaze.bundles.bundle import GRAPH, Bundle, fill_bundle
 from cxrgaze.bundles.verdicts import Gate
-from cxrgaze.engines import precision
+from cxrgaze.engines import build, precision
 from cxrgaze.engines.prove import promised
 from cxrgaze.errors import (
     ExitCode,
@@ -24,7 +24,7 @@ from cxrgaze.errors import (
 )
 from cxrgaze.evidence import gate, metrics
 from cxrgaze.export import cli as export_cli
-from cxrgaze.runtime import backends, cli, host, ov, plans, proofs
+from cxrgaze.runtime import backends, cli, host, ov, plans, proofs, trt_library
 from cxrgaze.runtime.backend import BackendOptions
 from cxrgaze.runtime.ort import OnnxRuntime, witness
 from cxrgaze.runtime.reader import Reader
@@ -174,6 +174,22 @@ def test_int8_of_other_targets_is_refused_before_openvino_sees_it(int8, monkeypa
         other = Bundle(opened.path, manifest, opened.sha256)
         with pytest.raises(IncompatibleError, match=f"does not serve int8 graphs for .* {target}"):
             backends.choose(other, "openvino", BackendOptions())
+
+
+@pytest.mark.parametrize("target", ["openvino", "cpu"])
+def test_int8_for_processors_has_no_plan(int8, monkeypatch, capsys, target):
+    """No export of it builds one beside a GPU, no build begins, no reading names a TensorRT."""
+    opened = Bundle.open(int8)
+    manifest = opened.manifest.model_copy(update={"target": target})
+    bundle = Bundle(opened.path, manifest, opened.sha256)
+    monkeypatch.setattr(trt_library, "beside_a_gpu", lambda: pytest.fail("looked for a GPU"))
+    export_cli._build(bundle, wanted=True)
+    said = capsys.readouterr().out
+    assert "plan" not in said and ("--device openvino --gate SET" in said) == (target == "openvino")
+    with pytest.raises(IncompatibleError, match=f"int8 for target {target}, which TensorRT does"):
+        build.build(bundle, None, build.BuildOptions(), plans.Cache())
+    monkeypatch.setattr(backends, "find_spec", lambda name: True)  # both TensorRTs are installed
+    assert backends.choose(bundle, "auto", BackendOptions()).warnings == ()
 
 
 def test_others_do_not_serve_int8_for_openvino():
