@@ -5,7 +5,9 @@ card that CUDA sees first; the INA3221 rails of a Jetson, from sysfs; the RAPL c
 processor's package. What they see differs: a card, a module with its board, a processor without its
 memory. The figure names its sensor.
 
-Only the reading of sysfs was tested here, on files that look like it: this machine has no sensor.
+NVML's counter was read on an NVIDIA H200: it moves every 0.1 s, and a card that has just worked draws
+more than one at rest, so idle power is taken before and after. The reading of sysfs was tested on
+files that look like it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ INTERVAL = 0.02
 COVERAGE = 0.9
 """Share of the measured time that samples must cover."""
 _GAP = 5  # a pause between samples of more intervals than this covers nothing
+_STEP = 0.25  # seconds, longer than a counter takes to move
 
 
 class Energy(Frozen):
@@ -42,9 +45,25 @@ class Energy(Frozen):
     coverage: float
     """Share of the time between samples that followed each other closely."""
     idle_watts: float
+    """Mean of before and after."""
+    idle_drift_watts: float = 0.0
+    """Half of what they differ by."""
     busy_watts: float
     joules_per_film: float
     joules_per_film_above_idle: float
+
+    @property
+    def drift_joules_per_film(self) -> float:
+        """What `joules_per_film_above_idle` may be off by, since idle power drifts."""
+        return self.idle_drift_watts * self.seconds / self.films
+
+    @property
+    def stated(self) -> str:
+        """Joules a film, and above idle where that can be told."""
+        above, drift = self.joules_per_film_above_idle, self.drift_joules_per_film
+        if above <= drift:
+            return f"{self.joules_per_film:.3f} J a film, not to be told from idle"
+        return f"{self.joules_per_film:.3f} J a film, {above:.3f} ± {drift:.3f} above idle"
 
 
 @dataclass(frozen=True)
@@ -200,14 +219,18 @@ def integrated(
 ) -> tuple[float, float]:
     """Joules from `start` to `end` and the share of that time that samples cover.
 
-    Power is integrated by the trapezoid rule, a counter is differenced. Uncovered time is filled
-    with the mean power of what is covered.
+    Power is integrated by the trapezoid rule. A counter is differenced between the samples at which
+    it moved, since it may move more seldom than it is read. Uncovered time is filled with the mean
+    power of what is covered.
 
     Args:
         times, values: `(n,)`, in seconds, and in watts or joules.
     """
-    if len(times) < 2:
+    moved = np.flatnonzero(np.diff(values)) + 1 if sensor.counts else np.arange(len(times))
+    if len(moved) < 2:
         return 0.0, 0.0
+    pause = np.maximum.reduceat(np.diff(times), moved[:-1])
+    times, values = times[moved], values[moved]
     length = np.diff(times)
     if sensor.counts:
         step = np.diff(values)
@@ -215,7 +238,7 @@ def integrated(
     else:
         step = (values[:-1] + values[1:]) / 2 * length
     inside = np.clip(np.minimum(times[1:], end) - np.maximum(times[:-1], start), 0, None)
-    near = length <= _GAP * interval
+    near = pause <= _GAP * interval
     covered = float((inside * near).sum())
     if covered <= 0:
         return 0.0, 0.0
@@ -230,10 +253,13 @@ def measure(
     """Energy of films read for some seconds; a sentence where the samples do not cover them.
 
     Args:
-        reading: reads film number i.
+        reading: reads film number i; the first one is not measured.
+        idle_seconds: before, and as many after.
     """
+    reading(0)
     meter = Meter(sensor)
     with meter.running():
+        time.sleep(_STEP)
         start = time.perf_counter()
         time.sleep(idle_seconds)
         quiet = time.perf_counter()
@@ -242,24 +268,27 @@ def measure(
             reading(films)
             films += 1
         end = time.perf_counter()
-        time.sleep(2 * INTERVAL)
-    idle, idle_coverage, _ = meter.total(start, quiet)
-    joules, coverage, samples = meter.total(quiet, end)
-    if min(coverage, idle_coverage) < COVERAGE:
-        return (
-            f"{sensor.name}: samples cover {min(coverage, idle_coverage):.0%} of the time, "
-            f"{COVERAGE:.0%} is needed"
-        )
-    length = end - quiet
-    idle_watts = idle / (quiet - start)
+        time.sleep(idle_seconds)
+        last = time.perf_counter()
+        time.sleep(_STEP)
+    spans = ((start, quiet), (quiet, end), (end, last))
+    totals = [meter.total(begin, until) for begin, until in spans]
+    coverage = min(covered for _, covered, _ in totals)
+    if coverage < COVERAGE:
+        return f"{sensor.name}: samples cover {coverage:.0%} of the time, {COVERAGE:.0%} is needed"
+    before, busy, after = (
+        joules / (until - begin) for (joules, _, _), (begin, until) in zip(totals, spans, strict=True)
+    )
+    idle, length = (before + after) / 2, end - quiet
     return Energy(
         sensor=sensor.name,
         films=films,
         seconds=length,
-        samples=samples,
+        samples=totals[1][2],
         coverage=coverage,
-        idle_watts=idle_watts,
-        busy_watts=joules / length,
-        joules_per_film=joules / films,
-        joules_per_film_above_idle=(joules - idle_watts * length) / films,
+        idle_watts=idle,
+        idle_drift_watts=abs(after - before) / 2,
+        busy_watts=busy,
+        joules_per_film=busy * length / films,
+        joules_per_film_above_idle=(busy - idle) * length / films,
     )

@@ -563,6 +563,7 @@ def stand_ins(files: Sequence[str], run: Run) -> Found:
         CxrgazeError: pytest's last words.
     """
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
+    pytest += ["--tb=no"]  # its last lines name what failed
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(_paths(run)),
@@ -623,6 +624,8 @@ def timed(
     while len(samples) < SAMPLES and (not samples or time.perf_counter() < deadline):
         samples.append(one(len(samples)))
         parts.append(dict(stages()))
+    sensor = energy.find_sensor()
+    spent = energy.measure(one, PART_S, sensor, idle_seconds=1.0) if sensor else "no sensor here"
     batch = np.ascontiguousarray(images[:LARGEST_BATCH])
     infer(batch)
     start, read = time.perf_counter(), 0
@@ -630,8 +633,6 @@ def timed(
         infer(batch)
         read += len(batch)
     rate = read / (time.perf_counter() - start)
-    sensor = energy.find_sensor()
-    spent = energy.measure(one, PART_S, sensor, idle_seconds=1.0) if sensor else "no sensor here"
     return {
         "warm_up": settled.model_dump(mode="json"),
         "latency_ms": latency(samples).model_dump(mode="json"),
@@ -642,6 +643,7 @@ def timed(
         "batch": len(batch),
         "films_per_s": rate,
         "energy": spent if isinstance(spent, str) else spent.model_dump(mode="json"),
+        "energy_stated": spent if isinstance(spent, str) else spent.stated,
         "conditions": watch.conditions().model_dump(mode="json"),
     }
 
@@ -652,12 +654,10 @@ def _rates(times: Mapping[str, Any]) -> list[str]:
     def p50(of: Mapping[str, Any]) -> str:
         return f"{of['p50']['value']:.3f} ms"
 
-    spent = times["energy"]
-    joules = spent if isinstance(spent, str) else f"{spent['joules_per_film']:.3f} J a film"
     parts = ", ".join(f"{name} {p50(of)}" for name, of in times["stages_ms"].items())
     return [
         f"p50 {p50(times['latency_ms'])} a film{f' ({parts})' if parts else ''}, "
-        f"{times['films_per_s']:.0f} films/s in batches of {times['batch']}; energy: {joules}"
+        f"{times['films_per_s']:.0f} films/s in batches of {times['batch']}; energy: {times['energy_stated']}"
         + ("" if times["warm_up"]["settled"] else "; warm-up never settled")
     ]
 
@@ -698,11 +698,12 @@ def _said(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """What a program writes to standard output.
 
     Raises:
-        CxrgazeError: it ended with another code than 0; its last line.
+        CxrgazeError: it ended with another code than 0; its last line, and pytest's failed tests.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
-        said = last_line(done.stderr) or last_line(done.stdout)
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+        said = "; ".join([last_line(done.stderr) or last_line(done.stdout), *failed])
         raise CxrgazeError(f"{Path(command[0]).name} ended with {done.returncode}: {said}")
     return done.stdout
 

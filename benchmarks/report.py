@@ -236,8 +236,7 @@ def _resources(report: Report) -> list[Block]:
     if isinstance(report.energy, Energy):
         e = report.energy
         said = (
-            f"Energy by {e.sensor}: {e.joules_per_film:.3f} J a film (film in memory to reading), "
-            f"{e.joules_per_film_above_idle:.3f} J above idle; {e.busy_watts:.1f} W against "
+            f"Energy by {e.sensor}: {e.stated} (film in memory to reading); {e.busy_watts:.1f} W against "
             f"{e.idle_watts:.1f} W idle; {e.films} films in {e.seconds:.1f} s, samples cover "
             f"{100 * e.coverage:.0f} %."
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,32 @@ class Library:
             return None
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity == self.module.EngineValidity.INVALID:
+            names = self._diagnosis(diagnostics)
+            if "MALFORMED_ENGINE" not in names:
+                runtime.deserialize_cuda_engine(plan)  # says why in the log, which the question did not
+            helps = "; ".join(_HELPS[name] for name in names if name in _HELPS)
             raise IncompatibleError(
-                f"{self.name} {self.version} says that it cannot load the plan (diagnostics "
-                f"{diagnostics}): {self.said(log)}; run: cxrgaze-build --rebuild"
+                f"{self.name} {self.version} says that it cannot load the plan "
+                f"({', '.join(names)}): {self.said(log)}{helps and f'; {helps}'}"
             )
         if validity == self.module.EngineValidity.SUBOPTIMAL:
             return f"{self.name} calls this plan suboptimal on this device"
         return None
 
+    def _diagnosis(self, bits: int) -> list[str]:
+        """The names of the bits that `getEngineValidity` gives."""
+        names: Mapping[str, Any] = self.module.EngineInvalidityDiagnostics.__members__
+        known = [name for name, bit in names.items() if int(bits) & int(bit)]
+        return known or [f"diagnostics {bits}"]
 
+
+_HELPS = {
+    "UNSUPPORTED_CC": "take another library or another card (docs/devices.md)",
+    "VERSION_MISMATCH": "run: cxrgaze-build --rebuild",
+    "MALFORMED_ENGINE": "run: cxrgaze-build --rebuild",
+    "OLD_CUDA_DRIVER": "install a newer driver",
+    "INSUFFICIENT_GPU_MEMORY": "free memory of the card",
+}
 _RTX_LACKS = {"workspace", "version_compatible", "hardware_compatible"}
 _RTX_ONLY = {"cpu_only"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -142,6 +143,7 @@ def test_a_card_that_nvml_does_not_know_has_no_energy():
 
 POWER = Sensor("power", lambda: 0.0, counts=False)
 COUNTER = Sensor("counter", lambda: 0.0, counts=True, wraps_at=100.0)
+COUNTER_OF_ALL = Sensor("counter", lambda: 0.0, counts=True)
 
 
 def test_power_is_integrated_as_numpy_does():
@@ -159,6 +161,29 @@ def test_a_counter_that_begins_anew_loses_nothing():
     assert integrated(times, counted, COUNTER, 0, 1)[0] == pytest.approx(40)
 
 
+def test_a_counter_that_moves_more_seldom_than_it_is_read_tells_no_noise():
+    """NVML's on an H200 moves every 0.1 s; between two samples it is still, or 12 J further."""
+    times = np.arange(0, 3, 0.02) + 0.003
+    power = np.where(times < 1, 100.0, 150.0)
+    counted = np.floor(times / 0.1) * 0.1
+    joules = np.where(counted < 1, 100 * counted, 100 + 150 * (counted - 1))
+    idle, covered = integrated(times, joules, COUNTER_OF_ALL, 0.2, 0.95)
+    assert idle / 0.75 == pytest.approx(100, rel=0.02) and covered == pytest.approx(1)
+    busy, _ = integrated(times, joules, COUNTER_OF_ALL, 1.05, 2.8)
+    assert busy / 1.75 == pytest.approx(power[-1], rel=0.03)
+
+
+def test_a_counter_that_never_moves_covers_nothing():
+    times = np.arange(0, 1, 0.02)
+    assert integrated(times, np.full(len(times), 7.0), COUNTER, 0, 1) == (0.0, 0.0)
+
+
+def test_a_pause_of_a_counter_lowers_the_coverage():
+    times = np.concatenate([np.arange(0, 0.5, 0.02), np.arange(0.9, 1.5, 0.02)])
+    _, coverage = integrated(times, 3 * times, COUNTER, 0.02, 1.4)
+    assert coverage == pytest.approx(1 - 0.42 / 1.38, abs=0.02)
+
+
 def test_a_pause_of_the_sensor_lowers_the_coverage():
     times = np.concatenate([np.arange(0, 0.5, 0.02), np.arange(0.9, 1.5, 0.02)])
     joules, coverage = integrated(times, np.full(len(times), 3.0), POWER, 0, 1.4, interval=0.02)
@@ -167,17 +192,46 @@ def test_a_pause_of_the_sensor_lowers_the_coverage():
     assert integrated(times[:1], times[:1], POWER, 0, 1) == (0.0, 0.0)
 
 
-def test_energy_above_idle(monkeypatch):
+def _pretended(at_rest, at_work):
+    """A sensor and a reading: what it says while a film is read, and while none is."""
     busy = [False]
-    sensor = Sensor("pretended", lambda: 12.0 if busy[0] else 2.0, counts=False)
 
     def reading(number):
         busy[0] = True
+        time.sleep(0.005)
+        busy[0] = False
 
+    return Sensor("pretended", lambda: at_work if busy[0] else at_rest(), counts=False), reading
+
+
+def test_energy_above_idle():
+    sensor, reading = _pretended(lambda: 2.0, 12.0)
     found = energy.measure(reading, 0.3, sensor, idle_seconds=0.3)
-    assert found.idle_watts == pytest.approx(2, rel=0.2) and 10 < found.busy_watts <= 12
+    assert found.idle_watts == pytest.approx(2, rel=0.2) and 6 < found.busy_watts <= 12
     above = found.joules_per_film_above_idle / found.joules_per_film
     assert above == pytest.approx(1 - found.idle_watts / found.busy_watts)
+    assert "above idle" in found.stated
+
+
+def test_energy_is_not_told_from_an_idle_that_drifts_more():
+    begun = time.perf_counter()
+    sensor, reading = _pretended(lambda: 100 + 40 * (time.perf_counter() - begun), 125.0)
+    found = energy.measure(reading, 0.3, sensor, idle_seconds=0.3)
+    assert found.idle_drift_watts > 5
+    assert found.stated.endswith("not to be told from idle")
+
+
+def test_the_first_film_is_not_measured():
+    """A backend may choose its kernels on it, which took 2.8 s on a card."""
+    sensor, _ = _pretended(lambda: 2.0, 12.0)
+    seen = []
+
+    def reading(number):
+        seen.append(number)
+        time.sleep(0.5 if len(seen) == 1 else 0.005)
+
+    found = energy.measure(reading, 0.2, sensor, idle_seconds=0.1)
+    assert seen[:2] == [0, 0] and found.films == len(seen) - 1 and found.films > 10
 
 
 def test_a_sensor_that_fails_gives_no_energy():

@@ -48,6 +48,8 @@ ALLOWED = {
     "IBuilderConfig.set_compute_capability",
     "ComputeCapability",
     "ComputeCapability.CURRENT",
+    "EngineInvalidityDiagnostics",
+    "EngineInvalidityDiagnostics.__members__",
     "EngineValidity",
     "EngineValidity.INVALID",
     "EngineValidity.SUBOPTIMAL",

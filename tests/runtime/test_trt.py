@@ -591,6 +591,39 @@ def test_the_real_library_without_a_driver_is_an_error_with_its_log(bundles, tmp
         load_engine(trt_library.find("tensorrt_rtx"), record, cache.read(record))
 
 
+WORDS = (
+    "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this "
+    "GPU, which has compute capability 9.0. Supported compute capabilities: None. TensorRT-RTX "
+    "does not support this compute capability, so the engine cannot be rebuilt for it.)"
+)
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        (2, r"\(UNSUPPORTED_CC\): IRuntime.* compute capability 9.0\..*another card"),
+        (2 + 4, r"\(UNSUPPORTED_CC, OLD_CUDA_DRIVER\): IRuntime.*; install a newer driver$"),
+        (32, r"\(MALFORMED_ENGINE\): nothing in its log; run: cxrgaze-build --rebuild$"),
+        (1 << 20, r"\(diagnostics 1048576\): IRuntime"),
+    ],
+)
+def test_a_plan_that_the_library_refuses_is_refused_in_its_words(bits, said):
+    """The first as TensorRT-RTX 1.7.1 answered on an NVIDIA H200: recorded, not asked here."""
+    module = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
+    library = trt_library.find("tensorrt_rtx")
+    log = library.logger()
+
+    class Recorded:
+        def get_engine_validity(self, plan):
+            return module.EngineValidity.INVALID, bits
+
+        def deserialize_cuda_engine(self, plan):
+            log.log(module.ILogger.Severity.ERROR, WORDS)
+
+    with pytest.raises(IncompatibleError, match=said):
+        library.require_valid(Recorded(), b"plan", log)
+
+
 class _Pausing(HostDevice):
     """Waits between copy and computation until another thread had its chance."""
 
