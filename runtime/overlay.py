@@ -43,17 +43,18 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     picture = np.zeros((size[1] + len(caption), width, 3), dtype=np.uint8)
     picture[size[1] :] = caption
     if has_map:
-        picture[: size[1], : size[0]] = _with_gaze(grey, reading.film_density)
+        density = reading.film_density if reading.geometry.shows_all else reading.heatmap()
+        picture[: size[1], : size[0]] = _with_gaze(grey, density)
         picture[: size[1], size[0] : size[0] + _BAR] = _colour_bar(size[1])
     else:
         picture[: size[1], : size[0]] = grey[..., None]
     return picture
 
 
-def _with_gaze(grey: NDArray[Any], film_density: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A film's grey levels under the density's colours, with the contour."""
+def _with_gaze(grey: NDArray[Any], density: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A film's grey levels under the colours of its density, of whatever size, with the contour."""
     size = (grey.shape[1], grey.shape[0])
-    density = cv2.resize(film_density, size, interpolation=cv2.INTER_LINEAR)
+    density = cv2.resize(density, size, interpolation=cv2.INTER_LINEAR)
     levels = _levels(density)
     blended = _blended().take(levels + _LEVELS * grey.astype(np.int32))
     coloured = blended.view(np.uint8).reshape(*grey.shape, 4)

@@ -47,7 +47,7 @@ class Reading:
 
     @cached_property
     def film_density(self) -> NDArray[np.float32]:
-        """`(h, w)`: the density over the film's area of the canvas, sum 1.
+        """`(h, w)`: the density over the film's area of the canvas, sum 1; of its window by `crop`.
 
         Raises:
             UsageError: the network has no map; so do all properties of it.
@@ -75,11 +75,18 @@ class Reading:
         return float(x), float(y)
 
     def heatmap(self) -> NDArray[np.float32]:
-        """The density in pixels of the source film, `(H, W)`, sum 1; made when asked for."""
-        size = (self.geometry.film_width, self.geometry.film_height)
-        large = cv2.resize(self.film_density, size, interpolation=cv2.INTER_LINEAR)
-        total = large.sum(dtype=np.float64)
-        return np.asarray(large / total, dtype=np.float32)
+        """The density in pixels of the source film, `(H, W)`, sum 1; made when asked for.
+
+        Zero where the canvas does not show the film.
+        """
+        height, width = self.geometry.window
+        large = cv2.resize(self.film_density, (width, height), interpolation=cv2.INTER_LINEAR)
+        large = np.asarray(large / large.sum(dtype=np.float64), dtype=np.float32)
+        if self.geometry.shows_all:
+            return large
+        whole = np.zeros((self.geometry.film_height, self.geometry.film_width), np.float32)
+        self.geometry.shown(whole)[:] = large
+        return whole
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; the map is left out (`heatmap`).

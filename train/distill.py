@@ -43,6 +43,11 @@ def taught(
         )
     if missing := [head for head in spec.heads if head not in teacher_spec.heads]:
         raise IncompatibleError(f"the teacher has no output {missing[0]}, which the student has")
+    if teacher_spec.canvas != spec.canvas:
+        raise IncompatibleError(
+            f"the teacher's films are brought on the canvas by {teacher_spec.canvas}, the "
+            f"student's by {spec.canvas}; train the student by the teacher's rule"
+        )
     has_logits, has_map = (head in spec.heads for head in (LOGITS, LOG_DENSITY))
     logits, densities = [], np.zeros_like(arrays.densities)
     teacher.eval()

@@ -43,6 +43,7 @@ class Variant(Frozen):
     """Add a learnable low-resolution log-prior to the saliency logits (not in the paper)."""
 
 
+STRIDE = 32  # the deepest stride of the network: canvas sides are multiples of it
 VARIANTS = {
     # docs/method.md#network: DenseNet201, 66,637,380 parameters.
     "paper": Variant(
@@ -347,9 +348,14 @@ def spec_of(
 
     Args:
         canvas: `(H, W)` other than the variant's own; the network is convolutional.
+
+    Raises:
+        ValueError: sides that are no multiples of `STRIDE`.
     """
     sizes = VARIANTS[variant]
     height, width = canvas or (sizes.height, sizes.width)
+    if height % STRIDE or width % STRIDE:
+        raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {height}x{width}")
     return ModelSpec.model_validate(
         {
             "variant": variant,

@@ -20,7 +20,6 @@ IMAGE: Final = "image"
 LOGITS: Final = "logits"
 LOG_DENSITY: Final = "log_density"
 
-STRIDE = 32  # the deepest stride of the network: canvas sides are multiples of it
 PREPROCESSING = 1  # raised whenever the same film would give another canvas
 SPEC_KEY = "cxrgaze.spec"  # key of the spec in the ONNX metadata
 
@@ -32,6 +31,9 @@ HEADS: tuple[Head, ...] = (LOGITS, LOG_DENSITY)
 ClassKind = Literal["exclusive", "findings"]
 """Classes of which a film has one (softmax), or findings of which it may have any (sigmoids)."""
 Domain = Literal["clinical", "phantom", "none"]
+CanvasRule = Literal["pad", "stretch", "crop"]
+"""How a film comes on the canvas: whole with its aspect and a pad of zeros, whole and stretched, or
+its centre with its aspect."""
 PixelSource = Literal[
     "image-8bit", "image-16bit", "dicom-window", "dicom-voi-lut", "dicom-percentile", "array"
 ]
@@ -74,10 +76,11 @@ class ModelSpec(Frozen):
     classes: tuple[DiseaseClass, ...] = ()
     """Of the head `logits`, in the order of its columns; none without that head."""
     class_kind: ClassKind = "exclusive"
-    height: int = Field(gt=0, multiple_of=STRIDE)
+    height: int = Field(gt=0)
     """Canvas height in pixels."""
-    width: int = Field(gt=0, multiple_of=STRIDE)
+    width: int = Field(gt=0)
     """Canvas width in pixels."""
+    canvas: CanvasRule = "pad"
     preprocessing: int = PREPROCESSING
     """Version of the preprocessing function that the network was trained with."""
     pixel_source: PixelSource

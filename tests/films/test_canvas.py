@@ -37,6 +37,50 @@ def test_the_film_is_as_large_as_it_can_be_centred_and_undistorted(height, width
     assert abs(g.width - max(width * exact, 1)) <= 0.5
 
 
+RULES = ("pad", "stretch", "crop")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(SIDES, SIDES, st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_by_every_rule_a_point_comes_back(rule, height, width, u, v):
+    geometry = Geometry.fit((height, width), (640, 512), rule)
+    point = np.array([[u * (width - 1), v * (height - 1)]])
+    assert np.abs(geometry.to_film(geometry.to_canvas(point)) - point).max() < 1e-6
+
+
+@given(SIDES, SIDES)
+@settings(max_examples=100, deadline=None)
+def test_cropping_fills_the_canvas_with_the_largest_centred_window(height, width):
+    g = Geometry.fit((height, width), (640, 512), "crop")
+    assert (g.height, g.width) == (640, 512) and (g.top, g.left) == (0, 0)
+    shown = g.window
+    assert shown[0] == height or shown[1] == width
+    assert abs(shown[0] / 640 - shown[1] / 512) <= 1 / 512  # the aspect, but for a pixel
+    assert abs(g.film_top - (height - shown[0]) / 2) <= 0.5
+    assert abs(g.film_left - (width - shown[1]) / 2) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "slow"),
+    [
+        ("stretch", (128, 256), lambda p: p.reshape(64, 2, 64, 4).mean(axis=(1, 3))),
+        ("crop", (128, 256), lambda p: p[:, 64:192].reshape(64, 2, 64, 2).mean(axis=(1, 3))),
+        ("crop", (256, 128), lambda p: p[64:192].reshape(64, 2, 64, 2).mean(axis=(1, 3))),
+    ],
+)
+def test_the_other_rules_equal_a_slow_block_mean(rule, shape, slow):
+    pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
+    canvas, geometry = to_canvas(pixels, SPEC.model_copy(update={"canvas": rule}))
+    assert np.abs(canvas - slow(pixels)).max() < 1e-6
+    dot = np.zeros(shape, np.float32)
+    dot[100:104, 100:104] = 1
+    canvas, geometry = to_canvas(dot, SPEC.model_copy(update={"canvas": rule}))
+    x, y = geometry.to_canvas(np.array([[101.5, 101.5]]))[0]
+    row, column = np.unravel_index(canvas.argmax(), canvas.shape)
+    assert abs(column - x) <= 1 and abs(row - y) <= 1
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (256, 128), (128, 256)])
 def test_area_resize_equals_a_slow_block_mean_and_the_pad_is_zero(shape):
     pixels = np.random.default_rng(0).random(shape, dtype=np.float32)

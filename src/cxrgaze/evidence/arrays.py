@@ -189,7 +189,7 @@ def _cache_key(labelled: LabelledSet, spec: ModelSpec, preset: heatmaps.HeatmapP
     parts = [
         *(f"{row.film} {row.sha256}" for row in labelled.rows),
         sha256(gaze.read_bytes()) if labelled.gaze and gaze.is_file() else "no gaze",
-        f"{spec.height}x{spec.width}, preprocessing {spec.preprocessing}",
+        f"{spec.height}x{spec.width}, {spec.canvas}, preprocessing {spec.preprocessing}",
         preset.model_dump_json(),
     ]
     return sha256("\n".join(parts).encode())[:32]
