@@ -398,7 +398,8 @@ def by_cuda_provider(network: str, run: Run) -> Found:
     Raises:
         CxrgazeError: it runs elsewhere.
     """
-    says, figures = [], {}
+    says: list[str] = []
+    figures: dict[str, Any] = {}
     for precision in PRECISIONS:
         bundle = run.pack.bundle(network, precision, run.work)
         graph = bundle.read(GRAPH)

@@ -9,7 +9,7 @@ import onnx
 
 from cxrgaze.bundles.manifest import Precision, Target
 from cxrgaze.errors import ParityError
-from cxrgaze.export import fp16, int8
+from cxrgaze.export import fp16, graph, int8
 from cxrgaze.export.source import Layout
 from cxrgaze.export.targets import TARGETS
 
@@ -72,6 +72,16 @@ class Forms:
         always = int8.kept_convolutions(self.model, self.layout) if is_int8 else set()
         nodes = (n for n in int8.convolutions(self.model) if n.name not in always)
         return list(dict.fromkeys(map(self._block_of, nodes)))
+
+    def shares(self) -> dict[str, float]:
+        """The share of all convolutions' work that each block of `blocks` has, in [0, 1]."""
+        work = list(graph.convolution_work(self.model))
+        whole = sum(one.macs for one in work) or 1
+        shares = dict.fromkeys(self.blocks(), 0.0)
+        for one in work:
+            if (block := self.layout.block_of(one.node)) in shares:
+                shares[block] += one.macs / whole
+        return shares
 
     def _block_of(self, node: onnx.NodeProto) -> str:
         return self.layout.block_of(node.name)

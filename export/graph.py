@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -122,8 +122,31 @@ def for_one_film(model: onnx.ModelProto) -> onnx.GraphProto:
     return onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True).graph
 
 
+class Work(NamedTuple):
+    """What a convolution costs."""
+
+    node: str
+    """Its name."""
+    kind: DataType
+    """Type of its input."""
+    macs: int
+    """Multiply-accumulates for one film."""
+
+
 def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     """Multiply-accumulates of the convolutions for one film, by the type of their input.
+
+    Raises:
+        onnx.shape_inference.InferenceError: as `for_one_film`.
+    """
+    macs: dict[DataType, int] = {}
+    for work in convolution_work(model):
+        macs[work.kind] = macs.get(work.kind, 0) + work.macs
+    return macs
+
+
+def convolution_work(model: onnx.ModelProto) -> Iterator[Work]:
+    """The work of each convolution, in the graph's order.
 
     Raises:
         onnx.shape_inference.InferenceError: as `for_one_film`.
@@ -132,7 +155,6 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
     values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     weights = {w.name: tuple(w.dims) for w in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
-    macs: dict[DataType, int] = {}
     for node in graph.node:
         if node.op_type != "Conv":
             continue
@@ -141,8 +163,7 @@ def convolution_macs(model: onnx.ModelProto) -> dict[DataType, int]:
         kind = "int8" if is_int8 else _DATA_TYPES[values[node.input[0]].elem_type]
         out = [d.dim_value for d in values[node.output[0]].shape.dim]
         kernel = _weight_shape(node.input[1], weights, producer)
-        macs[kind] = macs.get(kind, 0) + math.prod(out[1:]) * math.prod(kernel[1:])
-    return macs
+        yield Work(node.name, kind, math.prod(out[1:]) * math.prod(kernel[1:]))
 
 
 _DATA_TYPES: dict[int, DataType] = {

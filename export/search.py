@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,14 @@ class Choices(Protocol):
     def blocks(self) -> Sequence[str]:
         """Blocks that can go back."""
         ...
+
+    def shares(self) -> Mapping[str, float]:
+        """The share of the work that each of them has, in [0, 1]."""
+        ...
+
+
+STEP = 0.04
+"""Of the work: each look takes at least so much more of it into low precision than the last."""
 
 
 def in_turn(forms: Iterable[Form], judge: Judge) -> list[JudgedForm]:
@@ -123,10 +131,11 @@ def with_fewer_kept(
     """Forms from the one with the most blocks in higher precision to the one with none.
 
     Each block is tried alone in low precision on films that are none of the gate's, and ranked by
-    how far from the reference that takes the outputs. All but the least harmful one are kept
-    first, then one fewer each time, the least harmful leaving first. What ranks is continuous, and
-    a block's own error: with all others in low precision, errors of two blocks can make up for
-    each other.
+    how far from the reference that takes the outputs. All but the least harmful are kept first,
+    then fewer each time, the least harmful leaving first, as many at once as make a `STEP`: a look
+    takes minutes, and one that wins next to nothing is none. What ranks is continuous, and a
+    block's own error: with all others in low precision, errors of two blocks can make up for each
+    other.
 
     Args:
         distance: of a form to the reference.
@@ -147,11 +156,20 @@ def with_fewer_kept(
         others = [other for other in blocks if other != block]
         ranks[block] = log.distance(others, partial(nearest, others))
         say(f"  block {number}: {block} alone takes the outputs {ranks[block]:.2g} from fp32")
-    order = sorted(blocks, key=lambda block: -ranks[block])
-    sequence = (
-        f for n in range(max(len(order) - 1, 0), -1, -1) for f in forms.with_kept(order[:n])
-    )
+    order, shares = sorted(blocks, key=lambda block: -ranks[block]), forms.shares()
+    sequence = (f for n in _numbers_kept(order, shares) for f in forms.with_kept(order[:n]))
     return itertools.islice(sequence, budget)
+
+
+def _numbers_kept(order: Sequence[str], shares: Mapping[str, float]) -> Iterator[int]:
+    """How many of the blocks, the most harmful first, each look keeps."""
+    won = 0.0
+    for number in range(len(order) - 1, 0, -1):
+        won += shares[order[number]]
+        if won >= STEP:
+            yield number
+            won = 0.0
+    yield 0
 
 
 def log_key(*parts: str) -> str:

@@ -54,7 +54,7 @@ def render(reading: Reading, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _with_gaze(grey: NDArray[Any], density: NDArray[np.float32]) -> NDArray[np.uint8]:
     """A film's grey levels under the colours of its density, of whatever size, with the contour."""
     size = (grey.shape[1], grey.shape[0])
-    density = cv2.resize(density, size, interpolation=cv2.INTER_LINEAR)
+    density = np.asarray(cv2.resize(density, size, interpolation=cv2.INTER_LINEAR), np.float32)
     levels = _levels(density)
     blended = _blended().take(levels + _LEVELS * grey.astype(np.int32))
     coloured = blended.view(np.uint8).reshape(*grey.shape, 4)

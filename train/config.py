@@ -18,7 +18,7 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.files import parse_toml, read_toml
 from cxrgaze.records import Frozen, complaint
-from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, Head
+from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     FILM_LOSSES,
@@ -28,7 +28,7 @@ from cxrgaze.train.losses import (
     TEACH_DIAGNOSIS,
     TEACH_SALIENCY,
 )
-from cxrgaze.train.model import STRIDE, VARIANTS
+from cxrgaze.train.model import VARIANTS
 
 Part = Literal["dense", "skips", "decoder", "saliency", "classifier"]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cxrgaze.evidence.class_presets import PRESETS, Classes
 from cxrgaze.records import Frozen
-from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, Head, ModelSpec, PixelSource
+from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head, ModelSpec, PixelSource
 
 
 class Variant(Frozen):
@@ -43,7 +43,6 @@ class Variant(Frozen):
     """Add a learnable low-resolution log-prior to the saliency logits (not in the paper)."""
 
 
-STRIDE = 32  # the deepest stride of the network: canvas sides are multiples of it
 VARIANTS = {
     # docs/method.md#network: DenseNet201, 66,637,380 parameters.
     "paper": Variant(

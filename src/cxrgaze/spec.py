@@ -20,6 +20,7 @@ IMAGE: Final = "image"
 LOGITS: Final = "logits"
 LOG_DENSITY: Final = "log_density"
 
+STRIDE = 32  # the deepest stride of our own networks: sides of their canvases are multiples of it
 PREPROCESSING = 1  # raised whenever the same film would give another canvas
 SPEC_KEY = "cxrgaze.spec"  # key of the spec in the ONNX metadata
 

@@ -48,12 +48,15 @@ def _judged(form, verdict, parity="pass"):
 class _Fake:
     """Forms that are names of kept blocks; the gate passes while all of `needed` are kept."""
 
-    def __init__(self, needed, effect, blocks=("a", "b", "c")):
+    def __init__(self, needed, effect, blocks=("a", "b", "c"), shares=None):
         self.needed, self.effect, self.tried, self.measured = needed, effect, [], []
-        self._blocks = blocks
+        self._blocks, self._shares = blocks, shares or dict.fromkeys(blocks, 0.1)
 
     def blocks(self):
         return self._blocks
+
+    def shares(self):
+        return self._shares
 
     def with_kept(self, kept=()):
         return [_form("form", kept)]
@@ -92,6 +95,18 @@ def test_the_search_stops_at_the_first_form_that_does_not_pass(tmp_path):
     nothing_needed = _Fake((), fake.effect)
     made = _search(nothing_needed, tmp_path)
     assert nothing_needed.tried == [("b", "c"), ("c",), ()] and search.best(made) is made[-1]
+
+
+def test_blocks_without_much_work_leave_together(tmp_path):
+    """A look at 1,000 films for a thousandth of the work is none."""
+    effect = {"a": 0.001, "b": 0.002, "c": 0.003, "d": 0.01, "e": 0.02}
+    shares = {"a": 0.01, "b": 0.02, "c": 0.011, "d": 0.5, "e": 0.01}
+    fake = _Fake((), effect, blocks=tuple(effect), shares=shares)
+    _search(fake, tmp_path)
+    assert fake.tried == [("d", "e"), ("e",), ()]
+    light = _Fake((), effect, blocks=tuple(effect), shares=dict.fromkeys(effect, 0.001))
+    _search(light, tmp_path)
+    assert light.tried == [()]
 
 
 STOPS = {
