@@ -82,8 +82,6 @@ class Reading:
         height, width = self.geometry.window
         large = cv2.resize(self.film_density, (width, height), interpolation=cv2.INTER_LINEAR)
         large = np.asarray(large / large.sum(dtype=np.float64), dtype=np.float32)
-        if self.geometry.shows_all:
-            return large
         whole = np.zeros((self.geometry.film_height, self.geometry.film_width), np.float32)
         self.geometry.shown(whole)[:] = large
         return whole
