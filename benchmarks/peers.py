@@ -33,6 +33,7 @@ from cxrgaze.errors import CxrgazeError, IncompatibleError, UsageError
 from cxrgaze.evidence import gate
 from cxrgaze.export import graph
 from cxrgaze.export.canvases import CALIBRATION_SEED, is_large
+from cxrgaze.export.from_torch import heads_in_order
 from cxrgaze.export.network_source import source_from_checkpoint, source_from_random
 from cxrgaze.export.source import TorchSource, served_of
 from cxrgaze.export.targets import TARGETS
@@ -214,7 +215,7 @@ def _torch(
     def infer(image: NDArray[np.float32]) -> Outputs:
         with torch.inference_mode():
             given = forward(torch.from_numpy(image).to(device))
-            heads = graph.heads_in_order(given, weights.source.spec)
+            heads = heads_in_order(given, weights.source.spec)
             return dict(
                 zip(
                     weights.source.spec.heads,

@@ -12,6 +12,7 @@ from cxrgaze import command
 
 if TYPE_CHECKING:
     from cxrgaze.bundles.bundle import Bundle
+    from cxrgaze.export.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="NAME.safetensors with NAME.json beside it, or the name of a network that ships "
         "(default: demo); a file called as one of those is ./NAME",
     )
+    _add_own(parser)
     parser.add_argument(
         "--list", action="store_true", help="show the networks that ship, and export nothing"
     )
@@ -147,6 +149,33 @@ def _list() -> None:
     print("The paper's network, untrained: cxrgaze-export --variant paper --random-weights")
 
 
+def _add_own(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a network of your own",
+        "Any network that reads one film and gives logits, a map or both, with a card that says "
+        "what its file does not (docs/own-networks.md).",
+    )
+    group.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help="its ONNX file")
+    group.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="a torch module by the code that makes it, which is run",
+    )
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="of --model: safetensors, or a state dict; nothing is unpickled",
+    )
+    group.add_argument("--card", type=Path, metavar="CARD.toml", help="what it takes and gives")
+    group.add_argument(
+        "--cam",
+        metavar="CLASS|all",
+        help="the map is the exact class activation map of a class, or of whichever has the most "
+        "at each pixel, for a classifier that ends in global pooling and a linear layer",
+    )
+
+
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "accuracy gate",
@@ -230,9 +259,22 @@ def _run(args: argparse.Namespace) -> int:
         return ExitCode.OK
     if args.random_weights != (args.variant is not None):
         raise UsageError("--variant and --random-weights go together")
-    if args.random_weights and args.checkpoint:
-        raise UsageError("give a CHECKPOINT or --random-weights, not both")
-    path = _checkpoint(args.checkpoint)
+    ways = {
+        "CHECKPOINT": args.checkpoint,
+        "--random-weights": args.random_weights,
+        "--onnx": args.onnx,
+        "--model": args.model,
+    }
+    if len(given := [name for name, value in ways.items() if value]) > 1:
+        raise UsageError(f"give {' or '.join(given)}, not both")
+    own = bool(args.onnx or args.model)
+    if own != (args.card is not None):
+        raise UsageError("--onnx MODEL.onnx or --model, and --card CARD.toml, go together")
+    if (args.model is None) != (args.weights is None):
+        raise UsageError("--model and --weights FILE go together")
+    if args.cam and not own:
+        raise UsageError("--cam is for --onnx and --model")
+    path = None if own else _checkpoint(args.checkpoint)
     from cxrgaze.films.find import find_films
 
     films = [path for path, _ in find_films(args.films).films]
@@ -244,7 +286,7 @@ def _run(args: argparse.Namespace) -> int:
 
         from cxrgaze.evidence.labelled_set import split_named
         from cxrgaze.evidence.seen import read_key
-        from cxrgaze.export import network_source, pipeline
+        from cxrgaze.export import network_source, own_module, own_source, pipeline
         from cxrgaze.export.options import (
             ExportOptions,
             GateOptions,
@@ -254,12 +296,22 @@ def _run(args: argparse.Namespace) -> int:
         )
         from cxrgaze.processors import cpu_count
     torch.set_num_threads(args.threads or cpu_count())
-    with step("make random weights" if args.random_weights else "load the checkpoint"):
-        source = (
-            network_source.source_from_random(args.variant, args.seed)
-            if args.random_weights
-            else network_source.source_from_checkpoint(path)
-        )
+    source: Source
+    if args.onnx:
+        with step(f"open {args.onnx.name} in a process of its own, and adapt it by its card"):
+            source = own_source.source_from_onnx(args.onnx, args.card, args.cam)
+    elif args.model:
+        with step(f"make {args.model}, and adapt it by its card"):
+            module, digest = own_module.made(args.model, args.weights)
+            source = own_source.source_from_module(
+                module, args.weights.name, digest, args.card, args.cam
+            )
+    elif args.random_weights:
+        with step("make random weights"):
+            source = network_source.source_from_random(args.variant, args.seed)
+    elif path:
+        with step("load the checkpoint"):
+            source = network_source.source_from_checkpoint(path)
     options = ExportOptions(
         args.precision,
         args.target,

@@ -53,6 +53,7 @@ class Forms:
             nodes = {n.name for n in self.model.graph.node if self._block_of(n) in blocks}
             if blocks and not nodes:
                 raise ParityError(f"no node belongs to {blocks}")
+            nodes |= self.layout.float32_nodes(self.model)
             typed = fp16.to_fp16(self.model, nodes_kept=nodes)
             yield Form("fp16", blocks, typed, fp16.check_kept(typed) + len(nodes))
         else:

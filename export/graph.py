@@ -1,73 +1,22 @@
-"""Network to ONNX: opset 18, IR at most 10, named outputs, dynamic batch, simplified, checked."""
+"""ONNX graphs: opset 18, IR at most 10, simplified, checked, and what their convolutions cost."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import onnx
-import torch
 from onnx import numpy_helper
-from torch import nn
 
 from cxrgaze.bundles.manifest import DataType
 from cxrgaze.errors import IntegrityError, UsageError
 from cxrgaze.runtime import graph_look
-from cxrgaze.spec import IMAGE, NOTICE, SPEC_KEY, ModelSpec
+from cxrgaze.spec import NOTICE, SPEC_KEY, ModelSpec
 
 OPSET = 18
 IR_VERSION = 10  # onnxruntime 1.23, the last for JetPack 6, reads at most 11; onnx writes 13
-
-
-def onnx_from_module(module: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """The float32 graph of a module in evaluation mode.
-
-    `image` `(N, 1, H, W)` to the heads of the spec (`ModelSpec.shapes`), N dynamic. Made by torch's
-    TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
-    """
-    buffer: Any = io.BytesIO()  # the exporter writes to files of any kind, its types do not say so
-    # On the module itself: a module around it would be in the names of all nodes.
-    hook = module.register_forward_hook(lambda _, given, out: heads_in_order(out, spec))
-    try:
-        with warnings.catch_warnings():
-            # The exporter's own age.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            torch.onnx.export(
-                module.eval(),
-                (torch.zeros(1, 1, spec.height, spec.width),),
-                buffer,
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=[IMAGE],
-                output_names=list(spec.heads),
-                dynamic_axes={name: {0: "N"} for name in (IMAGE, *spec.heads)},
-            )
-    finally:
-        hook.remove()
-    return onnx.load_from_string(buffer.getvalue())
-
-
-def heads_in_order(output: Any, spec: ModelSpec) -> tuple[torch.Tensor, ...]:
-    """The heads of a module's output, in the order of the spec.
-
-    Args:
-        output: tensors by name of the head, in the order of the spec, or one tensor alone.
-
-    Raises:
-        UsageError: another number of them, or other names.
-    """
-    if isinstance(output, Mapping):
-        if set(output) != set(spec.heads):
-            raise UsageError(f"the network gives {sorted(output)}, its spec says {spec.heads}")
-        return tuple(output[head] for head in spec.heads)
-    heads = (output,) if isinstance(output, torch.Tensor) else tuple(output)
-    if len(heads) != len(spec.heads):
-        raise UsageError(f"the network gives {len(heads)} outputs, its spec says {spec.heads}")
-    return heads
 
 
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -164,6 +113,32 @@ def convolution_work(model: onnx.ModelProto) -> Iterator[Work]:
         out = [d.dim_value for d in values[node.output[0]].shape.dim]
         kernel = _weight_shape(node.input[1], weights, producer)
         yield Work(node.name, kind, math.prod(out[1:]) * math.prod(kernel[1:]))
+
+
+def other_work(model: onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of what is no convolution for one film, by name of the node.
+
+    Transposed convolutions and matrix products; no other operator multiplies much.
+
+    Raises:
+        onnx.shape_inference.InferenceError: as `for_one_film`.
+    """
+    graph = for_one_film(model)
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    } | {weight.name: list(weight.dims) for weight in graph.initializer}
+    work = {}
+    for node in graph.node:
+        if node.op_type == "ConvTranspose":
+            work[node.name] = math.prod(shapes[node.input[0]][1:]) * math.prod(
+                shapes[node.input[1]][1:]
+            )
+        elif node.op_type in ("MatMul", "Gemm"):
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            inner = shapes[node.input[0]][0 if transposed else -1]
+            work[node.name] = math.prod(shapes[node.output[0]]) * inner
+    return work
 
 
 _DATA_TYPES: dict[int, DataType] = {

@@ -19,7 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cxrgaze.errors import ParityError
+from cxrgaze.errors import ParityError, UsageError
+from cxrgaze.export.graph import convolution_work, other_work
 from cxrgaze.export.ranges import Method, collect
 from cxrgaze.export.source import Layout
 
@@ -50,11 +51,38 @@ def kept_convolutions(
     names = {pattern: set[str]() for pattern in (*layout.kept, *blocks)}
     for node in convolutions(model):
         for pattern in names:
-            if node.name.startswith(pattern) or layout.block_of(node.name) == pattern:
+            if is_named(node.name, pattern) or layout.block_of(node.name) == pattern:
                 names[pattern].add(node.name)
     if empty := [pattern for pattern, members in names.items() if not members]:
         raise ParityError(f"no convolution belongs to {empty}; its name was changed")
     return set().union(*names.values())
+
+
+_SHARE_LEFT = 0.5
+"""Of the work that may stay float because it is no convolution."""
+
+
+def require_convolutions(model: onnx.ModelProto) -> None:
+    """Refuse a network most of whose work is none that is quantized here.
+
+    Raises:
+        UsageError: naming it, and its share.
+    """
+    other = other_work(model)
+    whole = sum(other.values()) + sum(one.macs for one in convolution_work(model))
+    share = sum(other.values()) / max(whole, 1)
+    if share > _SHARE_LEFT:
+        first = ", ".join(sorted(other, key=lambda name: -other[name])[:3])
+        raise UsageError(
+            f"int8 is for convolutions, and {100 * share:.0f} % of this network's work is done by "
+            f"other operators ({len(other)}, the largest {first}), which would stay float: take "
+            "--precision fp16"
+        )
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a node is meant by a pattern of `Layout.kept`."""
+    return name == pattern or (pattern.endswith("/") and name.startswith(pattern))
 
 
 def calibrate(

@@ -20,7 +20,7 @@ LIMITS: dict[Precision, Tolerance] = {
     "fp16": {LOGITS: 0.05, LOG_DENSITY: 0.15},
     "int8": {LOGITS: 5.0, LOG_DENSITY: 10.0},
 }
-"""Largest differences that pass.
+"""Largest differences that pass; of logits whose root mean square is more than 1, in its units.
 
 The largest over all pixels of all films is an extreme: with the shipped `edge` network one pixel of
 330,000 is off by 0.075 nats where the 99th percentile is 0.018 and maps agree to 0.99997. Rounding
@@ -85,7 +85,7 @@ def compare(
         if served.classes:
             one, other = (served.probabilities(said[LOGITS][None]) for said in (found, want))
             flips += bool((served.decisions(one) != served.decisions(other)).any())
-    limits = {head: LIMITS[precision][head] for head in heads}
+    limits = {head: LIMITS[precision][head] * _unit(head, wanted) for head in heads}
     outputs = {head: _summary(off[head], cosines[head]) for head in heads}
     # The network itself may be broken: a peak of NaN or infinity is no number to compare with.
     finite = finite and bool(np.isfinite(wanted.peak))
@@ -110,6 +110,14 @@ def compare(
     )
 
 
+def _unit(head: Head, wanted: Answers) -> float:
+    """What a difference of a head is measured in: logits of other networks may be in the hundreds."""
+    if head != LOGITS:
+        return 1.0
+    size = float(np.sqrt(np.mean(np.square(wanted.outputs[head], dtype=np.float64))))
+    return size if size > 1 else 1.0  # NaN is seen elsewhere
+
+
 def self_test_tolerances(precision: Precision, parity: Parity) -> dict[Arithmetic, Tolerance]:
     """Tolerances of the golden input, by what a backend computes in (`Backend.arithmetic`).
 
@@ -117,16 +125,17 @@ def self_test_tolerances(precision: Precision, parity: Parity) -> dict[Arithmeti
     float32 too, so its tolerance follows what its own parity found: three times the largest
     difference over all films, and never less than float16's.
     """
+    units = {head: parity.limits[head] / LIMITS[precision][head] for head in parity.outputs}
     own: dict[Precision, Tolerance] = {
         "fp32": dict.fromkeys(parity.outputs, 0.0),
-        "fp16": LIMITS["fp16"],
+        "fp16": parity.limits,
         "int8": {
-            head: max(3 * found.max, BY_ARITHMETIC["float16"][head])
+            head: max(3 * found.max, BY_ARITHMETIC["float16"][head] * units[head])
             for head, found in parity.outputs.items()
         },
     }
     tolerances: dict[Arithmetic, Tolerance] = {
-        name: {head: max(of[head], own[precision][head]) for head in parity.outputs}
+        name: {head: max(of[head] * units[head], own[precision][head]) for head in parity.outputs}
         for name, of in BY_ARITHMETIC.items()
     }
     if precision == "int8":

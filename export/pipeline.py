@@ -26,7 +26,7 @@ from cxrgaze.command import Steps, say
 from cxrgaze.environment import now_utc, versions
 from cxrgaze.errors import GateError, UsageError
 from cxrgaze.evidence import gate
-from cxrgaze.export import audit, graph, parity, search
+from cxrgaze.export import audit, graph, int8, parity, search
 from cxrgaze.export.canvases import GOLDEN_SEED, is_large, parity_canvases, phantom_canvases
 from cxrgaze.export.forms import Forms
 from cxrgaze.export.judge import (
@@ -65,7 +65,7 @@ def export(source: Source, options: ExportOptions, step: Steps) -> Bundle:
 
     Raises:
         UsageError: the output cannot be written or is something else; no key to sign with; a gate
-            or calibration set is needed and none was given.
+            or calibration set is needed and none was given; int8 of what is no convolution.
         ParityError: the graph does not compute what the network computes, or float16 overflows.
         GateError: it loses more than the limits allow; no bundle is left of either.
         DataError: a set that breaks a rule, or shares patients with the other.
@@ -94,6 +94,8 @@ def _made(source: Source, options: ExportOptions, step: Steps) -> _Made:
         names = tuple(n for n in TARGETS[options.target].rewrites if n in source.rewrites)
         model = source.graph(names)
         graph.require_servable(model)
+        if precision == "int8":
+            int8.require_convolutions(model)
     with step("read the gate's films and the float32 reference's answers"):
         gated = gate_films(source, options, model)
     audited = calibration = None

@@ -20,7 +20,8 @@ from torch import nn
 
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.evidence.seen import Seen
-from cxrgaze.export import graph
+from cxrgaze.export.from_torch import heads_in_order, onnx_from_module
+from cxrgaze.export.graph import simplified
 from cxrgaze.spec import Head, ModelSpec, Outputs
 
 
@@ -64,9 +65,16 @@ class Layout:
     """How low precision goes through a network, by the names of its graph's nodes."""
 
     kept: tuple[str, ...] = ()
-    """Convolutions that stay in higher precision: beginnings of their names."""
+    """Convolutions that stay in higher precision: their names, or their beginnings with a "/"."""
     block_of: Callable[[str], str] = first_module
     """The block that a node belongs to: what goes back to higher precision together."""
+    float32: str = ""
+    """Nodes that compute in float32 in every precision: the beginning of their names."""
+
+    def float32_nodes(self, model: onnx.ModelProto) -> set[str]:
+        """Names of the nodes that compute in float32 in every precision."""
+        names = {node.name for node in model.graph.node}
+        return {name for name in names if self.float32 and name.startswith(self.float32)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TorchSource:
-    """A torch module from `(N, 1, H, W)` to its heads (`graph.heads_in_order`), as a `Source`."""
+    """A torch module from `(N, 1, H, W)` to its heads (`from_torch.heads_in_order`), as a `Source`."""
 
     module: nn.Module
     spec: ModelSpec
@@ -132,7 +140,7 @@ class TorchSource:
     def graph(self, rewrites: Collection[str] = ()) -> onnx.ModelProto:
         """See `Source`."""
         module = self.rewritten(self.module, rewrites)
-        return graph.simplified(graph.onnx_from_module(module, self.spec))
+        return simplified(onnx_from_module(module, self.spec))
 
     def answers(self, images: NDArray[np.float32]) -> Answers:
         """See `Source`."""
@@ -142,7 +150,7 @@ class TorchSource:
             for image in images:
                 given = self.module(torch.from_numpy(image[None]))
                 for head, tensor in zip(
-                    self.spec.heads, graph.heads_in_order(given, self.spec), strict=True
+                    self.spec.heads, heads_in_order(given, self.spec), strict=True
                 ):
                     parts[head].append(tensor.numpy())
         return Answers(images, {h: np.concatenate(part) for h, part in parts.items()}, peak[0])

@@ -43,9 +43,10 @@ def _int8_tensorrt(
 ) -> Iterator[Typed]:
     quantized = int8.for_tensorrt(model, ranges, keep)
     for name, also in (("float32 scales", _Q_DQ), ("float16 scales", frozenset[str]())):
-        typed = fp16.to_fp16(quantized, fp16.KEEP | also)
+        nodes = layout.float32_nodes(quantized)
+        typed = fp16.to_fp16(quantized, fp16.KEEP | also, nodes)
         int8.lint(typed)
-        yield Typed(f"int8, float16 else, {name}", typed, fp16.check_kept(typed))
+        yield Typed(f"int8, float16 else, {name}", typed, fp16.check_kept(typed) + len(nodes))
 
 
 def _int8_cpu(

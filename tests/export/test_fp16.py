@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cxrgaze.errors import ParityError
-from cxrgaze.export import fp16, graph
+from cxrgaze.export import fp16, from_torch, graph
 from cxrgaze.spec import IMAGE, SPEC_KEY
 from cxrgaze.train import checkpoint
 
@@ -21,7 +21,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def full(demo):
-    return graph.simplified(graph.onnx_from_module(demo[0], demo[1].spec))
+    return graph.simplified(from_torch.onnx_from_module(demo[0], demo[1].spec))
 
 
 def _types(model):

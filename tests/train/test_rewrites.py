@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cxrgaze.errors import ExitCode, UsageError
-from cxrgaze.export import fp16, graph, parity
+from cxrgaze.export import fp16, from_torch, graph, parity
 from cxrgaze.export.canvases import phantom_canvases
 from cxrgaze.export.network_source import source_from_random
 from cxrgaze.export.source import served_of
@@ -273,7 +273,7 @@ def exported(tiny):
     def export(*names, canvas=(64, 64)):
         if (names, canvas) not in made:
             network = rewrites.rewritten(tiny.module, names)
-            made[names, canvas] = graph.onnx_from_module(network, _spec("tiny", canvas))
+            made[names, canvas] = from_torch.onnx_from_module(network, _spec("tiny", canvas))
         return made[names, canvas]
 
     return export

@@ -1,0 +1,158 @@
+"""Somebody's torch module: made by their code, with weights that are never unpickled."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cxrgaze.command import say
+from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.export.graph import OPSET
+from cxrgaze.files import read_regular, sha256
+from cxrgaze.train.checkpoint import UNREADABLE
+
+_LIMIT = 4 << 30
+
+
+def made(named: str, weights: Path) -> tuple[nn.Module, str]:
+    """The module that `package.module:factory` makes, with weights, and their SHA-256.
+
+    It runs code that is not ours, and says so first. The working folder is one of the places that
+    it is looked for in.
+
+    Raises:
+        UsageError: no such code, it fails, or makes no module; weights that are not its own.
+        IntegrityError: a file that holds no tensors alone.
+    """
+    where, _, factory = named.partition(":")
+    if not where or not factory:
+        raise UsageError(f"--model {named}: expected package.module:factory")
+    data = read_regular(weights, _LIMIT) if weights.is_file() else b""
+    if not data:
+        raise UsageError(f"{weights} is no file; expected weights, safetensors or a state dict")
+    tensors = _tensors(data, weights)
+    say(f"runs the code of {where}, which is not ours: run none that you do not trust")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = getattr(importlib.import_module(where), factory)()
+    except Exception as error:
+        raise UsageError(f"--model {named}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"--model {named} makes {type(module).__name__}, expected a torch module")
+    _load(module, tensors, weights)
+    return module.eval(), sha256(data)
+
+
+def _tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that it may not know: it says so itself
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise IntegrityError(
+            f"{path} is no file of tensors alone ({type(error).__name__}); save "
+            "module.state_dict(), best as safetensors: a pickled module is never loaded"
+        ) from error
+    if isinstance(found, dict) and set(found) & {"state_dict", "model"}:
+        found = found.get("state_dict", found.get("model"))
+    if not isinstance(found, Mapping) or not all(torch.is_tensor(v) for v in found.values()):
+        raise IntegrityError(f"{path} holds {type(found).__name__}, expected a state dict")
+    return dict(found)
+
+
+def _load(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        told = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"{path} does not fit the module: {said[:500]}") from error
+    for what, names in (("lacks", told.missing_keys), ("has, and the module not,", told.unexpected_keys)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UsageError(f"{path} {what} {', '.join(names[:5])}{more}; expected its state dict")
+
+
+def exported(module: nn.Module, shape: tuple[int, int, int]) -> tuple[bytes, tuple[str, ...]]:
+    """The module as ONNX, and what its outputs are called.
+
+    Args:
+        shape: `(C, H, W)` of an image.
+
+    Raises:
+        UsageError: it does not take such an image, gives no tensors, or cannot be exported.
+    """
+    image = torch.zeros(1, *shape)
+    try:
+        with torch.inference_mode():
+            names = tuple(_named(module(image)))
+        buffer: Any = io.BytesIO()
+        hook = module.register_forward_hook(lambda _, given, out: tuple(_named(out).values()))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter's, of its own age and of tracing
+                torch.onnx.export(
+                    module,
+                    (image,),
+                    buffer,
+                    dynamo=False,
+                    opset_version=OPSET,
+                    input_names=["input"],
+                    output_names=list(names),
+                    dynamic_axes={name: {0: "N"} for name in ("input", *names)},
+                )
+        finally:
+            hook.remove()
+    except UsageError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:500]
+        raise UsageError(
+            f"the module does not take an image of {shape}, or cannot be exported: {said}"
+        ) from error
+    return buffer.getvalue(), names
+
+
+def forward(
+    module: nn.Module, wanted: Sequence[str]
+) -> Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """What the module itself gives of an image, the outputs called `wanted`."""
+
+    def infer(image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        with torch.inference_mode():
+            found = _named(module(torch.from_numpy(image)))
+        return [found[name].float().numpy() for name in wanted]
+
+    return infer
+
+
+def _named(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an output by name."""
+    if torch.is_tensor(output):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        found = {str(name): tensor for name, tensor in output.items()}
+    elif isinstance(output, (tuple, list)):
+        found = {f"output{number}": tensor for number, tensor in enumerate(output)}
+    else:
+        found = {}
+    if not found or not all(torch.is_tensor(tensor) for tensor in found.values()):
+        raise UsageError(
+            f"the module gives {type(output).__name__}, expected a tensor, or tensors in a tuple "
+            "or by name"
+        )
+    return found
