@@ -42,7 +42,7 @@ def pages(report: SaliencyReport) -> dict[str, bytes]:
     )
     if report.left_out:
         blocks += [Heading("Left out"), Bullets(report.left_out)]
-    return page_files("saliency", f"Heatmaps {report.maps} against gaze", blocks)
+    return page_files("saliency", f"Heatmaps in {report.maps} against gaze", blocks)
 
 
 def summary(report: SaliencyReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import subprocess
@@ -21,9 +22,9 @@ from cxrgaze.evidence.labelled_set import LOOKS, LabelledSet, write_set
 from cxrgaze.films.canvas import Geometry
 from cxrgaze.records import parse_record
 from cxrgaze.spec import NOTICE, ModelSpec
-from cxrgaze.train import cli
+from cxrgaze.train import cli, map_files
 from cxrgaze.train.film_saliency import saliency_by_film
-from cxrgaze.train.map_files import find_maps, read_map
+from cxrgaze.train.map_files import find_maps, map_bytes, read_map
 from cxrgaze.train.saliency import priors_of_others
 from cxrgaze.train.saliency_record import FILE, SaliencyReport
 from cxrgaze.train.saliency_report import summary, verdict
@@ -542,6 +543,22 @@ def test_pictures_that_are_no_heat_are_refused(tmp_path):
     np.savez(tmp_path / "m.npz", np.ones((96, 80)))
     with pytest.raises(DataError, match="found an archive"):
         read_map(tmp_path / "m.npy", (tmp_path / "m.npz").read_bytes(), "activation", GEOMETRY)
+
+
+def test_a_header_that_promises_too_much_is_refused(tmp_path, monkeypatch):
+    header = io.BytesIO()
+    what = {"descr": "<f8", "fortran_order": False, "shape": (10**7, 10**7)}
+    np.lib.format.write_array_header_1_0(header, what)
+    with pytest.raises(DataError, match="no npy array"):
+        read_map(tmp_path / "m.npy", header.getvalue(), "activation", GEOMETRY)
+    monkeypatch.setattr(map_files, "PIXEL_LIMIT", 96 * 80 - 1)
+    with pytest.raises(DataError, match="no PNG: more than 7679 pixels"):
+        _read(tmp_path, np.full((96, 80), 9, np.uint8), name="m.png")
+
+
+def test_a_map_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.npy: cannot be opened"):
+        map_bytes(tmp_path / "gone.npy")
 
 
 def test_all_maps_that_cannot_be_used_are_named(labelled, tmp_path, capsys):
