@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = {"report.md", "parity.md", "summary.md", "card.md", "NAME.card.md"}
+WRITTEN = {"report.md", "parity.md", "summary.md", "card.md", "NAME.card.md", "saliency.md"}
 """Pages that commands write for their user."""
 
 _URL = re.compile(r"\w+://\S+")

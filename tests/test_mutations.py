@@ -61,6 +61,8 @@ PAIRS = {
     "runtime/reader.py": "tests/runtime/test_reader.py",
     "runtime/reading.py": "tests/runtime/test_reader.py -k left_out",
     "runtime/trt.py": "tests/runtime/test_trt.py -k 'not gated'",
+    "train/map_files.py": "tests/train/test_saliency.py "
+    "-k 'refused or too_little or tell_them or is_named'",
 }
 """Tests by the module whose checks they are for: arguments of pytest."""
 

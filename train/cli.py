@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_fit(commands)
     _add_evaluate(commands)
     _add_compare(commands)
+    _add_saliency(commands)
     _add_card(commands)
     _add_phantom(commands)
     _add_demo(commands)
@@ -170,6 +171,63 @@ def _add_compare(commands: Any) -> None:
     )
     compare.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
     compare.set_defaults(run=_compare)
+
+
+def _add_saliency(commands: Any) -> None:
+    saliency = commands.add_parser(
+        "saliency",
+        help="compare heatmaps of any tool with the gaze of a labelled set",
+        description="CC, SIM, KLD, NSS, AUC-Judd, shuffled AUC and information gain of a map a "
+        "film, with intervals, beside the centre prior and what readers agree among each other: "
+        "saliency.json, .csv (a row a film), .md and .html. A look at a test split is logged in "
+        "SET/looks.jsonl. Example: cxrgaze-train saliency gradcam/ SET --heatmap reflacx --output "
+        "REPORT, with gradcam/NAME.npy for the film NAME.dcm of SET.",
+        epilog=command.EXIT_HELP,
+    )
+    saliency.add_argument(
+        "maps",
+        type=Path,
+        metavar="MAPS",
+        help="folder with a map a film, named as the film: NAME.npy, (H, W) numbers, or NAME.png, "
+        "grey of 8 or 16 bit; of any size with the film's aspect",
+    )
+    saliency.add_argument("set", type=Path, metavar="SET", help="labelled set made by prepare")
+    saliency.add_argument("--output", type=Path, required=True, metavar="DIR")
+    saliency.add_argument(
+        "--heatmap", required=True, metavar="PRESET", help="how gaze becomes a density"
+    )
+    saliency.add_argument(
+        "--kind",
+        choices=("activation", "probability", "log-density"),
+        default="activation",
+        help="what the maps hold: heat of any sum, a density, its natural logarithm (default "
+        "activation)",
+    )
+    command.add_split(saliency, "--split", "test")
+    saliency.add_argument(
+        "--canvas",
+        type=_canvas,
+        default=(320, 320),
+        metavar="HxW",
+        help="pixels that film, gaze and map are brought to (default 320x320)",
+    )
+    saliency.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="judge the films that have a map although others have none, and say so",
+    )
+    saliency.add_argument(
+        "--resamples", type=command.bounded(200, 100_000), default=2000, help="(default 2000)"
+    )
+    saliency.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
+    saliency.set_defaults(run=_saliency)
+
+
+def _canvas(text: str) -> tuple[int, int]:
+    """An argparse type: `HxW` in pixels."""
+    side = command.bounded(8, 4096)
+    height, _, width = text.partition("x")
+    return side(height), side(width)
 
 
 def _add_card(commands: Any) -> None:
@@ -320,6 +378,29 @@ def _compare(args: argparse.Namespace) -> int:
     for name, interval in (("macro AUC", found.macro_auc), ("CC", found.cc)):
         if interval:
             print(f"{name}, new minus base: {interval}")
+    return 0
+
+
+def _saliency(args: argparse.Namespace) -> int:
+    from cxrgaze.train.saliency import SaliencyOptions, compare_with_gaze
+    from cxrgaze.train.saliency_report import summary
+
+    report = compare_with_gaze(
+        SaliencyOptions(
+            maps=args.maps,
+            labelled=args.set,
+            output=args.output,
+            heatmap=args.heatmap,
+            split=args.split,
+            kind=args.kind,
+            canvas=args.canvas,
+            allow_missing=args.allow_missing,
+            resamples=args.resamples,
+            seed=args.seed,
+        )
+    )
+    for line in summary(report):
+        print(line)
     return 0
 
 

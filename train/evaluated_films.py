@@ -19,7 +19,7 @@ from cxrgaze.evidence.truth import UNKNOWN, Truth, any_known
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Outputs
 from cxrgaze.train.baseline import SHOWN, Baseline, Described, Name, fitted, grey_statistics
 from cxrgaze.train.evaluated_model import EvaluatedModel
-from cxrgaze.train.figures import saliency_by_film
+from cxrgaze.train.film_saliency import saliency_by_film
 
 
 @dataclass(frozen=True)

@@ -124,20 +124,21 @@ def _next(evaluation: Evaluation) -> list[str]:
     """What to do where a difference is not shown."""
     if evaluation.leakage:
         return ["next: films that the network was not trained on"]
-    lines = []
-    for one in differences(evaluation):
-        low, high, value = one.added.low, one.added.high, one.added.value
-        if one.tone != "open":
-            continue
-        if low is None or high is None:
-            lines.append(f"next: {one.name}: more patients, these give no interval")
-        elif value > 0:
-            # An interval narrows as the root of the patients; 0.84 more for 8 of 10.
-            many = one.patients * (_POWER * (value - low) / value) ** 2
-            lines.append(
-                f"next: {one.name}: if the difference is as found, some {rounded_up(many)} "
-                "patients show it in 8 of 10 cases"
-            )
-        else:
-            lines.append(f"next: {one.name}: none was found; more patients will not make one")
-    return lines
+    return [step for one in differences(evaluation) if (step := next_step(one))]
+
+
+def next_step(one: Difference) -> str:
+    """What to do where a difference is not shown, "" where it is."""
+    low, high, value = one.added.low, one.added.high, one.added.value
+    if one.tone != "open":
+        return ""
+    if low is None or high is None:
+        return f"next: {one.name}: more patients, these give no interval"
+    if value <= 0:
+        return f"next: {one.name}: none was found; more patients will not make one"
+    # An interval narrows as the root of the patients; 0.84 more for 8 of 10.
+    many = one.patients * (_POWER * (value - low) / value) ** 2
+    return (
+        f"next: {one.name}: if the difference is as found, some {rounded_up(many)} "
+        "patients show it in 8 of 10 cases"
+    )

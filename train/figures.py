@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +11,11 @@ from numpy.typing import NDArray
 
 from cxrgaze.bundles.served import Decision, Served
 from cxrgaze.command import counted
-from cxrgaze.errors import DataError
 from cxrgaze.evidence import heatmaps, metrics
-from cxrgaze.evidence.arrays import Arrays, canvas_density
-from cxrgaze.evidence.gaze import Gaze
+from cxrgaze.evidence.arrays import Arrays
 from cxrgaze.evidence.truth import present_classes
-from cxrgaze.films.canvas import Geometry
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, Outputs
+from cxrgaze.train.film_saliency import saliency_by_film
 from cxrgaze.train.model import Network
 
 
@@ -75,82 +71,3 @@ def point_figures(
         if not np.isnan(values).all():
             figures[key] = float(np.nanmean(values))
     return figures
-
-
-def saliency_by_film(
-    arrays: Arrays,
-    log_density: NDArray[np.float32],
-    prior: NDArray[np.floating] | None,
-    preset: heatmaps.HeatmapPreset,
-) -> dict[int, dict[str, float]]:
-    """Saliency metrics of every film with gaze, over the film's area, by the film's index.
-
-    Args:
-        log_density: `(N, H, W)`. prior, preset: as in `point_figures`.
-
-    Returns:
-        cc, sim, kld, nss, auc_judd of the prediction (the last two at fixations, or at samples
-        where a film has no fixations); the same of the centre prior
-        (`..._centre_prior`); cc_between_readers, the mean over all pairs of readers, and
-        cc_single_reader, of the prediction with one reader's own map, the mean over readers: both
-        NaN with one reader; pad_mass.
-    """
-    return {
-        index: _saliency_of_film(arrays, index, np.exp(log_density[index]), prior, preset)
-        for index in np.flatnonzero(arrays.has_gaze).tolist()
-    }
-
-
-def _saliency_of_film(
-    arrays: Arrays,
-    index: int,
-    predicted: NDArray[np.floating],
-    prior: NDArray[np.floating] | None,
-    preset: heatmaps.HeatmapPreset,
-) -> dict[str, float]:
-    geometry, gaze = arrays.geometries[index], arrays.gaze[index]
-    assert gaze is not None
-    prediction, truth = (geometry.crop(m) for m in (predicted, arrays.densities[index, 0]))
-    # A sample of the eye tracker is no fixation: NSS and AUC-Judd take fixations where there are.
-    fixations = gaze.select(kind="fixation" if "fixation" in gaze.kinds else None).points
-    points = np.rint(geometry.to_canvas(fixations) - (geometry.left, geometry.top)).astype(int)
-    inside = points[((points >= 0) & (points < (geometry.width, geometry.height))).all(axis=1)]
-    saliency = _agreement(prediction, truth, inside)
-    if prior is not None:
-        of_prior = _agreement(geometry.crop(prior), truth, inside)
-        saliency |= {f"{key}_centre_prior": value for key, value in of_prior.items()}
-    maps = _reader_maps(gaze, geometry, preset)
-    # A pooled map has less noise than a reader's own: like stands beside like.
-    several = len(maps) > 1
-    pairs = [metrics.cc(*pair) for pair in itertools.combinations(maps, 2)]
-    alone = [metrics.cc(prediction, single) for single in maps]
-    saliency["cc_between_readers"] = float(np.mean(pairs)) if several else float("nan")
-    saliency["cc_single_reader"] = float(np.mean(alone)) if several else float("nan")
-    saliency["pad_mass"] = float(1 - prediction.sum())
-    return saliency
-
-
-def _reader_maps(
-    gaze: Gaze, geometry: Geometry, preset: heatmaps.HeatmapPreset
-) -> list[NDArray[np.floating]]:
-    """Each reader's own map over the film's area; a reader who looked elsewhere has none."""
-    maps = []
-    for reader in sorted(set(gaze.readers)):
-        with contextlib.suppress(DataError):
-            density = canvas_density(gaze.select(reader=reader), geometry, preset)
-            maps.append(geometry.crop(density))
-    return maps
-
-
-def _agreement(
-    prediction: NDArray[np.floating], truth: NDArray[np.floating], fixations: NDArray[np.integer]
-) -> dict[str, float]:
-    """Metrics of one map; NaN for those at fixations where there is none on the film."""
-    seen = len(fixations) > 0  # a density can reach in from fixations beside the film
-    return {
-        "cc": metrics.cc(prediction, truth),
-        "sim": metrics.sim(prediction, truth),
-        "kld": metrics.kld(prediction, truth),
-        "nss": metrics.nss(prediction, fixations) if seen else float("nan"),
-        "auc_judd": metrics.auc_judd(prediction, fixations) if seen else float("nan"),
-    }

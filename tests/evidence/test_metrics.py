@@ -223,6 +223,32 @@ def test_auc_judd_equals_scikit_learn_with_repeats_and_ties():
     assert metrics.auc_judd(p, fixations) == pytest.approx(expected, abs=1e-12)
 
 
+def test_shuffled_auc_equals_scikit_learn_with_repeats_and_ties():
+    p = np.round(_maps()[0], 1)
+    fixations = np.array([[0, 0], [8, 11], [3, 5], [3, 5], [1, 2]])
+    others = np.array([[1, 2], [8, 0], [8, 0], [4, 4]])
+    scores = [p[y, x] for x, y in (*fixations, *others)]
+    expected = sklearn.metrics.roc_auc_score([1] * 5 + [0] * 4, scores)
+    assert metrics.shuffled_auc(p, fixations, others) == pytest.approx(expected, abs=1e-12)
+    assert metrics.shuffled_auc(p, fixations, fixations) == 0.5
+
+
+def test_information_gain_is_the_difference_of_log_likelihoods_in_bits():
+    p, b = _maps()
+    fixations = np.array([[0, 0], [8, 11], [3, 5], [3, 5]])
+    every = np.array([y * p.shape[1] + x for x, y in fixations])
+    of = [scipy.stats.rv_discrete(values=(range(m.size), (m / m.sum()).ravel())) for m in (p, b)]
+    expected = np.mean(of[0].logpmf(every) - of[1].logpmf(every)) / np.log(2)
+    assert metrics.information_gain(5 * p, 3 * b, fixations) == pytest.approx(expected, abs=1e-9)
+    assert metrics.information_gain(p, p, fixations) == 0
+
+
+def test_information_gain_is_bounded_where_a_map_is_zero():
+    p, at = np.array([[0.0, 1.0]]), np.array([[0, 0]])
+    assert metrics.information_gain(p, np.ones((1, 2)), at) == pytest.approx(-51, abs=1e-3)
+    assert metrics.information_gain(np.ones((1, 2)), p, at) == pytest.approx(51, abs=1e-3)
+
+
 def test_x_is_the_column():
     p = np.zeros((2, 5))
     p[1, 4] = 1
@@ -233,9 +259,15 @@ def test_x_is_the_column():
     "fixations", [np.zeros((0, 2), int), np.array([[5, 0]]), np.array([[-1, 0]])]
 )
 def test_fixations_outside_or_missing_are_refused(fixations):
+    p, inside = np.ones((5, 5)), np.array([[1, 1]])
     for metric in (metrics.nss, metrics.auc_judd):
         with pytest.raises(ValueError, match="fixations"):
-            metric(np.ones((5, 5)), fixations)
+            metric(p, fixations)
+    for arguments in ((fixations, inside), (inside, fixations)):
+        with pytest.raises(ValueError, match="fixations"):
+            metrics.shuffled_auc(p, *arguments)
+    with pytest.raises(ValueError, match="fixations"):
+        metrics.information_gain(p, p, fixations)
 
 
 def test_shapes_and_densities_are_checked():
@@ -245,6 +277,12 @@ def test_shapes_and_densities_are_checked():
     for metric in (metrics.sim, metrics.kld):
         with pytest.raises(ValueError, match="non-negative"):
             metric(np.zeros((2, 2)), np.ones((2, 2)))
+    at = np.array([[1, 1]])
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.information_gain(np.ones((2, 2)), np.ones((2, 3)), at)
+    for maps in ((np.zeros((2, 2)), np.ones((2, 2))), (np.ones((2, 2)), np.zeros((2, 2)))):
+        with pytest.raises(ValueError, match="non-negative"):
+            metrics.information_gain(*maps, at)
 
 
 @pytest.mark.parametrize("bins", [10, 15])

@@ -31,7 +31,7 @@ from cxrgaze.train.evaluated_films import Scored
 from cxrgaze.train.evaluated_model import open_model
 from cxrgaze.train.evaluation import EvaluationOptions, evaluate_model
 from cxrgaze.train.evaluation_record import Evaluation, SaliencyMeans, read_evaluation
-from cxrgaze.train.figures import saliency_by_film
+from cxrgaze.train.film_saliency import saliency_by_film
 from cxrgaze.train.origin import Origin
 
 

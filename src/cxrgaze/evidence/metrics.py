@@ -1,8 +1,8 @@
 """Metrics of both heads, in plain numpy.
 
-Diagnosis: ROC AUC per class, macro and micro. Saliency: CC, SIM, KLD, NSS, AUC-Judd, each as the
-MIT/Tuebingen saliency benchmark defines it (Bylinskii et al., "What do different evaluation metrics
-tell us about saliency models?", arXiv 1604.03605).
+Diagnosis: ROC AUC per class, macro and micro. Saliency: CC, SIM, KLD, NSS, AUC-Judd, shuffled AUC
+and information gain, each as the MIT/Tuebingen saliency benchmark defines it (Bylinskii et al.,
+"What do different evaluation metrics tell us about saliency models?", arXiv 1604.03605).
 
 Saliency maps are `(H, W)`, non-negative; `prediction` and `truth` need not be normalised. Fixations
 are `(n, 2)` integer-valued `(x, y)` pixels inside the map. Crop the pad away first: densities are
@@ -298,6 +298,45 @@ def auc_judd(prediction: Array, fixations: NDArray[np.integer]) -> float:
     p, x, y = _at_fixations(prediction, fixations)
     scores = np.concatenate([p[y, x], p.ravel()])
     return auc(scores, np.arange(scores.size) < x.size)
+
+
+def shuffled_auc(
+    prediction: Array, fixations: NDArray[np.integer], others: NDArray[np.integer]
+) -> float:
+    """AUC with the values at fixations against those where other films were fixated, ties one half.
+
+    What every film shares, as a centre prior, is worth one half. Repeats count in both.
+
+    Args:
+        others: `(m, 2)`, fixations of other films, scaled into this map.
+
+    Source: Tatler et al., Vision Research 45 (2005) 643; arXiv 1604.03605 section 4, sAUC; all
+    other films as in pysaliency (docs/method.md#metrics).
+
+    Example:
+        >>> shuffled_auc(np.array([[1, 2], [3, 4]]), np.array([[1, 1]]), np.array([[0, 0], [1, 1]]))
+        0.75
+    """
+    p, x, y = _at_fixations(prediction, fixations)
+    _, other_x, other_y = _at_fixations(prediction, others)
+    scores = np.concatenate([p[y, x], p[other_y, other_x]])
+    return auc(scores, np.arange(scores.size) < x.size)
+
+
+def information_gain(prediction: Array, baseline: Array, fixations: NDArray[np.integer]) -> float:
+    """Information gain over a baseline, mean over fixations, in bits per fixation.
+
+    Formula: mean of log2(eps + p) - log2(eps + b) at fixations, p = prediction, b = baseline, both
+    normalised, eps = `MIT_EPSILON`. Below 0 the baseline says better where readers look.
+    Source: Kuemmerer et al., PNAS 112 (2015) 16054; with eps arXiv 1604.03605 section 4, IG.
+
+    Example:
+        >>> information_gain(np.array([[1, 3]]), np.array([[1, 1]]), np.array([[0, 0]]))
+        -1.0
+    """
+    p, b = _same_shape(prediction, baseline)
+    (p, x, y), b = _at_fixations(_normalised(p), fixations), _normalised(b)
+    return float((np.log2(MIT_EPSILON + p[y, x]) - np.log2(MIT_EPSILON + b[y, x])).mean())
 
 
 def _same_shape(prediction: Array, truth: Array) -> tuple[Array, Array]:
