@@ -5,9 +5,9 @@ card that CUDA sees first; the INA3221 rails of a Jetson, from sysfs; the RAPL c
 processor's package. What they see differs: a card, a module with its board, a processor without its
 memory. The figure names its sensor.
 
-NVML's counter was read on an NVIDIA H200: it moves every 0.1 s, and a card that has just worked draws
-more than one at rest, so idle power is taken before and after. The reading of sysfs was tested on
-files that look like it.
+NVML's counter was read on an NVIDIA H200: it moves every 0.1 s, and a card that has just worked
+draws more than one at rest, so idle power is taken before and after. The reading of sysfs was
+tested on files that look like it.
 """
 
 from __future__ import annotations
@@ -277,7 +277,8 @@ def measure(
     if coverage < COVERAGE:
         return f"{sensor.name}: samples cover {coverage:.0%} of the time, {COVERAGE:.0%} is needed"
     before, busy, after = (
-        joules / (until - begin) for (joules, _, _), (begin, until) in zip(totals, spans, strict=True)
+        joules / (until - begin)
+        for (joules, _, _), (begin, until) in zip(totals, spans, strict=True)
     )
     idle, length = (before + after) / 2, end - quiet
     return Energy(

@@ -658,7 +658,8 @@ def _rates(times: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {p50(of)}" for name, of in times["stages_ms"].items())
     return [
         f"p50 {p50(times['latency_ms'])} a film{f' ({parts})' if parts else ''}, "
-        f"{times['films_per_s']:.0f} films/s in batches of {times['batch']}; energy: {times['energy_stated']}"
+        f"{times['films_per_s']:.0f} films/s in batches of {times['batch']}; "
+        f"energy: {times['energy_stated']}"
         + ("" if times["warm_up"]["settled"] else "; warm-up never settled")
     ]
 

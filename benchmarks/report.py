@@ -236,9 +236,9 @@ def _resources(report: Report) -> list[Block]:
     if isinstance(report.energy, Energy):
         e = report.energy
         said = (
-            f"Energy by {e.sensor}: {e.stated} (film in memory to reading); {e.busy_watts:.1f} W against "
-            f"{e.idle_watts:.1f} W idle; {e.films} films in {e.seconds:.1f} s, samples cover "
-            f"{100 * e.coverage:.0f} %."
+            f"Energy by {e.sensor}: {e.stated} (film in memory to reading); {e.busy_watts:.1f} W "
+            f"against {e.idle_watts:.1f} W idle; {e.films} films in {e.seconds:.1f} s, samples "
+            f"cover {100 * e.coverage:.0f} %."
         )
     else:
         said = f"Energy: {report.energy}."

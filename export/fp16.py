@@ -45,7 +45,7 @@ def to_fp16(
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     _tame_batch_norms(model.graph)
-    _constants_to_initializers(model.graph)
+    constants_to_initializers(model.graph)
     graph = model.graph
     weights = {w.name: w for w in graph.initializer}
     dtype = {value.name: TensorProto.FLOAT for value in graph.input if _is_float(value)}
@@ -154,7 +154,8 @@ def _tame_batch_norms(graph: onnx.GraphProto) -> None:
             node.input[position] = name
 
 
-def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+def constants_to_initializers(graph: onnx.GraphProto) -> None:
+    """Store what Constant nodes give beside the weights."""
     for node in [n for n in graph.node if n.op_type == "Constant"]:
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if value is None:

@@ -1,36 +1,36 @@
 """The card of somebody's own network: what its file does not say, in TOML.
 
-    [statements]            # what only people know, as of a checkpoint's card; all optional
-    licence_of_weights = "Apache-2.0"
+[statements]            # what only people know, as of a checkpoint's card; all optional
+licence_of_weights = "Apache-2.0"
 
-    [network]
-    name = "densenet121"
-    version = "1"
-    trained_on = "CheXpert, 223,414 films"
-    domain = "clinical"              # or "phantom", "none"
-    pixel_source = "image-8bit"
+[network]
+name = "densenet121"
+version = "1"
+trained_on = "CheXpert, 223,414 films"
+domain = "clinical"              # or "phantom", "none"
+pixel_source = "image-8bit"
 
-    [input]                          # all optional: what the graph says itself
-    name = "input"
-    size = [224, 224]                # for what takes any size
-    channels = 1                     # of a module; an ONNX file says it itself
-    canvas = "stretch"               # "pad" (default), "stretch", "crop"
-    range = [-1024, 1024]            # or mean = [...] and std = [...]; default [0, 1]
+[input]                          # all optional: what the graph says itself
+name = "input"
+size = [224, 224]                # for what takes any size
+channels = 1                     # of a module; an ONNX file says it itself
+canvas = "stretch"               # "pad" (default), "stretch", "crop"
+range = [-1024, 1024]            # or mean = [...] and std = [...]; default [0, 1]
 
-    [logits]                         # one of [logits] and [map], or both
-    output = "out"
-    kind = "findings"                # or "exclusive" (default)
-    classes = [{ name = "effusion", display = "Pleural effusion" }]
-    operating_points = { effusion = 0.4 }
+[logits]                         # one of [logits] and [map], or both
+output = "out"
+kind = "findings"                # or "exclusive" (default)
+classes = [{ name = "effusion", display = "Pleural effusion" }]
+operating_points = { effusion = 0.4 }
 
-    [map]
-    output = "heat"
-    kind = "activation"              # "log-density", "logits", "probability", "activation"
-    channel = 0
+[map]
+output = "heat"
+kind = "activation"              # "log-density", "logits", "probability", "activation"
+channel = 0
 
-    [quantization]                   # all optional
-    keep = ["/features/conv0/"]      # convolutions in higher precision, names or beginnings
-    blocks = "^/features/([^/]+)"    # what goes back together: the group, or what was found
+[quantization]                   # all optional
+keep = ["/features/conv0/"]      # convolutions in higher precision, names or beginnings
+blocks = "^/features/([^/]+)"    # what goes back together: the group, or what was found
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cxrgaze.bundles.served import Decision, Served
+from cxrgaze.bundles.served import Decision
 from cxrgaze.errors import UsageError
 from cxrgaze.files import read_toml
 from cxrgaze.records import Frozen, complaint

@@ -80,7 +80,9 @@ def adapted(model: onnx.ModelProto, card: OwnCard, spec: ModelSpec) -> onnx.Mode
         named = _output(model, card.logits.output, "logits")
         _require_no_activation(model, card.logits.output, "logits")
         made.flat_logits(card.logits.output, named, len(spec.classes))
-        outputs.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ("N", len(spec.classes))))
+        outputs.append(
+            helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ("N", len(spec.classes)))
+        )
     if card.map:
         shape = _output(model, card.map.output, "map")
         if card.map.kind == "logits":
@@ -176,9 +178,7 @@ def _linear(
     )
 
 
-def _is_mean_of_pixels(
-    node: onnx.NodeProto, weights: dict[str, NDArray[np.floating]]
-) -> bool:
+def _is_mean_of_pixels(node: onnx.NodeProto, weights: dict[str, NDArray[np.floating]]) -> bool:
     if node.op_type == "GlobalAveragePool":
         return True
     axes = [list(a.ints) for a in node.attribute if a.name == "axes"]
@@ -395,7 +395,9 @@ def _by_names(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[str], s
         def block_of(name: str, depth: int = depth) -> str:
             return "/".join(name.strip("/").split("/")[:-1][:depth]) or first_module(name)
 
-        if len({block_of(name) for name in convolutions}) in _BLOCKS and any("/" in n for n in names):
+        if len({block_of(name) for name in convolutions}) in _BLOCKS and any(
+            "/" in n for n in names
+        ):
             return block_of
     return _by_work(model)
 

@@ -81,7 +81,10 @@ def _load(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> No
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise UsageError(f"{path} does not fit the module: {said[:500]}") from error
-    for what, names in (("lacks", told.missing_keys), ("has, and the module not,", told.unexpected_keys)):
+    for what, names in (
+        ("lacks", told.missing_keys),
+        ("has, and the module not,", told.unexpected_keys),
+    ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise UsageError(f"{path} {what} {', '.join(names[:5])}{more}; expected its state dict")

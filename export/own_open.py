@@ -12,14 +12,17 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from cxrgaze import children
 from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
+from cxrgaze.export.fp16 import constants_to_initializers
 from cxrgaze.export.graph import OPSET, require_servable, simplified
 from cxrgaze.files import read_regular, temporary_folder
 from cxrgaze.runtime import graph_look
@@ -75,7 +78,8 @@ def opened(
         if told["kind"]:
             error_of = {one.__name__: one for one in (UsageError, IntegrityError)}
             raise error_of.get(told["kind"], IntegrityError)(f"{what}: {told['said']}")
-        return onnx.load_from_string((folder / "opened.onnx").read_bytes())
+        model: onnx.ModelProto = onnx.load_from_string((folder / "opened.onnx").read_bytes())
+        return model
 
 
 def _main(folder: Path, *sides: str) -> None:
@@ -110,6 +114,7 @@ def _opened(data: bytes, size: tuple[int, int] | None) -> onnx.ModelProto:
     model = _in_our_opset(model)
     _fix_shapes(model, size)
     model = _named(_simplified(model))
+    constants_to_initializers(model.graph)
     require_servable(model)
     onnx.checker.check_model(model, full_check=True)
     _require_it_runs(model)
@@ -126,7 +131,9 @@ def _require_plain(model: onnx.ModelProto) -> None:
         )
     if model.functions or model.training_info:
         raise UsageError("it defines functions or training of its own; export it for inference")
-    looped = sorted({n.op_type for n in model.graph.node if any(a.HasField("g") for a in n.attribute)})
+    looped = sorted(
+        {n.op_type for n in model.graph.node if any(a.HasField("g") for a in n.attribute)}
+    )
     if looped:
         raise UsageError(
             f"it has control flow ({', '.join(looped)}); export it without branches and loops"
@@ -199,17 +206,38 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*single.graph.input, *single.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     found = simplified(single)
+    inferred = onnx.shape_inference.infer_shapes(found, data_prop=True).graph
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.input, *inferred.output, *inferred.value_info)
+    }
     del found.graph.value_info[:]
     for value in (*found.graph.input, *found.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
-    shapes = {node.input[1] for node in found.graph.node if node.op_type == "Reshape"}
-    for tensor in found.graph.initializer:
-        if tensor.name in shapes:
+    stored = {tensor.name: tensor for tensor in found.graph.initializer}
+    for node in found.graph.node:
+        if node.op_type == "Reshape" and node.input[1] in stored:
+            tensor = stored[node.input[1]]
             sides = numpy_helper.to_array(tensor).copy()
             if len(sides) > 1 and sides[0] == 1:
                 sides[0] = 0 if -1 in sides else -1
                 tensor.CopyFrom(numpy_helper.from_array(sides, tensor.name))
+        elif node.op_type == "Resize" and len(node.input) == 4 and node.input[3] in stored:
+            of_one = numpy_helper.to_array(stored[node.input[3]])
+            scales = numpy_helper.from_array(
+                _scales(of_one, shapes[node.input[0]]), f"{node.output[0]}/scales"
+            )
+            found.graph.initializer.append(scales)
+            node.input[2:] = [scales.name]
     return found
+
+
+def _scales(sizes: NDArray[np.int64], given: Sequence[int]) -> NDArray[np.float32]:
+    """Scales that make these sizes of what is given, rounded down as ONNX does."""
+    scales = (sizes / np.asarray(given)).astype(np.float32)
+    short = np.floor(scales * np.asarray(given, np.float32)) < sizes
+    more = np.nextafter(scales, np.float32(np.inf))
+    return np.asarray(np.where(short, more, scales), dtype=np.float32)
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:

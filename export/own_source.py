@@ -143,9 +143,7 @@ def _source(
     return OwnSource(model, infer, card, channels, spec, facts, layout)
 
 
-def _with_cam(
-    given: onnx.ModelProto, card: OwnCard, cam: str
-) -> tuple[onnx.ModelProto, OwnCard]:
+def _with_cam(given: onnx.ModelProto, card: OwnCard, cam: str) -> tuple[onnx.ModelProto, OwnCard]:
     if card.logits is None or card.map is not None:
         raise UsageError("a class activation map is for a card with [logits] and without [map]")
     names = [one.name for one in card.logits.classes]

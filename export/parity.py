@@ -111,7 +111,7 @@ def compare(
 
 
 def _unit(head: Head, wanted: Answers) -> float:
-    """What a difference of a head is measured in: logits of other networks may be in the hundreds."""
+    """What a difference of a head is measured in: others' logits may be in the hundreds."""
     if head != LOGITS:
         return 1.0
     size = float(np.sqrt(np.mean(np.square(wanted.outputs[head], dtype=np.float64))))

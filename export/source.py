@@ -127,7 +127,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TorchSource:
-    """A torch module from `(N, 1, H, W)` to its heads (`from_torch.heads_in_order`), as a `Source`."""
+    """A torch module from `(N, 1, H, W)` to its heads, as a `Source`.
+
+    What it may give is `from_torch.heads_in_order`'s to say.
+    """
 
     module: nn.Module
     spec: ModelSpec

@@ -157,7 +157,9 @@ class Library:
         if validity == self.module.EngineValidity.INVALID:
             names = self._diagnosis(diagnostics)
             if "MALFORMED_ENGINE" not in names:
-                runtime.deserialize_cuda_engine(plan)  # says why in the log, which the question did not
+                runtime.deserialize_cuda_engine(
+                    plan
+                )  # says why in the log, which the question did not
             helps = "; ".join(_HELPS[name] for name in names if name in _HELPS)
             raise IncompatibleError(
                 f"{self.name} {self.version} says that it cannot load the plan "

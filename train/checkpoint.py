@@ -30,7 +30,7 @@ from cxrgaze.records import parse_record
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import card_page
 from cxrgaze.train.card import Card
-from cxrgaze.train.model import VARIANTS, Network, network_of
+from cxrgaze.train.model import VARIANTS, Network, network_of, require_stride
 from cxrgaze.train.shipped import networks
 
 _WEIGHTS_LIMIT = 4 << 30
@@ -205,6 +205,10 @@ def load(path: Path) -> tuple[Network, Card]:
         raise IntegrityError(
             f"{card_path}: variant {card.spec.variant!r}, this cxrgaze has {sorted(VARIANTS)}"
         )
+    try:
+        require_stride(card.spec.height, card.spec.width)
+    except ValueError as error:
+        raise IntegrityError(f"{card_path}: {error}") from error
     network = network_of(card.spec, centre_prior=card.centre_prior)
     load_weights(network, weights, str(path))
     return network.eval(), card

@@ -353,8 +353,7 @@ def spec_of(
     """
     sizes = VARIANTS[variant]
     height, width = canvas or (sizes.height, sizes.width)
-    if height % STRIDE or width % STRIDE:
-        raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {height}x{width}")
+    require_stride(height, width)
     return ModelSpec.model_validate(
         {
             "variant": variant,
@@ -368,6 +367,16 @@ def spec_of(
             "domain": domain,
         }
     )
+
+
+def require_stride(height: int, width: int) -> None:
+    """Refuse a canvas that our networks cannot halve five times.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if height % STRIDE or width % STRIDE:
+        raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {height}x{width}")
 
 
 def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> Network:

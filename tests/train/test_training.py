@@ -157,7 +157,7 @@ CARDS = {
     "variant": (lambda c: c["spec"].update(variant="huge"), "variant 'huge'"),
     "another network": (lambda c: c["spec"].update(variant="paper"), "is missing"),
     "unknown key": (lambda c: c.update(extra=1), "extra"),
-    "canvas": (lambda c: c["spec"].update(height=65), "multiple of 32"),
+    "canvas": (lambda c: c["spec"].update(height=65), "multiples of 32"),
 }
 
 
