@@ -85,7 +85,7 @@ class Provenance(Frozen):
 class Manifest(Digested):
     """Content of `manifest.json`."""
 
-    VERSION = 6
+    VERSION = 7
     WHAT = "bundle"
     REMEDY = "export again, or use the version that wrote it"
 
