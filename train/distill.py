@@ -52,8 +52,9 @@ def taught(
     logits, densities = [], np.zeros_like(arrays.densities)
     teacher.eval()
     for index, row in enumerate(counted(labelled.rows, len(labelled.rows), "film")):
-        film = film_from_bytes(labelled.film_bytes(row), row.film)
-        canvas, geometry = to_canvas(film.pixels, teacher_spec)
+        keep_stored = teacher_spec.needs_stored
+        film = film_from_bytes(labelled.film_bytes(row), row.film, keep_stored=keep_stored)
+        canvas, geometry = to_canvas(film, teacher_spec)
         with torch.inference_mode():
             out = teacher(torch.from_numpy(canvas)[None, None])
         if has_logits:

@@ -105,14 +105,6 @@ def block_of(node: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
 
 
-HeadTensors = Mapping[Head, Tensor]
-"""What the network returns, by the tensor names of the exported graph.
-
-`logits` `(N, C)`; `log_density` `(N, 1, H, W)`, natural-log spatial softmax: exp sums to 1 over the
-canvas. A head that it does not have is not there.
-"""
-
-
 class DenseTaps(NamedTuple):
     """The two taps of the dense encoder, both at stride 32 (docs/method.md#dense-encoder)."""
 
@@ -181,48 +173,6 @@ class ResidualSE(nn.Module):
         return x * weights[:, :, None, None]
 
 
-class CentrePrior(nn.Module):
-    """A learnable low-resolution log-prior over the canvas, read out bilinearly.
-
-    Source: the centre bias of DeepGaze (arXiv 1411.1045), here learnt and on the canvas.
-    """
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.log_prior = nn.Parameter(torch.zeros(1, 1, height // 16, width // 16))
-
-    def start_from(self, prior: Tensor) -> None:
-        """Take the log of the centre prior `(H, W)` of the training films as starting value."""
-        size = (self.log_prior.shape[-2], self.log_prior.shape[-1])
-        small = F.adaptive_avg_pool2d(prior[None, None], size)
-        with torch.no_grad():
-            self.log_prior.copy_(small.clamp(min=1e-4 * float(small.max())).log())
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Saliency logits `(N, 1, H, W)` plus the prior."""
-        size = (logits.shape[-2], logits.shape[-1])
-        return logits + F.interpolate(self.log_prior, size, mode="bilinear", align_corners=False)
-
-
-class UpStep(nn.Module):
-    """One decoder step: nearest upsample, 3x3 convolution, concat [skip, up], two convolutions."""
-
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.up = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"), *_conv_bn_relu(in_channels, out_channels)
-        )
-        self.fuse = nn.Sequential(
-            *_conv_bn_relu(skip_channels + out_channels, out_channels),
-            *_conv_bn_relu(out_channels, out_channels),
-        )
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """`x` at half the resolution of `skip`; the result is at that of `skip`."""
-        fused: Tensor = self.fuse(torch.cat([skip, self.up(x)], dim=1))
-        return fused
-
-
 class Network(nn.Module):
     """Diagnosis and gaze from one grey image, or one of the two.
 
@@ -246,12 +196,7 @@ class Network(nn.Module):
         if LOG_DENSITY in heads:
             seen += self._add_map(variant)
         if LOGITS in heads:
-            self.classifier = nn.Sequential(
-                nn.Linear(seen, variant.hidden),
-                nn.ReLU(inplace=True),
-                nn.Dropout(0.25),
-                nn.Linear(variant.hidden, classes),
-            )
+            self.classifier = classifier(seen, variant.hidden, classes)
         # After the classifier, whose first weights are drawn before it.
         has_prior = variant.centre_prior and LOG_DENSITY in heads
         self.prior = CentrePrior(variant.height, variant.width) if has_prior else None
@@ -272,9 +217,7 @@ class Network(nn.Module):
             UpStep(below, skip, out)
             for below, skip, out in zip(ins, reversed(widths), outs, strict=True)
         )
-        self.saliency = nn.Sequential(
-            *_conv_bn_relu(outs[-1], outs[-1]), nn.Conv2d(outs[-1], 1, kernel_size=1)
-        )
+        self.saliency = saliency_head(outs[-1])
         return outs[-1]
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -313,24 +256,6 @@ class Network(nn.Module):
         if self.prior:
             saliency = self.prior(saliency)
         return x, spatial_log_softmax(saliency)
-
-
-def global_mean(x: Tensor) -> Tensor:
-    """Mean over the map, `(N, C, H, W)` to `(N, C)`. Stays float32 in every precision."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def spatial_log_softmax(x: Tensor) -> Tensor:
-    """Natural-log softmax over all pixels of `(N, 1, H, W)`. Stays float32 in every precision."""
-    return F.log_softmax(x.flatten(1), dim=1).reshape(x.shape)
-
-
-def _conv_bn_relu(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
 
 
 def spec_of(

@@ -45,7 +45,8 @@ from torch.nn import functional as F
 
 from cxrgaze.errors import UsageError
 from cxrgaze.spec import LOG_DENSITY, ModelSpec
-from cxrgaze.train.model import DenseEncoder, DenseTaps, Network, ResidualSE, UpStep, global_mean
+from cxrgaze.train.layers import UpStep, global_mean
+from cxrgaze.train.model import DenseEncoder, DenseTaps, Network, ResidualSE
 
 
 @dataclass(frozen=True)

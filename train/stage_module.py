@@ -35,7 +35,8 @@ from cxrgaze.train.losses import (
     Batch,
     film_loss,
 )
-from cxrgaze.train.model import HeadTensors, Network
+from cxrgaze.train.layers import HeadTensors
+from cxrgaze.train.model import Network
 
 _CONTRAST_CHUNK = 64  # validation films per contrastive loss
 

@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 
 from cxrgaze.errors import FilmError
 from cxrgaze.films.canvas import Geometry, to_canvas
-from cxrgaze.films.film import film_from_array
+from cxrgaze.films.film import Film, film_from_array
 from cxrgaze.train.model import spec_of
 
 SPEC = spec_of("tiny", model_version="t", pixel_source="image-8bit", domain="phantom")
 SIDES = st.integers(32, 4000)
+
+
+def _canvas(pixels, spec):
+    return to_canvas(Film(pixels, "film", "", "array"), spec)
 
 
 @given(SIDES, SIDES, st.floats(0, 1), st.floats(0, 1))
@@ -71,11 +75,11 @@ def test_cropping_fills_the_canvas_with_the_largest_centred_window(height, width
 )
 def test_the_other_rules_equal_a_slow_block_mean(rule, shape, slow):
     pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
-    canvas, geometry = to_canvas(pixels, SPEC.model_copy(update={"canvas": rule}))
+    canvas, geometry = _canvas(pixels, SPEC.model_copy(update={"canvas": rule}))
     assert np.abs(canvas - slow(pixels)).max() < 1e-6
     dot = np.zeros(shape, np.float32)
     dot[100:104, 100:104] = 1
-    canvas, geometry = to_canvas(dot, SPEC.model_copy(update={"canvas": rule}))
+    canvas, geometry = _canvas(dot, SPEC.model_copy(update={"canvas": rule}))
     x, y = geometry.to_canvas(np.array([[101.5, 101.5]]))[0]
     row, column = np.unravel_index(canvas.argmax(), canvas.shape)
     assert abs(column - x) <= 1 and abs(row - y) <= 1
@@ -84,7 +88,7 @@ def test_the_other_rules_equal_a_slow_block_mean(rule, shape, slow):
 @pytest.mark.parametrize("shape", [(256, 256), (256, 128), (128, 256)])
 def test_area_resize_equals_a_slow_block_mean_and_the_pad_is_zero(shape):
     pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
-    canvas, geometry = to_canvas(pixels, SPEC)
+    canvas, geometry = _canvas(pixels, SPEC)
     assert canvas.shape == (64, 64) and canvas.dtype == np.float32
     block = 4
     slow = pixels.reshape(shape[0] // block, block, shape[1] // block, block).mean(axis=(1, 3))
@@ -97,7 +101,7 @@ def test_area_resize_equals_a_slow_block_mean_and_the_pad_is_zero(shape):
 def test_a_bright_dot_lands_where_the_geometry_says():
     pixels = np.zeros((300, 500), dtype=np.float32)
     pixels[200:205, 400:405] = 1
-    canvas, geometry = to_canvas(pixels, SPEC)
+    canvas, geometry = _canvas(pixels, SPEC)
     row, column = np.unravel_index(canvas.argmax(), canvas.shape)
     x, y = geometry.to_canvas(np.array([[402.0, 202.0]]))[0]
     assert abs(column - x) <= 0.6 and abs(row - y) <= 0.6
@@ -118,7 +122,7 @@ def test_no_film_size_leaves_zero_to_one():
         pixels[-height // 4 :, : width // 2] = 0
         canvas_height, canvas_width = CANVASES[number % 4]
         spec = SPEC.model_copy(update={"height": canvas_height, "width": canvas_width})
-        canvas, geometry = to_canvas(pixels, spec)
+        canvas, geometry = _canvas(pixels, spec)
         assert canvas.min() >= 0 and canvas.max() <= 1
         size = (geometry.width, geometry.height)
         plain = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
@@ -133,7 +137,7 @@ def test_saturated_films_of_a_real_size_stay_in_range_on_every_canvas(depth, can
     pixels = np.full((2828, 2320), np.iinfo(depth).max, depth)
     pixels[:900] = np.arange(2320, dtype=depth) % 200
     spec = SPEC.model_copy(update={"height": canvas[0], "width": canvas[1]})
-    image, _ = to_canvas(film_from_array(pixels).pixels, spec)
+    image, _ = to_canvas(film_from_array(pixels), spec)
     assert 0 <= image.min() and image.max() == 1
 
 
@@ -142,4 +146,4 @@ def test_pixels_beyond_rounding_are_refused(value):
     pixels = np.full((100, 90), 0.5, np.float32)
     pixels[:40, :40] = value
     with pytest.raises(FilmError, match=r"must be finite and in \[0, 1\], found"):
-        to_canvas(pixels, SPEC)
+        _canvas(pixels, SPEC)
