@@ -16,14 +16,14 @@ from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import film_from_bytes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec, same_diagnosis
-from cxrgaze.train.model import Network
+from cxrgaze.train.model import AnyNetwork
 
 
 def taught(
     arrays: Arrays,
     labelled: LabelledSet,
     spec: ModelSpec,
-    teacher: Network,
+    teacher: AnyNetwork,
     teacher_spec: ModelSpec,
 ) -> Arrays:
     """`arrays` with the teacher's logits and densities for every film.

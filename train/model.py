@@ -21,7 +21,26 @@ from torch.nn import functional as F
 
 from cxrgaze.evidence.class_presets import PRESETS, Classes
 from cxrgaze.records import Frozen
-from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head, ModelSpec, PixelSource
+from cxrgaze.spec import (
+    HEADS,
+    LOG_DENSITY,
+    LOGITS,
+    STRIDE,
+    CanvasRule,
+    Head,
+    ModelSpec,
+    PixelSource,
+)
+from cxrgaze.train.layers import (
+    CentrePrior,
+    HeadTensors,
+    UpStep,
+    classifier,
+    global_mean,
+    saliency_head,
+    spatial_log_softmax,
+)
+from cxrgaze.train.mt_unet import MTUNet, MTUNetVariant
 
 
 class Variant(Frozen):
@@ -42,8 +61,13 @@ class Variant(Frozen):
     centre_prior: bool = False
     """Add a learnable low-resolution log-prior to the saliency logits (not in the paper)."""
 
+    @property
+    def dense(self) -> tuple[int, int, tuple[int, int, int, int]]:
+        """Of the DenseNet: channels of its stem, growth rate, layers per block."""
+        return self.init_features, self.growth_rate, self.block_config
 
-VARIANTS = {
+
+VARIANTS: dict[str, Variant | MTUNetVariant] = {
     # docs/method.md#network: DenseNet201, 66,637,380 parameters.
     "paper": Variant(
         height=640,
@@ -84,7 +108,16 @@ VARIANTS = {
         hidden=32,
         se_reduction=4,
     ),
+    # The authors' baseline, another network: 34,632,836 parameters.
+    "mt-unet": MTUNetVariant(height=640, width=512, channels=(64, 128, 256, 512, 1024)),
 }
+
+
+def parts_of(variant: str) -> tuple[str, ...]:
+    """Names of the parts of a network with both heads, as `parts` of its class has them."""
+    is_mt_unet = isinstance(VARIANTS[variant], MTUNetVariant)
+    encoders = ("encoder",) if is_mt_unet else ("dense", "skips")
+    return (*encoders, "decoder", "saliency", "classifier")
 
 
 def kept_in(spec: ModelSpec) -> tuple[str, ...]:
@@ -92,14 +125,18 @@ def kept_in(spec: ModelSpec) -> tuple[str, ...]:
 
     They see the image's own 256 grey levels or make the map.
     """
-    of_the_map = ("/skips.0/", "/saliency/") if LOG_DENSITY in spec.heads else ()
+    has_map = LOG_DENSITY in spec.heads
+    if isinstance(VARIANTS[spec.variant], MTUNetVariant):
+        return ("/encoder.0/", *(("/saliency/",) if has_map else ()))
+    of_the_map = ("/skips.0/", "/saliency/") if has_map else ()
     return ("/dense/conv0/", *of_the_map)
 
 
 def block_of(node: str) -> str:
     """The block of the network that a node of its graph belongs to, as "dense/denseblock3".
 
-    The first module of its path, or the first two where the first holds them all.
+    The first module of its path, a level of an encoder or a step of a decoder; or the first two
+    where the first holds them all.
     """
     parts = node.strip("/").split("/")
     return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
@@ -265,6 +302,7 @@ def spec_of(
     pixel_source: PixelSource,
     domain: str,
     canvas: tuple[int, int] | None = None,
+    rule: CanvasRule = "pad",
     heads: Sequence[Head] = HEADS,
     classes: Classes = PRESETS["paper"],
 ) -> ModelSpec:
@@ -272,9 +310,10 @@ def spec_of(
 
     Args:
         canvas: `(H, W)` other than the variant's own; the network is convolutional.
+        rule: how films come on the canvas.
 
     Raises:
-        ValueError: sides that are no multiples of `STRIDE`.
+        ValueError: sides that are no multiples of `STRIDE`, or that do not fit the rule.
     """
     sizes = VARIANTS[variant]
     height, width = canvas or (sizes.height, sizes.width)
@@ -289,21 +328,27 @@ def spec_of(
             "class_kind": classes.kind if LOGITS in heads else "exclusive",
             "height": height,
             "width": width,
+            "canvas": rule,
             "pixel_source": pixel_source,
             "domain": domain,
         }
     )
 
 
-def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> Network:
+AnyNetwork = Network | MTUNet
+"""A network of a variant."""
+
+
+def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> AnyNetwork:
     """An untrained network with torch's default initialisation on the canvas of `spec`."""
-    sizes = VARIANTS[spec.variant].model_copy(
-        update={"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
-    )
-    return Network(sizes, len(spec.classes), spec.heads)
+    sizes = VARIANTS[spec.variant]
+    own = {"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
+    if isinstance(sizes, MTUNetVariant):
+        return MTUNet(sizes.model_copy(update=own), len(spec.classes), spec.heads)
+    return Network(sizes.model_copy(update=own), len(spec.classes), spec.heads)
 
 
-def random_network(spec: ModelSpec, images: Tensor, seed: int = 0) -> Network:
+def random_network(spec: ModelSpec, images: Tensor, seed: int = 0) -> AnyNetwork:
     """An untrained network for latency work: seeded Kaiming weights, BatchNorm calibrated once.
 
     One forward pass over `images` `(N, 1, H, W)` sets every BatchNorm's running statistics to those
