@@ -32,6 +32,7 @@ _HEADS = {
     "classifier.0.": "out_classification.linear_1.",
     "classifier.3.": "out_classification.linear_2.",
 }
+_CLASSIFIER = "out_classification."
 _RESIDUAL = {
     "main.0.": "0.conv1.",
     "main.1.": "0.bn1.",
@@ -146,7 +147,7 @@ def import_weights(
     )
     torch.manual_seed(0)  # what the file does not fill begins at random, the same each time
     network = network_of(spec)
-    _require_names(theirs, kind, network, source)
+    _require_fit(theirs, kind, network, source)
     weights = {name: theirs[of.theirs(name)] for name in network.state_dict()}
     untrained = _fitted(weights, network)
     checkpoint.load_weights(network, weights, str(source))
@@ -182,19 +183,25 @@ def _unwrapped(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]
     return dict(zip(names, weights.values(), strict=True))
 
 
-def _require_names(
+def _require_fit(
     theirs: Mapping[str, Tensor], kind: str, network: AnyNetwork, source: Path
 ) -> None:
     """Refuse a file that has not just the tensors of its kind.
 
     Raises:
-        IntegrityError: naming all that are missing and all that are foreign.
+        IntegrityError: naming all that are missing, foreign, or of another shape; a classifier may
+            have any.
     """
     of = KINDS[kind]
-    expected = [of.theirs(name) for name in network.state_dict()]
+    expected = {of.theirs(name): tensor.shape for name, tensor in network.state_dict().items()}
     wrong = [f"{name} is missing" for name in expected if name not in theirs]
     known = of.unused.union(expected)
     wrong += [f"{name} is not expected" for name in theirs if name not in known]
+    wrong += [
+        f"{name} has shape {tuple(theirs[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in theirs and theirs[name].shape != shape and not name.startswith(_CLASSIFIER)
+    ]
     if wrong:
         raise IntegrityError(
             f"{source} is no state dict of {kind} ({len(theirs)} tensors, expected "

@@ -225,7 +225,8 @@ def not_applied(film: Film, spec: ModelSpec) -> tuple[str, ...]:
 
 def _sampled_canvas(film: Film, spec: ModelSpec) -> tuple[NDArray[np.float32], Geometry]:
     """The canvas by `cxrgazelearn`: pixels of the frame without smoothing, over their largest."""
-    if film.pixel_source in ("image-8bit", "array"):
+    is_dicom = film.identity is not None  # which may have 8 bits too
+    if not is_dicom and film.pixel_source in ("image-8bit", "array"):
         raise NotApplicableError(
             (
                 f"{film.pixel_source}: the preprocessing {spec.canvas} takes stored values of "
