@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,13 +19,20 @@ from torch.nn import functional as F
 
 from cxrgaze.command import Steps
 from cxrgaze.errors import DataError, IntegrityError, UsageError
-from cxrgaze.evidence.labelled_set import SetInfo
+from cxrgaze.evidence import heatmaps, phantom
+from cxrgaze.evidence.arrays import load_arrays
+from cxrgaze.evidence.labelled_set import LabelledSet, SetInfo
 from cxrgaze.export import pipeline
 from cxrgaze.export.network_source import source_from_checkpoint
 from cxrgaze.export.options import ExportOptions, GateOptions
-from cxrgaze.train import checkpoint, cli, imported, model
+from cxrgaze.films.canvas import load_for, to_canvas
+from cxrgaze.train import card_page, checkpoint, cli, imported, model
+from cxrgaze.train.config import load_config
+from cxrgaze.train.distill import taught
+from cxrgaze.train.fit import fit
 from cxrgaze.train.mt_unet import MTUNetVariant
 from cxrgaze.train.origin import check_leakage
+from cxrgaze.train.run_folder import Start
 
 
 class Names:
@@ -312,14 +320,16 @@ def test_the_card_says_where_the_weights_come_from(small, tmp_path):
     assert card.config["imported"] == "cxrgazelearn" and card.config["file_sha256"] == digest
     (origin,) = card.lineage
     assert (origin.trained_on, origin.weights_sha256) == ("a test", digest)
-    page = (tmp_path / "net.card.md").read_text()
+    page = (tmp_path / "net.card.html").read_text()
     assert "leakage cannot be excluded" in page and card.seen_sha256 == ""
 
 
 def test_a_card_with_a_record_of_films_does_not_doubt_it():
-    demo = checkpoint.demo_path()
-    assert checkpoint.read_card(demo).seen_sha256
-    assert "cannot be excluded" not in demo.with_suffix(".card.md").read_text()
+    card = checkpoint.read_card(checkpoint.demo_path())
+    for seen, doubted in ((card.seen_sha256, False), ("", True)):
+        told = card.model_copy(update={"seen_sha256": seen})
+        for page in card_page.pages(told, "demo").values():
+            assert (b"cannot be excluded" in page) == doubted
 
 
 def test_leakage_is_judged_by_what_they_were_trained_on(small, tmp_path):
@@ -509,6 +519,39 @@ def test_an_imported_network_becomes_a_bundle_of_its_own_preprocessing(small, tm
     assert manifest.spec == source.spec and manifest.spec.canvas == "cxrgazelearn"
     assert manifest.parity.verdict == "pass"
     assert manifest.provenance.trained_on == "a test"
+
+
+def test_a_network_is_trained_and_taught_on_canvases_of_stored_values(tmp_path):
+    films = tmp_path / "films"
+    films.mkdir()
+    lines = ["file,label,patient"]
+    for seed in range(12):
+        drawn = phantom.draw(seed, shape=(700, 600))
+        cv2.imwrite(str(films / f"{seed}.png"), drawn.pixels.astype(np.uint16) * 99)
+        lines.append(f"{seed}.png,{drawn.label},p{seed}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    line = ["prepare", "--films", str(films), "--labels", str(tmp_path / "labels.csv")]
+    line += ["--output", str(tmp_path / "set"), "--split", "train=0.6,val=0.4"]
+    assert cli.main([*line, "--classes", "paper"]) == 0
+    labelled = LabelledSet.open(tmp_path / "set")
+    asked = ["variant=tiny", "canvas=[160, 128]", "canvas_rule=cxrgazelearn", "heads=logits"]
+    epochs = ["stages.joint.epochs=1", "name=taught"]
+    start = Start(allow_untaught=True)
+    card = fit(labelled, load_config("joint", [*asked, *epochs]), tmp_path / "run", start=start)
+    spec = card.spec
+    assert (spec.canvas, spec.pixel_source) == ("cxrgazelearn", "stored-values")
+    arrays = load_arrays(labelled, spec, heatmaps.PRESETS["paper"])
+    for name, image in zip(arrays.films, arrays.images, strict=True):
+        film = load_for(spec, tmp_path / "set" / name)
+        assert np.array_equal(image[0], to_canvas(film, spec)[0])
+    teacher, _ = checkpoint.load(tmp_path / "run" / "taught.safetensors")
+    seen = taught(arrays, labelled, spec, teacher, spec).teacher_logits
+    with torch.inference_mode():
+        expected = teacher(torch.from_numpy(arrays.images))["logits"]
+    assert np.abs(seen - expected.numpy()).max() < 1e-5
+    flat = phantom.write_phantom_set(tmp_path / "flat", {"train": 2})
+    with pytest.raises(DataError, match="2 of 2 films cannot be used.*not applicable: image-8bit"):
+        load_arrays(flat, spec, heatmaps.PRESETS["paper"])
 
 
 def test_a_run_that_goes_on_says_that_the_preprocessing_changes(small, tmp_path, capsys):
