@@ -153,10 +153,12 @@ def _add_folder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _folder(args: argparse.Namespace) -> int:
     from cxrgaze.benchmarks import measure
     from cxrgaze.benchmarks.folder import folder_rates
+    from cxrgaze.bundles.bundle import Bundle
     from cxrgaze.processors import cpu_count
 
     with _films(args) as paths:
-        films = measure.usable_films(paths).films
+        spec = Bundle.open(args.bundle).manifest.spec
+        films = measure.usable_films(paths, spec).films
         threads = args.threads or cpu_count()
         found = folder_rates(args.bundle, films, args.device, threads, args.turns)
     if args.json:
@@ -255,12 +257,10 @@ def _extras(
     args: argparse.Namespace, opened: Bundle, config: Config, step: command.Steps
 ) -> dict[str, Any]:
     """What `measure` is to measure beside the bundle itself."""
-    import numpy as np
-
     with step("load torch, and the network that the bundle was made of"):
         from cxrgaze.benchmarks import peers, sweep
         from cxrgaze.bundles.bundle import Bundle
-        from cxrgaze.films.canvas import to_canvas
+        from cxrgaze.films.canvas import canvases
 
         spec = opened.manifest.spec
         wanted = sweep.asked(args.sweep, spec, config.threads)
@@ -270,7 +270,7 @@ def _extras(
         asked = peers.contenders(weights, bundles, config.device, args.peers or ())
 
     def measure_peers(films: Sequence[Film]) -> tuple[Peer, ...]:
-        images = np.stack([to_canvas(film.pixels, spec)[0] for film in films])[:, None]
+        images = canvases(films, spec)[0]
         with step("other ways to run the same weights"):
             command.say("")
             return peers.measure(weights, asked, images, config)
@@ -311,7 +311,8 @@ def _compare(args: argparse.Namespace) -> int:
         load(args.base, args.device, threads=threads) as base,
         load(args.new, args.device, threads=threads) as new,
     ):
-        films = [film for _, film in measure.usable_films(paths).films]
+        specs = [one.bundle.manifest.spec for one in (base, new)]
+        films = [film for _, film in measure.usable_films(paths, *specs).films]
         times = paired.interleave(
             {
                 "base": lambda number: base.read(films[number % len(films)]),

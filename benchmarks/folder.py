@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -13,8 +14,7 @@ import numpy as np
 
 from cxrgaze.command import counted
 from cxrgaze.files import temporary_folder
-from cxrgaze.films.canvas import canvases
-from cxrgaze.films.decode import load_film
+from cxrgaze.films.canvas import canvases, load_for
 from cxrgaze.films.film import Film
 from cxrgaze.films.find import find_films
 from cxrgaze.records import Frozen
@@ -73,7 +73,8 @@ def folder_rates(
         load(bundle, device, threads=threads, at_once=workers) as many,
         temporary_folder("bench") as folder,
     ):
-        images, _ = canvases((film for _, film in films), one.bundle.manifest.spec)
+        spec = one.bundle.manifest.spec
+        images, _ = canvases((film for _, film in films), spec)
 
         def bare() -> None:
             for image in images:
@@ -82,7 +83,7 @@ def folder_rates(
         def whole(*, overlay: bool) -> None:
             options = PredictOptions(Path(folder), overlay=overlay, workers=workers)
             with contextlib.redirect_stdout(io.StringIO()):
-                predict(many, found, load_film, options)
+                predict(many, found, partial(load_for, spec), options)
 
         ways: dict[str, Callable[[], None]] = {
             "bare": bare,

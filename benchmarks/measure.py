@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -30,18 +31,19 @@ from cxrgaze.benchmarks.record import (
     Sweep,
 )
 from cxrgaze.benchmarks.timing import NEEDED, SMALLEST_INTERVAL, Latency, latency, warm_up
-from cxrgaze.bundles.bundle import GRAPH
+from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.command import Steps
 from cxrgaze.environment import now_utc
 from cxrgaze.errors import CxrgazeError, UsageError
 from cxrgaze.evidence.intervals import Interval
 from cxrgaze.files import render_json, temporary_folder, write_atomic
-from cxrgaze.films.ahead import Usable, usable
-from cxrgaze.films.canvas import canvases, to_canvas
+from cxrgaze.films.ahead import Decode, Usable, usable
+from cxrgaze.films.canvas import canvases, load_for, to_canvas
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film
 from cxrgaze.runtime import overlay
 from cxrgaze.runtime.reader import Reader, load
+from cxrgaze.spec import ModelSpec
 
 PER_FILM = 10
 """Decodings of each film for its row."""
@@ -72,7 +74,8 @@ def measure(
         UsageError: no film can be read.
         CxrgazeError: a cold start failed, or the bundle cannot be loaded.
     """
-    given = usable_films(films)
+    spec = Bundle.open(bundle).manifest.spec
+    given = usable_films(films, spec)
     films, decoded = [path for path, _ in given.films], [film for _, film in given.films]
     watch = Watch()
     load(bundle, config.device, threads=config.threads).close()  # its error, not a child's
@@ -130,13 +133,17 @@ def measure(
     )
 
 
-def usable_films(paths: Sequence[Path]) -> Usable:
-    """The films that can be measured.
+def usable_films(paths: Sequence[Path], *specs: ModelSpec) -> Usable:
+    """The films that can be measured, with what the networks of `specs` need of them.
 
     Raises:
         UsageError: there is none.
     """
-    given = usable(paths)
+    decode: Decode = load_film
+    for spec in specs:
+        if spec.needs_stored:
+            decode = partial(load_for, spec)
+    given = usable(paths, decode)
     if not given.films:
         raise UsageError(f"none of {len(paths)} films can be read")
     return given
@@ -186,7 +193,7 @@ class _Work:
     def sample(self, path: Path) -> dict[str, float]:
         """Milliseconds of each stage of one film."""
         start = time.perf_counter()
-        film = load_film(path)
+        film = load_for(self._reader.bundle.manifest.spec, path)
         reading = self._reader.read(film)
         read = time.perf_counter()
         if reading.log_density is not None:
@@ -256,11 +263,12 @@ def _met(
 
 
 def _film_times(reader: Reader, path: Path) -> FilmTimes:
+    spec = reader.bundle.manifest.spec
     decode, preprocess = [], []
     for _ in range(PER_FILM):
-        film = load_film(path)
+        film = load_for(spec, path)
         start = time.perf_counter()
-        to_canvas(film.pixels, reader.bundle.manifest.spec)
+        to_canvas(film, spec)
         preprocess.append((time.perf_counter() - start) * 1e3)
         decode.append(film.decode_ms)
     return FilmTimes(

@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from cxrgaze.benchmarks.record import LoadGen, Offline
 from cxrgaze.environment import versions
 from cxrgaze.errors import FilmError
 from cxrgaze.films.ahead import decode_ahead
-from cxrgaze.films.decode import load_film
+from cxrgaze.films.canvas import load_for
 from cxrgaze.films.film import Film
 from cxrgaze.runtime.backend import Backend
 from cxrgaze.runtime.reader import MAX_BATCH, Reader
@@ -37,13 +38,14 @@ def offline(
     reader: Reader, films: Sequence[Path], decoded: Sequence[Film], seconds: float
 ) -> Offline:
     """Films a second with all films at hand, in turns: plain, decoded ahead, batched."""
+    spec = reader.bundle.manifest.spec
 
     def plain() -> None:
         for path in films:
             reader.read(path)
 
     def ahead() -> None:
-        for film in decode_ahead(films, load_film):
+        for film in decode_ahead(films, partial(load_for, spec)):
             if isinstance(film, FilmError):
                 raise film
             reader.read(film)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from cxrgaze.errors import DataError
 from cxrgaze.evidence import phantom
 from cxrgaze.films.ahead import usable
-from cxrgaze.films.canvas import canvases
+from cxrgaze.films.canvas import canvases, drawn_canvases, load_for
 from cxrgaze.films.film import film_from_array
 from cxrgaze.spec import ModelSpec
 
@@ -31,7 +32,7 @@ def phantom_canvases(spec: ModelSpec, count: int, first_seed: int) -> NDArray[np
     """Canvases `(count, 1, H, W)` of phantoms drawn at the canvas's size."""
     shape = (max(spec.height, 96), max(spec.width, 96))
     drawn = (phantom.draw(first_seed + i, shape=shape).pixels for i in range(count))
-    return canvases(map(film_from_array, drawn), spec)[0]
+    return drawn_canvases(map(film_from_array, drawn), spec)[0]
 
 
 def parity_canvases(spec: ModelSpec, films: Sequence[Path]) -> tuple[NDArray[np.float32], str]:
@@ -44,7 +45,7 @@ def parity_canvases(spec: ModelSpec, films: Sequence[Path]) -> tuple[NDArray[np.
         count = 4 if is_large(spec) else 32
         images = phantom_canvases(spec, count, PARITY_SEED)
         return images, f"{count} phantoms (synthetic drawings)"
-    given = usable(films)
+    given = usable(films, partial(load_for, spec))
     if not given.films:
         raise DataError(f"none of the {len(films)} films given by --films can be read")
     images = canvases((film for _, film in given.films), spec)[0]

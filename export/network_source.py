@@ -17,7 +17,7 @@ from cxrgaze.files import sha256
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import card_page, checkpoint
 from cxrgaze.train.card import Card
-from cxrgaze.train.model import Network, block_of, kept_in, random_network, spec_of
+from cxrgaze.train.model import AnyNetwork, Network, block_of, kept_in, random_network, spec_of
 from cxrgaze.train.rewrites import rewrites_of, rewritten
 from cxrgaze.train.shipped import networks
 
@@ -68,7 +68,7 @@ def _beside(path: Path, card: Card) -> dict[str, bytes]:
     return {CARD: card.rendered(), **pages, **({PRIOR: prior} if prior else {})}
 
 
-def _source(network: Network, spec: ModelSpec, facts: Facts) -> TorchSource:
+def _source(network: AnyNetwork, spec: ModelSpec, facts: Facts) -> TorchSource:
     layout = Layout(kept_in(spec), block_of)
     return TorchSource(network, spec, facts, layout, rewrites_of(spec), _rewritten)
 

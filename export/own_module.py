@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from cxrgaze.command import say
-from cxrgaze.errors import IntegrityError, UsageError
+from cxrgaze.errors import UsageError
 from cxrgaze.export.graph import OPSET
 from cxrgaze.files import read_regular, sha256
-from cxrgaze.train.checkpoint import UNREADABLE
+from cxrgaze.train.checkpoint import read_tensors
 
 _LIMIT = 4 << 30
 
@@ -41,7 +40,7 @@ def made(named: str, weights: Path) -> tuple[nn.Module, str]:
     data = read_regular(weights, _LIMIT) if weights.is_file() else b""
     if not data:
         raise UsageError(f"{weights} is no file; expected weights, safetensors or a state dict")
-    tensors = _tensors(data, weights)
+    tensors = read_tensors(data, str(weights))
     say(f"runs the code of {where}, which is not ours: run none that you do not trust")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -54,25 +53,6 @@ def made(named: str, weights: Path) -> tuple[nn.Module, str]:
         raise UsageError(f"--model {named} makes {type(module).__name__}, expected a torch module")
     _load(module, tensors, weights)
     return module.eval(), sha256(data)
-
-
-def _tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load(data))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols that it may not know: it says so itself
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise IntegrityError(
-            f"{path} is no file of tensors alone ({type(error).__name__}); save "
-            "module.state_dict(), best as safetensors: a pickled module is never loaded"
-        ) from error
-    if isinstance(found, dict) and set(found) & {"state_dict", "model"}:
-        found = found.get("state_dict", found.get("model"))
-    if not isinstance(found, Mapping) or not all(torch.is_tensor(v) for v in found.values()):
-        raise IntegrityError(f"{path} holds {type(found).__name__}, expected a state dict")
-    return dict(found)
 
 
 def _load(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:

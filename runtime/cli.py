@@ -99,11 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from collections import Counter
+    from functools import partial
 
     from cxrgaze.errors import ExitCode, UsageError
     from cxrgaze.files import make_output_folder, only_run
     from cxrgaze.films.ahead import Decode
-    from cxrgaze.films.decode import load_film
+    from cxrgaze.films.canvas import load_for
     from cxrgaze.films.find import find_films
     from cxrgaze.films.isolate import IsolatedLoader
     from cxrgaze.processors import cpu_count
@@ -133,9 +134,12 @@ def _run(args: argparse.Namespace) -> int:
                 at_once=workers,
             )
         )
-        decode: Decode = load_film
+        spec = reader.bundle.manifest.spec
+        decode: Decode = partial(load_for, spec)
         if args.isolate:
-            loader = IsolatedLoader(memory_limit=args.isolate_memory << 20)
+            loader = IsolatedLoader(
+                memory_limit=args.isolate_memory << 20, keep_stored=spec.needs_stored
+            )
             decode = stack.enter_context(loader).load
         require_heatmaps(reader, args.heatmap)  # before a folder is made
         output = make_output_folder(args.output) if args.output else None

@@ -23,7 +23,7 @@ from cxrgaze.errors import (
     NotApplicableError,
     UsageError,
 )
-from cxrgaze.films.canvas import Geometry, to_canvas
+from cxrgaze.films.canvas import Geometry, not_applied, to_canvas
 from cxrgaze.films.decode import load_film
 from cxrgaze.films.film import Film, film_from_array
 from cxrgaze.films.isolate import IsolatedLoader
@@ -135,7 +135,8 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         self._closed = False
         self._lock = threading.Lock()
         self._places = threading.Semaphore(backend.at_once)
-        self._loader = IsolatedLoader() if isolate else None
+        keep_stored = manifest.spec.needs_stored
+        self._loader = IsolatedLoader(keep_stored=keep_stored) if isolate else None
         backend.activate(bundle)
         try:
             self._self_test()
@@ -190,10 +191,13 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     def _film(self, given: Readable) -> Film:
         if isinstance(given, Film):
             return given
+        keep_stored = self.bundle.manifest.spec.needs_stored
         if isinstance(given, np.ndarray):
-            return film_from_array(given)
+            return film_from_array(given, keep_stored=keep_stored)
         if isinstance(given, str | Path):
-            return self._loader.load(Path(given)) if self._loader else load_film(given)
+            if self._loader:
+                return self._loader.load(Path(given))
+            return load_film(given, keep_stored=keep_stored)
         raise UsageError(f"expected a path, an array or a Film, found {type(given).__name__}")
 
     def _require_open(self) -> None:
@@ -210,7 +214,9 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
                 raise NotApplicableError(film.reasons)
             start = time.perf_counter()
             try:
-                image[index, 0], geometry = to_canvas(film.pixels, spec)
+                image[index, 0], geometry = to_canvas(film, spec)
+            except NotApplicableError:
+                raise
             except FilmError as error:
                 raise FilmError(f"{film.name}: {error}") from error
             preprocess_ms = (time.perf_counter() - start) * 1e3
@@ -232,7 +238,7 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
                 Reading(
                     film=film.name,
                     film_sha256=film.sha256,
-                    pixel_source=film.pixel_source,
+                    pixel_source="stored-values" if spec.needs_stored else film.pixel_source,
                     probabilities=probabilities,
                     label=self.served.label(probabilities),
                     flags=self.served.flags(probabilities),
@@ -291,15 +297,13 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         return tuple(warnings)
 
     def _film_warnings(self, film: Film) -> tuple[str, ...]:
-        trained = self.bundle.manifest.spec.pixel_source
+        spec = self.bundle.manifest.spec
         forced = (f"read by force although {reason}" for reason in film.reasons)
-        if film.pixel_source == trained:
-            return (*forced, *film.notes)
-        return (
-            *forced,
-            *film.notes,
-            f"pixel source is {film.pixel_source}, the network was trained on {trained}",
-        )
+        said = (*forced, *film.notes, *not_applied(film, spec))
+        if spec.needs_stored or film.pixel_source == spec.pixel_source:
+            return said
+        source = f"pixel source is {film.pixel_source}, the network was trained on "
+        return (*said, source + spec.pixel_source)
 
     def _self_test(self) -> None:
         manifest = self.bundle.manifest

@@ -81,6 +81,7 @@ class Reading:
         """
         height, width = self.geometry.window
         large = cv2.resize(self.film_density, (width, height), interpolation=cv2.INTER_LINEAR)
+        large = self.geometry.on_film(np.asarray(large, dtype=np.float32))
         large = np.asarray(large / large.sum(dtype=np.float64), dtype=np.float32)
         whole = np.zeros((self.geometry.film_height, self.geometry.film_width), np.float32)
         self.geometry.shown(whole)[:] = large

@@ -25,6 +25,7 @@ from cxrgaze.train.evaluation_tables import (
 from cxrgaze.train.evaluation_verdict import verdict
 
 NOT_STATED = "not stated"
+NOT_RECORDED = "not recorded: a set's test films may be among them (leakage cannot be excluded)"
 
 
 def pages(card: Card, stem: str) -> dict[str, bytes]:
@@ -174,6 +175,7 @@ def _made(card: Card) -> Table:
             ("command", card.command),
             ("seed", card.config.get("seed", NOT_STATED)),
             ("descends from", lineage or NOT_STATED),
+            *(() if card.seen_sha256 else (("films that it has seen", NOT_RECORDED),)),
             ("environment", versions),
         ),
     )

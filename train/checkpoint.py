@@ -8,9 +8,12 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import io
 import pickle
 import platform
 import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from cxrgaze.records import parse_record
 from cxrgaze.spec import ModelSpec
 from cxrgaze.train import card_page
 from cxrgaze.train.card import Card
-from cxrgaze.train.model import VARIANTS, Network, network_of, require_stride
+from cxrgaze.train.model import VARIANTS, AnyNetwork, network_of, require_stride
 from cxrgaze.train.shipped import networks
 
 _WEIGHTS_LIMIT = 4 << 30
@@ -47,6 +50,7 @@ UNREADABLE = (
     KeyError,
     ValueError,
     struct.error,
+    zipfile.BadZipFile,
 )
 """What reading a file of tensors raises when it is none."""
 
@@ -102,7 +106,7 @@ def _beside(path: Path, suffix: str, expected: str) -> bytes:
 
 def save(
     path: Path,
-    network: Network,
+    network: AnyNetwork,
     *,
     seen: Seen | None = None,
     prior: NDArray[np.float32] | None = None,
@@ -186,7 +190,7 @@ def round_to_half(network: nn.Module) -> None:
                     raise CxrgazeError(f"{name} is beyond float16; store float32 weights")
 
 
-def load(path: Path) -> tuple[Network, Card]:
+def load(path: Path) -> tuple[AnyNetwork, Card]:
     """The network of a checkpoint, in evaluation mode, and its card.
 
     Raises:
@@ -212,6 +216,48 @@ def load(path: Path) -> tuple[Network, Card]:
     network = network_of(card.spec, centre_prior=card.centre_prior)
     load_weights(network, weights, str(path))
     return network.eval(), card
+
+
+def read_tensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors or a torch file, or those in it called "state_dict".
+
+    Nothing is unpickled but tensors.
+
+    Raises:
+        IntegrityError: neither, or something else than plain tensors by name.
+    """
+    try:
+        if data.startswith(b"PK"):
+            _require_not_packed(data)
+        if not data.startswith((b"PK", b"\x80")):
+            return safetensors.torch.load(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats: what counts is the content
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise IntegrityError(f"{name} holds no tensors that can be read: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # as trainers keep it, beside their own state
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(t, torch.Tensor) and _is_plain(t)
+        for k, t in content.items()
+    ):
+        raise IntegrityError(f"{name}: expected a state dict, plain tensors by name")
+    return content
+
+
+def _require_not_packed(data: bytes) -> None:
+    """Refuse an archive of packed records: torch writes none, and they may be of any size."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > len(data):
+        raise ValueError(f"{len(data)} bytes that unpack to {unpacked}, which torch does not write")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its numbers at hand, and real ones."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return is_dense and tensor.device.type == "cpu" and not tensor.is_complex()
 
 
 def load_weights(network: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     prepare_cli.add(commands)
     _add_fit(commands)
+    _add_import(commands)
     _add_evaluate(commands)
     _add_compare(commands)
     _add_saliency(commands)
@@ -116,6 +117,36 @@ def _add_fit(commands: Any) -> None:
         "runs (they are films: keep them where the set may be)",
     )
     fit.set_defaults(run=_fit)
+
+
+def _add_import(commands: Any) -> None:
+    importing = commands.add_parser(
+        "import",
+        help="make a checkpoint of weights of the authors' code",
+        description="Read a NET.pt of CXRGazeLearn or MT-UNet, of any stage, and write it as a "
+        "checkpoint with a card. The network then reads films by the authors' preprocessing: "
+        "stored values of DICOM or of 16-bit images, no larger than 2560x3200. What is not used, "
+        "and outputs that nothing taught, are named. Nothing is unpickled but tensors.",
+        epilog="example: cxrgaze-train import run/NET/NET.pt --from cxrgazelearn "
+        "--trained-on 'EGD-CXR, split of the authors' --output authors.safetensors; "
+        + command.EXIT_HELP,
+    )
+    importing.add_argument("file", type=Path, metavar="NET.pt")
+    importing.add_argument(
+        "--from",
+        dest="kind",
+        required=True,
+        choices=("cxrgazelearn", "mt-unet"),
+        help="whose network it is: the paper's (variant paper), or the baseline (mt-unet)",
+    )
+    importing.add_argument(
+        "--trained-on",
+        required=True,
+        metavar="TEXT",
+        help="the films that it was trained on, in words; leakage is judged by it",
+    )
+    importing.add_argument("--output", type=Path, required=True, metavar="NAME.safetensors")
+    importing.set_defaults(run=_import)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -345,6 +376,27 @@ def _fit(args: argparse.Namespace) -> int:
     )
     if card:
         _print_card(args.output / f"{config.name}.safetensors", card.results["validation"], card)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from cxrgaze.train.card_page import NOT_RECORDED
+    from cxrgaze.train.imported import import_weights
+
+    line = ["cxrgaze-train", "import", _portable(args.file), "--from", args.kind]
+    line += ["--trained-on", args.trained_on, "--output", _portable(args.output)]
+    found = import_weights(
+        args.file,
+        args.kind,
+        args.output,
+        trained_on=args.trained_on,
+        command=shlex.join(line),
+    )
+    print(f"checkpoint  {args.output} ({found.card.parameters:,} parameters)")
+    print(f"dropped     {', '.join(found.dropped) or 'nothing'}")
+    for head, why in found.untrained.items():
+        print(f"untrained   {head}, which is not served: {why}")
+    print(f"seen        {NOT_RECORDED}")
     return 0
 
 

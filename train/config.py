@@ -18,7 +18,7 @@ from cxrgaze.errors import UsageError
 from cxrgaze.evidence.heatmaps import PRESETS
 from cxrgaze.files import parse_toml, read_toml
 from cxrgaze.records import Frozen, complaint
-from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head
+from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, CanvasRule, Head, sampling_step
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     FILM_LOSSES,
@@ -28,9 +28,10 @@ from cxrgaze.train.losses import (
     TEACH_DIAGNOSIS,
     TEACH_SALIENCY,
 )
-from cxrgaze.train.model import VARIANTS
+from cxrgaze.train.model import VARIANTS, parts_of
 
-Part = Literal["dense", "skips", "decoder", "saliency", "classifier"]
+Part = Literal["dense", "skips", "encoder", "decoder", "saliency", "classifier"]
+"""Of a network (`cxrgaze.train.model.parts_of`)."""
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -169,6 +170,8 @@ class TrainConfig(Frozen):
     variant: Annotated[str, _one_of("variant", VARIANTS)]
     canvas: tuple[int, int] | None = None
     """`(H, W)` in pixels, multiples of 32; none: the variant's own."""
+    canvas_rule: CanvasRule = "pad"
+    """How films come on the canvas; `cxrgazelearn` for weights of the authors' code."""
     heatmap: Annotated[str, _one_of("heatmap preset", PRESETS)]
     """How gaze becomes a density: a name of `cxrgaze.evidence.heatmaps.PRESETS`."""
     seed: int = Field(default=0, ge=0)
@@ -206,6 +209,24 @@ class TrainConfig(Frozen):
         if value and (min(value) <= 0 or value[0] % STRIDE or value[1] % STRIDE):
             raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {value}")
         return value
+
+    @model_validator(mode="after")
+    def _parts_are_of_the_variant(self) -> TrainConfig:
+        there = parts_of(self.variant)
+        for name, stage in self.stages.items():
+            if foreign := [part for part in stage.train if part not in there]:
+                raise ValueError(
+                    f"stage {name}: {self.variant} has no part {foreign[0]}; it has "
+                    f"{', '.join(there)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _canvas_fits_its_rule(self) -> TrainConfig:
+        if self.canvas_rule == "cxrgazelearn":
+            sizes = VARIANTS[self.variant]
+            sampling_step(self.canvas or (sizes.height, sizes.width))
+        return self
 
     @model_validator(mode="after")
     def _shrunk_canvas_fits(self) -> TrainConfig:

@@ -24,7 +24,7 @@ from cxrgaze.evidence.truth import HAS, UNKNOWN
 from cxrgaze.train import checkpoint
 from cxrgaze.train.fit import spec_for
 from cxrgaze.train.losses import triplet
-from cxrgaze.train.model import Network, network_of
+from cxrgaze.train.model import DenseEncoder, Network, network_of
 from cxrgaze.train.run_folder import read_run
 from cxrgaze.train.stage_module import in_chunks
 
@@ -32,12 +32,12 @@ NEIGHBOURS = 5
 _MOST = 256  # films at once: triplets are their cube
 
 
-def embedded(network: Network, arrays: Arrays, shrink: int) -> Tensor:
+def embedded(encoder: DenseEncoder, arrays: Arrays, shrink: int) -> Tensor:
     """Embeddings of films by the dense encoder, `(n, features)`."""
-    network.eval()
+    encoder.eval()
     with torch.inference_mode():
         images = torch.nn.functional.avg_pool2d(torch.from_numpy(arrays.images), shrink)
-        return torch.cat([network.dense(batch).embedding for batch in images.split(16)])
+        return torch.cat([encoder(batch).embedding for batch in images.split(16)])
 
 
 def neighbours_auc(rows: Tensor, truth: NDArray[np.int8]) -> float:
@@ -63,11 +63,12 @@ def main(arguments: list[str]) -> None:
         known = (arrays.truth != UNKNOWN).all(axis=1)
         torch.manual_seed(config.seed)
         network = network_of(spec, centre_prior=config.centre_prior)
+        assert isinstance(network, Network)  # no other has a contrastive stage
         weights = safetensors.torch.load_file(run / "stages" / f"{number}-contrastive.safetensors")
         for name in ("random", "trained"):
             if name == "trained":
                 checkpoint.load_weights(network, weights, str(run))
-            rows = embedded(network, arrays, config.stages["contrastive"].shrink)[known]
+            rows = embedded(network.dense, arrays, config.stages["contrastive"].shrink)[known]
             truth = torch.from_numpy(arrays.truth[known])
             violating = triplet(rows[:_MOST], truth[:_MOST])
             criterion = in_chunks("triplet", rows, truth, config.seed)

@@ -16,14 +16,14 @@ from cxrgaze.evidence.labelled_set import LabelledSet
 from cxrgaze.films.canvas import Geometry, to_canvas
 from cxrgaze.films.decode import film_from_bytes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec, same_diagnosis
-from cxrgaze.train.model import Network
+from cxrgaze.train.model import AnyNetwork
 
 
 def taught(
     arrays: Arrays,
     labelled: LabelledSet,
     spec: ModelSpec,
-    teacher: Network,
+    teacher: AnyNetwork,
     teacher_spec: ModelSpec,
 ) -> Arrays:
     """`arrays` with the teacher's logits and densities for every film.
@@ -52,8 +52,9 @@ def taught(
     logits, densities = [], np.zeros_like(arrays.densities)
     teacher.eval()
     for index, row in enumerate(counted(labelled.rows, len(labelled.rows), "film")):
-        film = film_from_bytes(labelled.film_bytes(row), row.film)
-        canvas, geometry = to_canvas(film.pixels, teacher_spec)
+        keep_stored = teacher_spec.needs_stored
+        film = film_from_bytes(labelled.film_bytes(row), row.film, keep_stored=keep_stored)
+        canvas, geometry = to_canvas(film, teacher_spec)
         with torch.inference_mode():
             out = teacher(torch.from_numpy(canvas)[None, None])
         if has_logits:

@@ -16,10 +16,10 @@ from cxrgaze.evidence.arrays import Arrays
 from cxrgaze.evidence.truth import present_classes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, Outputs
 from cxrgaze.train.film_saliency import saliency_by_film
-from cxrgaze.train.model import Network
+from cxrgaze.train.model import AnyNetwork
 
 
-def predict(network: Network, images: NDArray[np.float32], batch: int = 16) -> Outputs:
+def predict(network: AnyNetwork, images: NDArray[np.float32], batch: int = 16) -> Outputs:
     """The heads of the network in evaluation mode for `images` `(N, 1, H, W)`."""
     network.eval()
     parts: dict[Head, list[NDArray[np.float32]]] = {head: [] for head in network.heads}
@@ -32,7 +32,7 @@ def predict(network: Network, images: NDArray[np.float32], batch: int = 16) -> O
 
 
 def point_figures(
-    network: Network,
+    network: AnyNetwork,
     arrays: Arrays,
     prior: NDArray[np.floating] | None,
     preset: heatmaps.HeatmapPreset,

@@ -36,7 +36,7 @@ from cxrgaze.train.losses import (
     TEACH_DIAGNOSIS,
     TEACH_SALIENCY,
 )
-from cxrgaze.train.model import Network, network_of, spec_of
+from cxrgaze.train.model import AnyNetwork, network_of, spec_of
 from cxrgaze.train.origin import Origin, check_leakage
 from cxrgaze.train.run_folder import RunRecord, Start, open_run, set_hash
 from cxrgaze.train.stage_module import Films
@@ -175,7 +175,7 @@ def fit(
     )
 
 
-def _evaluated(path: Path, network: Network) -> tuple[Evaluation, ...]:
+def _evaluated(path: Path, network: AnyNetwork) -> tuple[Evaluation, ...]:
     """Evaluations of these very weights, where the run had ended before."""
     if not path.with_suffix(".json").is_file() or not path.is_file():
         return ()
@@ -199,7 +199,7 @@ def _arrays(
     spec: ModelSpec,
     preset: heatmaps.HeatmapPreset,
     cache: Path | None,
-    teacher: tuple[Network, Card] | None,
+    teacher: tuple[AnyNetwork, Card] | None,
 ) -> Arrays:
     """The films of one split, with the teacher's answers where there is one."""
     part = labelled.split(split)
@@ -209,7 +209,7 @@ def _arrays(
     return taught(arrays, part, spec, teacher[0], teacher[1].spec) if teacher else arrays
 
 
-def _decision(network: Network, val: Arrays, served: Served, config: TrainConfig) -> Decision:
+def _decision(network: AnyNetwork, val: Arrays, served: Served, config: TrainConfig) -> Decision:
     """Temperature and operating points from the labelled validation films."""
     if not served.classes:
         return Decision()
@@ -221,7 +221,7 @@ def _classes(
     stages: Iterable[Stage],
     train: Arrays,
     spec: ModelSpec,
-    teacher: tuple[Network, Card] | None,
+    teacher: tuple[AnyNetwork, Card] | None,
 ) -> frozenset[str]:
     """Classes that the stages teach: those that some training films have and some have not."""
     losses = {loss for stage in stages for loss in stage.loss if "classifier" in stage.train}
@@ -264,18 +264,22 @@ def spec_for(labelled: LabelledSet, config: TrainConfig) -> ModelSpec:
             raise DataError(f"{labelled.folder} has no classes: no film has a label")
         say("note: the set has no classes; the network gives the map alone")
         heads = (LOG_DENSITY,)
+    source = max(sorted(set(sources)), key=sources.count)
+    if config.canvas_rule == "cxrgazelearn":
+        source = "stored-values"
     return spec_of(
         config.variant,
         model_version=f"{config.name}-{config.seed}",
-        pixel_source=max(sorted(set(sources)), key=sources.count),
+        pixel_source=source,
         domain=info.domain,
         canvas=config.canvas,
+        rule=config.canvas_rule,
         heads=heads,
         classes=Classes(info.classes, info.class_kind),
     )
 
 
-def _teacher(config: TrainConfig, start: Start) -> tuple[Network, Card] | None:
+def _teacher(config: TrainConfig, start: Start) -> tuple[AnyNetwork, Card] | None:
     if config.needs_teacher and not start.teacher:
         raise UsageError("this config learns from a teacher; give --teacher CHECKPOINT")
     if start.teacher and not config.needs_teacher:
@@ -328,7 +332,7 @@ def _nothing_to_learn(stage: Stage, train: Arrays, val: Arrays) -> str | None:
     return None
 
 
-def _heads(stage: Stage, train: Arrays, teacher: tuple[Network, Card] | None) -> frozenset[Head]:
+def _heads(stage: Stage, train: Arrays, teacher: tuple[AnyNetwork, Card] | None) -> frozenset[Head]:
     """Outputs of the network that a stage with targets teaches; a teacher's own must be taught."""
     losses = {loss for loss in stage.loss if not _missing(loss, train)}
     taught: set[Head] = set()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from cxrgaze.command import say
 from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError, UsageError
@@ -19,7 +14,7 @@ from cxrgaze.evidence.seen import Seen
 from cxrgaze.files import read_regular, sha256
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Head, ModelSpec, same_diagnosis
 from cxrgaze.train import checkpoint
-from cxrgaze.train.model import VARIANTS, Network, imagenet_to_dense
+from cxrgaze.train.model import VARIANTS, AnyNetwork, Network, Variant, imagenet_to_dense
 from cxrgaze.train.origin import Origin
 
 IMAGENET_URL = "https://download.pytorch.org/models/densenet201-c1103571.pth"
@@ -40,7 +35,7 @@ class Before(NamedTuple):
     """What they were trained on, where it is recorded."""
 
 
-def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> Before:
+def start(network: AnyNetwork, spec: ModelSpec, source: str, origin: str = "") -> Before:
     """Put first weights into `network` and say what they descend from.
 
     Args:
@@ -63,7 +58,12 @@ def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> B
         if path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
             return _from_checkpoint(network, spec, path)
         data = read_regular(path, _LIMIT)
-    weights = _tensors(data, source)
+    weights = checkpoint.read_tensors(data, source)
+    if not isinstance(network, Network):
+        raise IncompatibleError(
+            f"{source} holds weights of a DenseNet, which {spec.variant!r} has not; give a "
+            "checkpoint, or random"
+        )
     try:
         checkpoint.load_weights(network.dense, imagenet_to_dense(weights), source)
     except (KeyError, IndexError) as error:
@@ -73,12 +73,17 @@ def start(network: Network, spec: ModelSpec, source: str, origin: str = "") -> B
     return Before((Origin(trained_on=origin, weights_sha256=sha256(data)),))
 
 
-def _from_checkpoint(network: Network, spec: ModelSpec, path: Path) -> Before:
+def _from_checkpoint(network: AnyNetwork, spec: ModelSpec, path: Path) -> Before:
     loaded, card = checkpoint.load(path)
     if card.spec.variant != spec.variant:
         raise IncompatibleError(
             f"{path} is of variant {card.spec.variant!r}, this run trains {spec.variant!r}; "
             "choose the same variant, or another --init"
+        )
+    if card.spec.canvas != spec.canvas:
+        say(
+            f"note: {path.name} was taught with canvases by {card.spec.canvas}, this run's are by "
+            f"{spec.canvas}; --set canvas_rule={card.spec.canvas} keeps its own"
         )
     weights, own = loaded.state_dict(), network.state_dict()
     heads = frozenset(card.served.heads) & set(spec.heads)
@@ -109,7 +114,7 @@ def _part(name: str) -> str:
 
 def _imagenet(spec: ModelSpec) -> bytes:
     sizes = VARIANTS[spec.variant]
-    if (sizes.init_features, sizes.growth_rate, sizes.block_config) != (64, 32, (6, 12, 48, 32)):
+    if not isinstance(sizes, Variant) or sizes.dense != (64, 32, (6, 12, 48, 32)):
         raise IncompatibleError(
             f"ImageNet weights are those of DenseNet201; variant {spec.variant!r} has another "
             "encoder: choose --init random or a file"
@@ -128,20 +133,3 @@ def _imagenet(spec: ModelSpec) -> bytes:
     if not sha256(data).startswith(path.stem.rsplit("-", 1)[1]):  # torch checks downloads alone
         raise IntegrityError(f"{path} is not torchvision's file: its SHA-256 differs; delete it")
     return data
-
-
-def _tensors(data: bytes, name: str) -> Mapping[str, Tensor]:
-    """Tensors of a safetensors or a torch file; nothing is unpickled but tensors."""
-    try:
-        if not data.startswith((b"PK", b"\x80")):
-            return safetensors.torch.load(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats: what counts is the content
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except checkpoint.UNREADABLE as error:
-        raise IntegrityError(f"{name} holds no tensors that can be read: {error}") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
-    ):
-        raise IntegrityError(f"{name}: expected a state dict, tensors by name")
-    return content

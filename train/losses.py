@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cxrgaze.evidence.truth import HAS, UNKNOWN
 from cxrgaze.spec import LOG_DENSITY, LOGITS, ClassKind
-from cxrgaze.train.model import HeadTensors
+from cxrgaze.train.layers import HeadTensors
 
 MARGIN = 1.0
 """Of the triplet loss (docs/method.md#contrastive-losses)."""

@@ -21,7 +21,26 @@ from torch.nn import functional as F
 
 from cxrgaze.evidence.class_presets import PRESETS, Classes
 from cxrgaze.records import Frozen
-from cxrgaze.spec import HEADS, LOG_DENSITY, LOGITS, STRIDE, Head, ModelSpec, PixelSource
+from cxrgaze.spec import (
+    HEADS,
+    LOG_DENSITY,
+    LOGITS,
+    STRIDE,
+    CanvasRule,
+    Head,
+    ModelSpec,
+    PixelSource,
+)
+from cxrgaze.train.layers import (
+    CentrePrior,
+    HeadTensors,
+    UpStep,
+    classifier,
+    global_mean,
+    saliency_head,
+    spatial_log_softmax,
+)
+from cxrgaze.train.mt_unet import MTUNet, MTUNetVariant
 
 
 class Variant(Frozen):
@@ -42,8 +61,13 @@ class Variant(Frozen):
     centre_prior: bool = False
     """Add a learnable low-resolution log-prior to the saliency logits (not in the paper)."""
 
+    @property
+    def dense(self) -> tuple[int, int, tuple[int, int, int, int]]:
+        """Of the DenseNet: channels of its stem, growth rate, layers per block."""
+        return self.init_features, self.growth_rate, self.block_config
 
-VARIANTS = {
+
+VARIANTS: dict[str, Variant | MTUNetVariant] = {
     # docs/method.md#network: DenseNet201, 66,637,380 parameters.
     "paper": Variant(
         height=640,
@@ -84,7 +108,16 @@ VARIANTS = {
         hidden=32,
         se_reduction=4,
     ),
+    # The authors' baseline, another network: 34,632,836 parameters.
+    "mt-unet": MTUNetVariant(height=640, width=512, channels=(64, 128, 256, 512, 1024)),
 }
+
+
+def parts_of(variant: str) -> tuple[str, ...]:
+    """Names of the parts of a network with both heads, as `parts` of its class has them."""
+    is_mt_unet = isinstance(VARIANTS[variant], MTUNetVariant)
+    encoders = ("encoder",) if is_mt_unet else ("dense", "skips")
+    return (*encoders, "decoder", "saliency", "classifier")
 
 
 def kept_in(spec: ModelSpec) -> tuple[str, ...]:
@@ -92,25 +125,21 @@ def kept_in(spec: ModelSpec) -> tuple[str, ...]:
 
     They see the image's own 256 grey levels or make the map.
     """
-    of_the_map = ("/skips.0/", "/saliency/") if LOG_DENSITY in spec.heads else ()
+    has_map = LOG_DENSITY in spec.heads
+    if isinstance(VARIANTS[spec.variant], MTUNetVariant):
+        return ("/encoder.0/", *(("/saliency/",) if has_map else ()))
+    of_the_map = ("/skips.0/", "/saliency/") if has_map else ()
     return ("/dense/conv0/", *of_the_map)
 
 
 def block_of(node: str) -> str:
     """The block of the network that a node of its graph belongs to, as "dense/denseblock3".
 
-    The first module of its path, or the first two where the first holds them all.
+    The first module of its path, a level of an encoder or a step of a decoder; or the first two
+    where the first holds them all.
     """
     parts = node.strip("/").split("/")
     return "/".join(parts[:2]) if parts[0] == "dense" else parts[0]
-
-
-HeadTensors = Mapping[Head, Tensor]
-"""What the network returns, by the tensor names of the exported graph.
-
-`logits` `(N, C)`; `log_density` `(N, 1, H, W)`, natural-log spatial softmax: exp sums to 1 over the
-canvas. A head that it does not have is not there.
-"""
 
 
 class DenseTaps(NamedTuple):
@@ -181,48 +210,6 @@ class ResidualSE(nn.Module):
         return x * weights[:, :, None, None]
 
 
-class CentrePrior(nn.Module):
-    """A learnable low-resolution log-prior over the canvas, read out bilinearly.
-
-    Source: the centre bias of DeepGaze (arXiv 1411.1045), here learnt and on the canvas.
-    """
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.log_prior = nn.Parameter(torch.zeros(1, 1, height // 16, width // 16))
-
-    def start_from(self, prior: Tensor) -> None:
-        """Take the log of the centre prior `(H, W)` of the training films as starting value."""
-        size = (self.log_prior.shape[-2], self.log_prior.shape[-1])
-        small = F.adaptive_avg_pool2d(prior[None, None], size)
-        with torch.no_grad():
-            self.log_prior.copy_(small.clamp(min=1e-4 * float(small.max())).log())
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Saliency logits `(N, 1, H, W)` plus the prior."""
-        size = (logits.shape[-2], logits.shape[-1])
-        return logits + F.interpolate(self.log_prior, size, mode="bilinear", align_corners=False)
-
-
-class UpStep(nn.Module):
-    """One decoder step: nearest upsample, 3x3 convolution, concat [skip, up], two convolutions."""
-
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.up = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"), *_conv_bn_relu(in_channels, out_channels)
-        )
-        self.fuse = nn.Sequential(
-            *_conv_bn_relu(skip_channels + out_channels, out_channels),
-            *_conv_bn_relu(out_channels, out_channels),
-        )
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """`x` at half the resolution of `skip`; the result is at that of `skip`."""
-        fused: Tensor = self.fuse(torch.cat([skip, self.up(x)], dim=1))
-        return fused
-
-
 class Network(nn.Module):
     """Diagnosis and gaze from one grey image, or one of the two.
 
@@ -246,12 +233,7 @@ class Network(nn.Module):
         if LOG_DENSITY in heads:
             seen += self._add_map(variant)
         if LOGITS in heads:
-            self.classifier = nn.Sequential(
-                nn.Linear(seen, variant.hidden),
-                nn.ReLU(inplace=True),
-                nn.Dropout(0.25),
-                nn.Linear(variant.hidden, classes),
-            )
+            self.classifier = classifier(seen, variant.hidden, classes)
         # After the classifier, whose first weights are drawn before it.
         has_prior = variant.centre_prior and LOG_DENSITY in heads
         self.prior = CentrePrior(variant.height, variant.width) if has_prior else None
@@ -272,9 +254,7 @@ class Network(nn.Module):
             UpStep(below, skip, out)
             for below, skip, out in zip(ins, reversed(widths), outs, strict=True)
         )
-        self.saliency = nn.Sequential(
-            *_conv_bn_relu(outs[-1], outs[-1]), nn.Conv2d(outs[-1], 1, kernel_size=1)
-        )
+        self.saliency = saliency_head(outs[-1])
         return outs[-1]
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -315,24 +295,6 @@ class Network(nn.Module):
         return x, spatial_log_softmax(saliency)
 
 
-def global_mean(x: Tensor) -> Tensor:
-    """Mean over the map, `(N, C, H, W)` to `(N, C)`. Stays float32 in every precision."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def spatial_log_softmax(x: Tensor) -> Tensor:
-    """Natural-log softmax over all pixels of `(N, 1, H, W)`. Stays float32 in every precision."""
-    return F.log_softmax(x.flatten(1), dim=1).reshape(x.shape)
-
-
-def _conv_bn_relu(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
-
 def spec_of(
     variant: str,
     *,
@@ -340,6 +302,7 @@ def spec_of(
     pixel_source: PixelSource,
     domain: str,
     canvas: tuple[int, int] | None = None,
+    rule: CanvasRule = "pad",
     heads: Sequence[Head] = HEADS,
     classes: Classes = PRESETS["paper"],
 ) -> ModelSpec:
@@ -347,9 +310,10 @@ def spec_of(
 
     Args:
         canvas: `(H, W)` other than the variant's own; the network is convolutional.
+        rule: how films come on the canvas.
 
     Raises:
-        ValueError: sides that are no multiples of `STRIDE`.
+        ValueError: sides that are no multiples of `STRIDE`, or that do not fit the rule.
     """
     sizes = VARIANTS[variant]
     height, width = canvas or (sizes.height, sizes.width)
@@ -363,6 +327,7 @@ def spec_of(
             "class_kind": classes.kind if LOGITS in heads else "exclusive",
             "height": height,
             "width": width,
+            "canvas": rule,
             "pixel_source": pixel_source,
             "domain": domain,
         }
@@ -379,15 +344,20 @@ def require_stride(height: int, width: int) -> None:
         raise ValueError(f"canvas sides must be multiples of {STRIDE}, found {height}x{width}")
 
 
-def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> Network:
+AnyNetwork = Network | MTUNet
+"""A network of a variant."""
+
+
+def network_of(spec: ModelSpec, *, centre_prior: bool = False) -> AnyNetwork:
     """An untrained network with torch's default initialisation on the canvas of `spec`."""
-    sizes = VARIANTS[spec.variant].model_copy(
-        update={"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
-    )
-    return Network(sizes, len(spec.classes), spec.heads)
+    sizes = VARIANTS[spec.variant]
+    own = {"height": spec.height, "width": spec.width, "centre_prior": centre_prior}
+    if isinstance(sizes, MTUNetVariant):
+        return MTUNet(sizes.model_copy(update=own), len(spec.classes), spec.heads)
+    return Network(sizes.model_copy(update=own), len(spec.classes), spec.heads)
 
 
-def random_network(spec: ModelSpec, images: Tensor, seed: int = 0) -> Network:
+def random_network(spec: ModelSpec, images: Tensor, seed: int = 0) -> AnyNetwork:
     """An untrained network for latency work: seeded Kaiming weights, BatchNorm calibrated once.
 
     One forward pass over `images` `(N, 1, H, W)` sets every BatchNorm's running statistics to those

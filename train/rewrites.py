@@ -45,7 +45,9 @@ from torch.nn import functional as F
 
 from cxrgaze.errors import UsageError
 from cxrgaze.spec import LOG_DENSITY, ModelSpec
-from cxrgaze.train.model import DenseEncoder, DenseTaps, Network, ResidualSE, UpStep, global_mean
+from cxrgaze.train.layers import UpStep, global_mean
+from cxrgaze.train.model import VARIANTS, DenseEncoder, DenseTaps, Network, ResidualSE
+from cxrgaze.train.mt_unet import MTUNetVariant
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,9 @@ def _no_macs(network: Network, height: int, width: int) -> int:
 
 
 def rewrites_of(spec: ModelSpec) -> dict[str, Rewrite]:
-    """The rewrites that a network with these heads has something for."""
+    """The rewrites that a network of this variant with these heads has something for."""
+    if isinstance(VARIANTS[spec.variant], MTUNetVariant):
+        return {}  # they were measured on the dual encoder alone
     has_map = LOG_DENSITY in spec.heads
     return {name: one for name, one in REWRITES.items() if has_map or not one.of_the_map}
 

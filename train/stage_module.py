@@ -26,6 +26,7 @@ from cxrgaze.evidence.truth import HAS, Truth, any_known, present_classes
 from cxrgaze.spec import LOG_DENSITY, LOGITS, ModelSpec
 from cxrgaze.train.augment import augmented
 from cxrgaze.train.config import Augment, Stage
+from cxrgaze.train.layers import HeadTensors
 from cxrgaze.train.losses import (
     CONTRASTIVE,
     CRITERIA,
@@ -35,7 +36,7 @@ from cxrgaze.train.losses import (
     Batch,
     film_loss,
 )
-from cxrgaze.train.model import HeadTensors, Network
+from cxrgaze.train.model import AnyNetwork, DenseEncoder, Network
 
 _CONTRAST_CHUNK = 64  # validation films per contrastive loss
 
@@ -62,7 +63,14 @@ class StageModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, network: Network, stage: Stage, films: Films, *, number: int, seed: int, aug: Augment
+        self,
+        network: AnyNetwork,
+        stage: Stage,
+        films: Films,
+        *,
+        number: int,
+        seed: int,
+        aug: Augment,
     ) -> None:
         super().__init__()
         self.network = network
@@ -82,7 +90,7 @@ class StageModule(lightning.LightningModule):
             module.requires_grad_(False)
         self.head: nn.Linear | None = None
         if set(stage.loss) & set(ENCODER):
-            self.head = nn.Linear(network.dense.out_channels, network.classes)
+            self.head = nn.Linear(self._dense.out_channels, network.classes)
         self.log_sigma = nn.Parameter(torch.zeros(())) if stage.weighting == "uncertainty" else None
 
     def train(self, mode: bool = True) -> StageModule:
@@ -91,6 +99,12 @@ class StageModule(lightning.LightningModule):
         for module in self._still:
             module.eval()
         return self
+
+    @property
+    def _dense(self) -> DenseEncoder:
+        """The part that the losses on the embedding teach; a config names it for no other."""
+        assert isinstance(self.network, Network)
+        return self.network.dense
 
     # Data ------------------------------------------------------------------------------------
 
@@ -208,7 +222,7 @@ class StageModule(lightning.LightningModule):
         """Embedding and outputs; a stage on the encoder alone spares the rest of the network."""
         nothing = batch.image.new_zeros(len(batch.image), 0)
         if self.stage.on_encoder:
-            embedding = self.network.dense(batch.image).embedding
+            embedding = self._dense(batch.image).embedding
             return embedding, {LOGITS: self.head(embedding)} if self.head else {}
         return nothing, self.network(batch.image)
 

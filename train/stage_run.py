@@ -28,7 +28,7 @@ from cxrgaze.errors import CxrgazeError, IncompatibleError, IntegrityError
 from cxrgaze.files import parse_json, render_json, sha256, write_atomic
 from cxrgaze.train import checkpoint
 from cxrgaze.train.config import Stage, TrainConfig
-from cxrgaze.train.model import Network
+from cxrgaze.train.model import AnyNetwork
 from cxrgaze.train.stage_module import Films, StageModule
 
 _COLUMNS = (
@@ -81,7 +81,7 @@ class Machine:
 
 
 def run_stage(
-    network: Network,
+    network: AnyNetwork,
     stage: Stage,
     films: Films,
     run: Path,
@@ -140,7 +140,7 @@ def run_stage(
     return stage_record
 
 
-def _finished(network: Network, weights: Path, record: Path) -> dict[str, Any]:
+def _finished(network: AnyNetwork, weights: Path, record: Path) -> dict[str, Any]:
     stored = parse_json(record.read_bytes(), str(record))
     try:
         data = weights.read_bytes()

@@ -32,11 +32,20 @@ HEADS: tuple[Head, ...] = (LOGITS, LOG_DENSITY)
 ClassKind = Literal["exclusive", "findings"]
 """Classes of which a film has one (softmax), or findings of which it may have any (sigmoids)."""
 Domain = Literal["clinical", "phantom", "none"]
-CanvasRule = Literal["pad", "stretch", "crop"]
+CanvasRule = Literal["pad", "stretch", "crop", "cxrgazelearn"]
 """How a film comes on the canvas: whole with its aspect and a pad of zeros, whole and stretched, or
-its centre with its aspect."""
+its centre with its aspect; `cxrgazelearn` is all of the authors' preprocessing, from stored values
+(docs/method.md#authors-preprocessing)."""
+FRAME: Final = (3200, 2560)
+"""`(H, W)` that `cxrgazelearn` pads a film to, in pixels of the film; the canvas samples it."""
 PixelSource = Literal[
-    "image-8bit", "image-16bit", "dicom-window", "dicom-voi-lut", "dicom-percentile", "array"
+    "image-8bit",
+    "image-16bit",
+    "dicom-window",
+    "dicom-voi-lut",
+    "dicom-percentile",
+    "array",
+    "stored-values",
 ]
 
 
@@ -61,6 +70,21 @@ def require_distinct(classes: tuple[DiseaseClass, ...], kind: ClassKind) -> None
         raise ValueError(f"classes must be distinct, found {names}")
     if kind == "exclusive" and len(names) == 1:
         raise ValueError(f"exclusive classes are two or more, found {names[0]} alone")
+
+
+def sampling_step(canvas: tuple[int, int]) -> int:
+    """Of how many pixels of `FRAME` a canvas `(H, W)` takes one, along either side.
+
+    Raises:
+        ValueError: it is not the frame, sampled evenly.
+    """
+    step = FRAME[0] // canvas[0]
+    if not step or (step * canvas[0], step * canvas[1]) != FRAME:
+        raise ValueError(
+            f"a canvas by cxrgazelearn is {FRAME[0]}x{FRAME[1]} over a whole number, as 640x512 "
+            f"or 320x256, found {canvas[0]}x{canvas[1]}"
+        )
+    return step
 
 
 class ModelSpec(Frozen):
@@ -109,6 +133,17 @@ class ModelSpec(Frozen):
         if bool(self.classes) != (LOGITS in self.heads):
             raise ValueError(f"heads {self.heads} with {len(self.classes)} classes do not fit")
         return self
+
+    @model_validator(mode="after")
+    def _canvas_fits_its_rule(self) -> ModelSpec:
+        if self.needs_stored:
+            sampling_step((self.height, self.width))
+        return self
+
+    @property
+    def needs_stored(self) -> bool:
+        """Whether its canvases are made of what the file stores (`Film.stored`)."""
+        return self.canvas == "cxrgazelearn"
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -587,10 +587,10 @@ def test_weights_that_are_none_or_another_networks_are_refused(code, monkeypatch
     def made(named="strangers_code:make", weights="w.pt"):
         return own_module.made(named, Path(weights))
 
-    with pytest.raises(IntegrityError, match="a pickled module is never loaded"):
+    with pytest.raises(IntegrityError, match="no tensors that can be read"):
         made(weights="whole.pt")
     Path("evil.pt").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(IntegrityError, match="no file of tensors alone|expected a state dict"):
+    with pytest.raises(IntegrityError, match="no tensors that can be read|expected a state dict"):
         made(weights="evil.pt")
     torch.save({"features.0.weight": torch.zeros(6, 1, 3, 3)}, "part.pt")
     with pytest.raises(UsageError, match="lacks features.0.bias"):

@@ -619,7 +619,7 @@ def test_lossless_containers_agree_bit_for_bit(shared):
 
 
 def _canvas(film):
-    return to_canvas(film.pixels, SPEC)[0]
+    return to_canvas(film, SPEC)[0]
 
 
 def test_the_same_film_gives_the_same_canvas(shared):

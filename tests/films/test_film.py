@@ -183,9 +183,14 @@ SIXTEEN = PIXELS.astype(np.uint16) * 100
 @pytest.mark.parametrize("kind", [3, 4])
 def test_tiff_byte_orders_white_is_zero_and_floats(tmp_path, values, photometric, kind):
     (tmp_path / "t.tif").write_bytes(_tiff(values, photometric, kind))
-    film = load_film(tmp_path / "t.tif")
+    film = load_film(tmp_path / "t.tif", keep_stored=True)
     assert film.pixel_source == "image-16bit" and not film.reasons
     assert np.abs(film.pixels - film_from_array(SIXTEEN).pixels).max() < 1e-4
+    if values.dtype.kind == "f":
+        assert film.stored is None
+    else:
+        assert np.array_equal(film.stored.values, values)
+        assert film.stored.larger_is_darker == (photometric == 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -81,7 +81,7 @@ def test_times_beside_the_bare_decoder_and_dcmtk(made, shared, tmp_path):
         calls = {
             "film": lambda path=path: load_film(path),
             "bare decoder": lambda name=name, stream=stream: bare[name](stream),
-            "canvas": lambda film=film: to_canvas(film.pixels, spec),
+            "canvas": lambda film=film: to_canvas(film, spec),
         }
         command = DCMTK[name]
         if command and shutil.which(command):

@@ -97,6 +97,7 @@ BAD = {
     "variant=huge": "no variant 'huge'",
     "heatmap=none": "no heatmap preset",
     "canvas=[100, 64]": "multiples of 32",
+    "canvas_rule=squeeze": "canvas_rule",
     "canvas=[96, 96]": "cannot be shrunk by 2",
     "stages.fusion.loss={cross_entropy=-1.0}": "must be positive",
     "name=../up": "name",
@@ -113,6 +114,14 @@ def test_a_bad_value_is_refused_and_named(override):
         load_config("paper", [override])
 
 
+def test_the_authors_preprocessing_is_for_canvases_that_sample_its_frame():
+    rule = "canvas_rule=cxrgazelearn"
+    assert load_config("joint", [rule]).canvas_rule == "cxrgazelearn"
+    assert load_config("joint", [rule, "variant=tiny", "canvas=[160, 128]"]).canvas == (160, 128)
+    with pytest.raises(UsageError, match="3200x2560 over a whole number.*found 64x64"):
+        load_config("joint", [rule, "variant=tiny"])
+
+
 def test_a_dotted_loss_is_added_and_a_table_replaces():
     key = "stages.saliency.loss"
     added = load_config("paper", [f"{key}.saliency_cc=0.5"]).stages["saliency"].loss
@@ -122,7 +131,7 @@ def test_a_dotted_loss_is_added_and_a_table_replaces():
 
 
 def test_no_such_config_lists_the_presets():
-    with pytest.raises(UsageError, match="demo, distill, joint, paper"):
+    with pytest.raises(UsageError, match="demo, distill, joint, mt-unet, paper"):
         load_config("nowhere.toml")
 
 

@@ -141,10 +141,13 @@ def _all_placed(
 def _place(
     labelled: LabelledSet, row: FilmRow, spec: ModelSpec, preset: heatmaps.HeatmapPreset
 ) -> _Placed:
-    film = film_from_bytes(labelled.film_bytes(row), row.film)
+    film = film_from_bytes(labelled.film_bytes(row), row.film, keep_stored=spec.needs_stored)
     if film.reasons:
         raise DataError(f"{labelled.folder / row.film}: {'; '.join(film.reasons)}")
-    canvas, geometry = to_canvas(film.pixels, spec)
+    try:
+        canvas, geometry = to_canvas(film, spec)
+    except FilmError as error:
+        raise FilmError(f"{labelled.folder / row.film}: {error}") from error
     gaze = labelled.gaze.get(row.film)
     try:
         density = canvas_density(gaze, geometry, preset) if gaze else np.zeros_like(canvas)

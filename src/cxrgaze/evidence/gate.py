@@ -32,7 +32,7 @@ from cxrgaze.evidence.labelled_set import LabelledSet, Split, log_look
 from cxrgaze.evidence.seen import Seen
 from cxrgaze.evidence.truth import truth_of
 from cxrgaze.files import sha256
-from cxrgaze.films.canvas import canvases
+from cxrgaze.films.canvas import drawn_canvases
 from cxrgaze.films.film import film_from_array
 from cxrgaze.spec import LOG_DENSITY, LOGITS, Domain, Head, Infer, ModelSpec, Outputs
 
@@ -119,7 +119,7 @@ def phantom_set(
     seeds = range(first_seed, first_seed + films)
     drawn = [phantom.draw(seed, difficulty=difficulty) for seed in counted(seeds, films, "phantom")]
     read = [film_from_array(one.pixels) for one in drawn]
-    images, geometries = canvases(read, spec)
+    images, geometries = drawn_canvases(read, spec)
     preset = PRESETS["phantom"]
     if LOG_DENSITY in spec.heads:
         densities = np.stack(

@@ -60,7 +60,7 @@ class Film:
     decode_ms: float = 0.0
     """Wall-clock milliseconds from file or bytes to pixels."""
     stored: Stored | None = field(default=None, repr=False, compare=False)
-    """Where they were asked for (`keep_stored`)."""
+    """Where they were asked for (`keep_stored`) and are whole numbers of at most 16 bits."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,8 +68,13 @@ class Film:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
+def film_from_array(
+    pixels: NDArray[np.generic], name: str = "array", *, keep_stored: bool = False
+) -> Film:
     """The film in an array `(H, W)`: uint8, uint16 (windowed by percentiles) or float in [0, 1].
+
+    Args:
+        keep_stored: give the film the integers as they are too (`Film.stored`).
 
     Raises:
         UsageError: another shape, type or range.
@@ -86,7 +91,10 @@ def film_from_array(pixels: NDArray[np.generic], name: str = "array") -> Film:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UsageError(f"expected uint8, uint16 or float, found {pixels.dtype}")
     values, source, notes = grey_levels(pixels)
-    return content_checked(Film(values, name, digest, source, notes=notes))
+    stored = None
+    if keep_stored:
+        stored = Stored(np.asarray(pixels), 8 * pixels.dtype.itemsize, larger_is_darker=False)
+    return content_checked(Film(values, name, digest, source, notes=notes, stored=stored))
 
 
 def content_checked(film: Film) -> Film:

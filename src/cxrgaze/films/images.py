@@ -47,6 +47,7 @@ def film_from_image(data: bytes, name: str) -> Film:
             kind = str(image.format)
             is_cut = _is_cut_to_8_bits(image, data)
             pixels, reasons = _grey(_deep_colour(data, kind) if is_cut else image, is_negative)
+            is_scaled = not is_cut and _is_scaled(image, pixels, is_negative)
             if kind == "TIFF":  # which Pillow and OpenCV turn, other files not
                 pixels = _as_stored(pixels, orientation)
     except UnidentifiedImageError as error:
@@ -61,7 +62,10 @@ def film_from_image(data: bytes, name: str) -> Film:
     values, source, notes = grey_levels(pixels)
     if orientation != 1:
         notes = (*notes, _NOT_TURNED.format(orientation))
-    stored = Stored(np.asarray(pixels), 8 * pixels.dtype.itemsize, larger_is_darker=False)
+    stored = None
+    if not is_scaled:
+        kept = np.asarray(65535 - pixels if is_negative else pixels)
+        stored = Stored(kept, 8 * kept.dtype.itemsize, larger_is_darker=is_negative)
     return Film(values, name, sha256(data), source, reasons=reasons, notes=notes, stored=stored)
 
 
@@ -125,6 +129,13 @@ def _grey(
         return np.asarray(image.convert("L")), ()
     colour = image.convert("RGB")
     return np.asarray(colour.convert("L")), _colour_of(np.asarray(colour), 255)
+
+
+def _is_scaled(image: Image.Image, pixels: NDArray[np.generic], is_negative: bool) -> bool:
+    """Whether `_grey` could not keep an image's values: floats, or beyond 16 bits."""
+    if image.mode not in ("I", "F", "I;32", "I;32S"):
+        return False
+    return is_negative or not np.array_equal(np.asarray(image), pixels)
 
 
 def _colour_of(channels: NDArray[np.generic], white: int) -> tuple[str, ...]:
