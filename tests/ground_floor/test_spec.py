@@ -92,8 +92,8 @@ def test_a_spec_comes_back_from_its_json():
         assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-@pytest.mark.parametrize("side", [0, -32, 48])
-def test_sides_of_the_canvas_are_multiples_of_the_stride(side):
+@pytest.mark.parametrize("side", [0, -32])
+def test_sides_of_the_canvas_are_lengths(side):
     for name in ("height", "width"):
         with pytest.raises(ValidationError, match=name):
             _spec("normal", "pneumonia", **{name: side})
