@@ -25,7 +25,7 @@ from cxrgaze.files import sha256
 from cxrgaze.runtime import device, host, plans
 from cxrgaze.runtime.trt import TensorRT, load_engine
 from cxrgaze.runtime.trt_library import Library
-from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS
+from cxrgaze.spec import IMAGE
 
 OPAQUE = (
     "no engine was loaded: it was compiled ahead of time, without its GPU. Accepted and built by "
@@ -364,10 +364,10 @@ def _check_interface(network: Any, bundle: Bundle) -> None:
         (t.name, tuple(t.shape)[1:]) for t in map(network.get_input, range(network.num_inputs))
     }
     outputs = {t.name for t in map(network.get_output, range(network.num_outputs))}
-    if inputs != {(IMAGE, (1, spec.height, spec.width))} or outputs != {LOGITS, LOG_DENSITY}:
+    if inputs != {(IMAGE, (1, spec.height, spec.width))} or outputs != set(spec.heads):
         raise BuildError(
             f"{bundle.path / GRAPH}: the parsed network takes {inputs} and gives {outputs}, "
-            f"expected {IMAGE} (1, {spec.height}, {spec.width}) and {LOGITS}, {LOG_DENSITY}"
+            f"expected {IMAGE} (1, {spec.height}, {spec.width}) and {', '.join(spec.heads)}"
         )
 
 

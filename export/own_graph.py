@@ -28,15 +28,14 @@ from cxrgaze.spec import IMAGE, LOG_DENSITY, LOGITS, Head, ModelSpec, Outputs
 
 OURS = "/cxrgaze/"
 """Beginning of the names of the nodes that are put around a network."""
-FAINTEST = 1e-7
-"""Smallest share of a map's largest value that has a logarithm of its own."""
+FAINTEST = 1e-4
+"""Smallest share of an activation's or a probability's largest value that has a logarithm of its
+own: what is less counts as this much, and no rounding of nothing is worth nats."""
 _BLOCKS = range(4, 41)
 """How many blocks are a good number for a search."""
 _PARTS = 8
 _ACTIVATIONS = ("Softmax", "Sigmoid", "LogSoftmax")
 _SUM = 1e-2  # how far from 1 a log-density's sum may be
-
-_FAINTEST_LOG = math.log(FAINTEST)
 
 
 def spec_of(card: OwnCard, model: onnx.ModelProto) -> ModelSpec:

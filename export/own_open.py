@@ -115,6 +115,8 @@ def _opened(data: bytes, size: tuple[int, int] | None) -> onnx.ModelProto:
     _fix_shapes(model, size)
     model = _named(_simplified(model))
     constants_to_initializers(model.graph)
+    _slice_what_is_picked(model.graph)
+    _multiply_what_is_summed(model.graph)
     require_servable(model)
     onnx.checker.check_model(model, full_check=True)
     _require_it_runs(model)
@@ -238,6 +240,77 @@ def _scales(sizes: NDArray[np.int64], given: Sequence[int]) -> NDArray[np.float3
     short = np.floor(scales * np.asarray(given, np.float32)) < sizes
     more = np.nextafter(scales, np.float32(np.inf))
     return np.asarray(np.where(short, more, scales), dtype=np.float32)
+
+
+def _slice_what_is_picked(graph: onnx.GraphProto) -> None:
+    """Picking one of several by a stored number, as x[:, 0], as Slice and Squeeze.
+
+    Bundles may not have Gather, which can make large things of small ones; these two cannot.
+    """
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        index = stored.get(node.input[1]) if node.op_type == "Gather" else None
+        if index is None or len(index.dims):
+            nodes.append(node)
+            continue
+        place = int(numpy_helper.to_array(index))
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        end = place + 1 if place != -1 else np.iinfo(np.int64).max
+        inputs = []
+        for what, number in (("start", place), ("end", end), ("axis", axis)):
+            name = f"{node.output[0]}/{what}"
+            graph.initializer.append(numpy_helper.from_array(np.array([number]), name))
+            inputs.append(name)
+        picked = f"{node.output[0]}/picked"
+        slice_ = onnx.helper.make_node(
+            "Slice", [node.input[0], *inputs], [picked], name=f"{node.name}/slice"
+        )
+        squeeze = onnx.helper.make_node(
+            "Squeeze", [picked, inputs[2]], [node.output[0]], name=f"{node.name}/squeeze"
+        )
+        nodes += [slice_, squeeze]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _multiply_what_is_summed(graph: onnx.GraphProto) -> None:
+    """Einsums that are products of matrices, as attention has them, as MatMul.
+
+    Bundles may not have Einsum, which can make large things of small ones. Others stay, and are
+    refused.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type != "Einsum" or len(node.input) != 2:
+            continue
+        equation = next(a.s for a in node.attribute if a.name == "equation").decode()
+        sides = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", ""))
+        if not sides or len({len(side) for side in sides.groups()}) != 1:
+            continue
+        one, other, out = sides.groups()
+        inner = one[-1]
+        if one[:-1] != out[:-1] or one[:-2] != other[:-2]:
+            continue
+        if other[-2:] not in (inner + out[-1], out[-1] + inner):
+            continue
+        second = node.input[1]
+        if other[-1] == inner:
+            nodes.pop()
+            second = f"{node.output[0]}/turned"
+            order = [*range(len(other) - 2), len(other) - 1, len(other) - 2]
+            nodes.append(
+                onnx.helper.make_node(
+                    "Transpose", [node.input[1]], [second], name=f"{node.name}/turn", perm=order
+                )
+            )
+            nodes.append(node)
+        node.op_type = "MatMul"
+        del node.attribute[:]
+        node.input[1] = second
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:

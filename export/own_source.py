@@ -80,7 +80,7 @@ def source_from_onnx(path: Path, card_path: Path, cam: str | None = None) -> Own
         raise UsageError(f"{path} is no file; expected an ONNX model")
     data = read_regular(path, SIZE_LIMIT)
     opened_graph = opened(data, path.name, card.input.size)
-    facts = _facts(card, card_path, path.name, sha256(data))
+    facts = _facts(card, card_path, path.name, sha256(data), cam)
     return _source(opened_graph, card, facts, cam, f"{path.name} and {card_path.name}")
 
 
@@ -106,7 +106,7 @@ def source_from_module(
     shape = (card.input.channels or 1, *card.input.size)
     data, names = own_module.exported(module, shape)
     where = f"{origin} and {card_path.name}"
-    facts = _facts(card, card_path, origin, digest)
+    facts = _facts(card, card_path, origin, digest, cam)
     source = _source(opened(data, origin), card, facts, cam, where)
     if cam:
         return source  # the map is none of the module's
@@ -116,10 +116,11 @@ def source_from_module(
     return replace(source, given=own_module.forward(module, wanted))
 
 
-def _facts(card: OwnCard, card_path: Path, origin: str, digest: str) -> Facts:
+def _facts(card: OwnCard, card_path: Path, origin: str, digest: str, cam: str | None) -> Facts:
+    of_cam = f", its map the class activation map of {cam}" if cam else ""
     return Facts(
         card.network.name,
-        origin,
+        origin + of_cam,
         digest,
         card.network.trained_on,
         decision=card.decision,

@@ -18,14 +18,17 @@ from torch import nn
 from torch.nn import functional
 
 import cxrgaze
+from cxrgaze.benchmarks import cli as bench
 from cxrgaze.bundles.bundle import GRAPH, Bundle
 from cxrgaze.command import Steps
+from cxrgaze.engines import cli as build
 from cxrgaze.errors import CxrgazeError, ExitCode, IntegrityError, UsageError
 from cxrgaze.evidence import phantom
 from cxrgaze.export import cli, graph, own_graph, own_module, own_open, own_source, pipeline
 from cxrgaze.export.options import ExportOptions
 from cxrgaze.export.own_source import CARD, source_from_module, source_from_onnx
-from cxrgaze.runtime.ort import witness
+from cxrgaze.runtime import trt_library
+from cxrgaze.runtime.ort import open_session, witness
 
 SIZE = (64, 48)
 
@@ -319,6 +322,15 @@ def test_int8_of_matrix_products_is_refused_with_their_share(tmp_path):
         pipeline.export(source, options, Steps())
     bundle = pipeline.export(source, ExportOptions("fp16", "tensorrt", tmp_path / "o"), Steps())
     assert bundle.manifest.parity.verdict == "pass"
+    assert _built_ahead_of_time(bundle, tmp_path) in (ExitCode.OK, None)
+
+
+def _built_ahead_of_time(bundle, folder):
+    """The exit code of TensorRT-RTX's builder; None where it is not installed."""
+    if "tensorrt_rtx" not in trt_library.versions():
+        return None
+    asked = [str(bundle.path), "--library", "tensorrt_rtx", "--cpu-only", "--sm", "86"]
+    return build.main([*asked, "--cache", str(folder / "plans")])
 
 
 def test_what_stays_in_higher_precision_is_by_rule_or_by_name(two, tmp_path):
@@ -347,6 +359,51 @@ def test_blocks_are_by_path_where_that_makes_a_good_number_else_by_work(tmp_path
     source = source_from_onnx(path, _card(tmp_path / "c.toml", logits=None))
     convolutions = [n.name for n in source.model.graph.node if n.op_type == "Conv"]
     assert len(set(map(source.layout.block_of, convolutions))) == 6
+
+
+EINSUMS = {
+    "bhxd,bhyd->bhxy": "MatMul",
+    "bhxy,bhyd->bhxd": "MatMul",
+    "bxhd,byhd->bhxy": "Einsum",  # turns more than the last two
+    "bhxd,bhyd->bhyx": "Einsum",
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_an_einsum_that_is_a_product_of_matrices_becomes_one(equation):
+    sides, rng = equation.split("->")[0].split(","), np.random.default_rng(5)
+    length = {"b": 2, "h": 3, "x": 4, "y": 5, "d": 6}
+    arrays = [rng.random([length[c] for c in side]).astype(np.float32) for side in sides]
+    node = helper.make_node("Einsum", ["a", "b"], ["c"], equation=equation, name="e")
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+        for name, array in zip("ab", arrays, strict=True)
+    ]
+    wanted = np.einsum(equation, *arrays)
+    out = helper.make_tensor_value_info("c", TensorProto.FLOAT, wanted.shape)
+    made = helper.make_graph([node], "g", values, [out])
+    own_open._multiply_what_is_summed(made)
+    assert made.node[-1].op_type == EINSUMS[equation]
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = graph.IR_VERSION
+    found = open_session(model.SerializeToString()).run(None, dict(zip("ab", arrays, strict=True)))
+    assert np.abs(found[0] - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("place", [0, 2, -1])
+def test_what_is_picked_is_sliced(place):
+    index = numpy_helper.from_array(np.array(place), "i")
+    node = helper.make_node("Gather", ["a", "i"], ["c"], axis=1, name="g")
+    values = helper.make_tensor_value_info("a", TensorProto.FLOAT, [2, 3, 4])
+    out = helper.make_tensor_value_info("c", TensorProto.FLOAT, [2, 4])
+    made = helper.make_graph([node], "g", [values], [out], [index])
+    own_open._slice_what_is_picked(made)
+    assert [one.op_type for one in made.node] == ["Slice", "Squeeze"]
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = graph.IR_VERSION
+    array = np.random.default_rng(6).random((2, 3, 4)).astype(np.float32)
+    found = open_session(model.SerializeToString()).run(None, {"a": array})
+    assert np.array_equal(found[0], array[:, place])
 
 
 def _edited(path, to, edit):
@@ -578,6 +635,8 @@ def test_a_module_by_its_code_becomes_a_bundle_by_the_command(code, capsys):
     assert "runs the code of strangers_code, which is not ours" in capsys.readouterr().err
     manifest = Bundle.open(Path("out/stranger-fp16.cxrgaze")).manifest
     assert manifest.spec.heads == ("logits", "log_density") and manifest.spec.canvas == "stretch"
+    said = "w.safetensors, its map the class activation map of b"
+    assert manifest.provenance.checkpoint == said
     with cxrgaze.load("out/stranger-fp16.cxrgaze", "onnxruntime") as reader:
         reading = reader.read(phantom.draw(1, shape=(200, 120)).pixels)
     assert reading.heatmap().shape == (200, 120)
@@ -660,3 +719,62 @@ def test_a_classifier_of_findings_by_monai_becomes_int8(tmp_path):
     assert work["int8"] > 0.95 * sum(work.values())
     golden = json.loads((bundle.path / "manifest.json").read_text())
     assert golden["spec"]["canvas"] == "crop" and GRAPH in bundle
+
+
+def _resnet():
+    from monai.networks.nets import resnet18
+
+    return resnet18(spatial_dims=2, n_input_channels=3, num_classes=2)
+
+
+def _unet():
+    from monai.networks.nets import UNet
+
+    return UNet(2, 1, 1, channels=(8, 16, 32), strides=(2, 2))
+
+
+def _vit():
+    pytest.importorskip("einops", reason="einops is not installed here")
+    from monai.networks.nets import ViT
+
+    vit = ViT(1, (64, 64), (16, 16), 64, 128, 4, 4, spatial_dims=2)  # without a class token
+    return nn.Sequential(vit, _MeanOfTokens(), nn.Linear(64, 2))
+
+
+class _MeanOfTokens(nn.Module):
+    def forward(self, outputs):
+        return outputs[0].mean(1)
+
+
+STRANGERS = {
+    # Network, channels, tables of its card, precisions and targets.
+    "ResNet": (_resnet, 3, {"map_": None}, [("fp16", "tensorrt"), ("int8", "openvino")]),
+    "UNet": (
+        _unet,
+        1,
+        {"logits": None, "map_": 'output = "heat"\nkind = "activation"'},
+        [("fp16", "tensorrt"), ("int8", "tensorrt"), ("int8", "cpu")],
+    ),
+    "ViT": (_vit, 1, {"map_": None}, [("fp32", "tensorrt"), ("fp16", "tensorrt")]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_stranger_goes_the_whole_way(tmp_path, name):
+    """Random weights: to bundles, through TensorRT-RTX's builder where it is, and a bench."""
+    make, channels, tables, forms = STRANGERS[name]
+    names = ("heat",) if tables.get("logits", "") is None else ("out",)
+    path = _onnx(_random(make), tmp_path / "m.onnx", channels, names, (64, 64))
+    card = _card(tmp_path / "c.toml", **tables)
+    for precision, target in forms:
+        source = source_from_onnx(path, card)
+        bundle = pipeline.export(source, ExportOptions(precision, target, tmp_path), Steps())
+        assert bundle.manifest.parity.verdict == "pass"
+        if target == "tensorrt":
+            assert _built_ahead_of_time(bundle, tmp_path) in (ExitCode.OK, None)
+    asked = [str(tmp_path / f"stranger-{forms[0][0]}.cxrgaze"), "--output", str(tmp_path / "b")]
+    asked += ["--device", "onnxruntime", "--samples", "20", "--cold-starts", "1", "--seconds", "5"]
+    code = bench.main(["run", *asked, "--after-idle", "1", "--warmup", "2", "--threads", "1"])
+    assert code in (ExitCode.OK, ExitCode.INCONCLUSIVE)  # a busy machine never settles
+    assert (tmp_path / "b" / "report.html").is_file()
