@@ -66,27 +66,29 @@ def adapted(model: onnx.ModelProto, card: OwnCard, spec: ModelSpec) -> onnx.Mode
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
-    _free_our_names(graph)
     (given,) = graph.input
     if card.input.name not in (None, given.name):
         raise UsageError(f"the graph's input is {given.name}, the card says {card.input.name}")
+    _free_our_names(graph)
     channels = _shape(given)[1]
     made = _Nodes()
     made.scaled_image(card.input, channels, given.name)
     before = made.taken()
     outputs = []
     if card.logits:
-        named = _output(model, card.logits.output, "logits")
-        _require_no_activation(model, card.logits.output, "logits")
-        made.flat_logits(card.logits.output, named, len(spec.classes))
+        tensor = _freed(card.logits.output)
+        shape = _output(model, tensor, "logits")
+        _require_no_activation(model, tensor, "logits")
+        made.flat_logits(tensor, shape, len(spec.classes))
         outputs.append(
             helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ("N", len(spec.classes)))
         )
     if card.map:
-        shape = _output(model, card.map.output, "map")
+        tensor = _freed(card.map.output)
+        shape = _output(model, tensor, "map")
         if card.map.kind == "logits":
-            _require_no_activation(model, card.map.output, "map")
-        made.log_density(card.map, shape, spec)
+            _require_no_activation(model, tensor, "map")
+        made.log_density(card.map, tensor, shape, spec)
         sides = ("N", 1, spec.height, spec.width)
         outputs.append(helper.make_tensor_value_info(LOG_DENSITY, TensorProto.FLOAT, sides))
     nodes = [*before, *graph.node, *made.taken()]
@@ -234,9 +236,9 @@ class _Nodes:
             )
         self.add("Flatten", [tensor], LOGITS, axis=1)
 
-    def log_density(self, asked: Map, shape: Sequence[int], spec: ModelSpec) -> None:
+    def log_density(self, asked: Map, tensor: str, shape: Sequence[int], spec: ModelSpec) -> None:
         """A map of any kind on the canvas as a log-density."""
-        tensor, (_, channels, height, width) = asked.output, shape
+        _, channels, height, width = shape
         if channels > 1:
             ends = [self.constant([n], np.int64) for n in (asked.channel, asked.channel + 1, 1)]
             tensor = self.add("Slice", [tensor, *ends])
@@ -415,16 +417,20 @@ def _by_work(model: onnx.ModelProto) -> Callable[[str], str]:
 
 def _free_our_names(graph: onnx.GraphProto) -> None:
     """Tensors of the network that are called as our input and heads get other names."""
-    ours = {IMAGE, LOGITS, LOG_DENSITY}
-
-    def other(name: str) -> str:
-        return f"{name}/given" if name in ours else name
-
     for node in graph.node:
-        node.input[:] = map(other, node.input)
-        node.output[:] = map(other, node.output)
+        node.input[:] = map(_freed, node.input)
+        node.output[:] = map(_freed, node.output)
     for value in itertools.chain(graph.input, graph.output, graph.initializer):
-        value.name = other(value.name)
+        value.name = _freed(value.name)
+    del graph.value_info[:]
+
+
+_GIVEN = "/given"
+
+
+def _freed(name: str) -> str:
+    """What a tensor of the network is called beside our input and heads."""
+    return f"{name}{_GIVEN}" if name in (IMAGE, LOGITS, LOG_DENSITY) else name
 
 
 def _output(model: onnx.ModelProto, name: str, what: str) -> tuple[int, ...]:
@@ -432,8 +438,11 @@ def _output(model: onnx.ModelProto, name: str, what: str) -> tuple[int, ...]:
     single = graphs.for_one_film(model)
     values = {v.name: v for v in (*single.output, *single.value_info)}
     if name not in values:
-        outputs = ", ".join(value.name for value in model.graph.output)
-        raise UsageError(f"the graph has no tensor {name} for [{what}]; its outputs are {outputs}")
+        outputs = ", ".join(value.name.removesuffix(_GIVEN) for value in model.graph.output)
+        raise UsageError(
+            f"the graph has no tensor {name.removesuffix(_GIVEN)} for [{what}]; its outputs are "
+            f"{outputs}"
+        )
     shape = _shape(values[name])
     if what == "map" and len(shape) != 4:
         raise UsageError(f"the map {name} has shape {shape}, expected (N, C, h, w)")

@@ -109,6 +109,7 @@ def _opened(data: bytes, size: tuple[int, int] | None) -> onnx.ModelProto:
         model = onnx.load_from_string(data)
     except Exception as error:
         raise IntegrityError(f"not an ONNX file: {_one_line(error)}") from error
+    _require_text(model.graph)
     _require_plain(model)
     onnx.checker.check_model(model)
     model = _in_our_opset(model)
@@ -121,6 +122,15 @@ def _opened(data: bytes, size: tuple[int, int] | None) -> onnx.ModelProto:
     onnx.checker.check_model(model, full_check=True)
     _require_it_runs(model)
     return model
+
+
+def _require_text(graph: onnx.GraphProto) -> None:
+    """Refuse names that are no UTF-8, which protobuf gives as bytes."""
+    names: list[object] = [one.name for one in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    if any(not isinstance(name, str) for name in names):
+        raise IntegrityError("it has names that are no text (UTF-8); it is damaged")
 
 
 def _require_plain(model: onnx.ModelProto) -> None:

@@ -197,6 +197,32 @@ def test_through_both_doors_the_same_network_says_the_same(two, tmp_path, door):
         assert np.abs(found["log_density"] - density.numpy()).max() < 1e-4
 
 
+def test_a_network_may_call_its_tensors_as_we_do(tmp_path):
+    module = _random(Two)
+    path = tmp_path / "m.onnx"
+    _onnx(module, path, names=("log_density", "logits"))  # and the other way round
+
+    def renamed(model):
+        model.graph.input[0].name = "image"
+        for node in model.graph.node:
+            node.input[:] = ["image" if name == "x" else name for name in node.input]
+
+    _edited(path, path, renamed)
+    card = _card(tmp_path / "c.toml", more='[input]\nname = "image"')
+    text = card.read_text().replace('"out"', '"log_density"').replace('"heat"', '"logits"')
+    card.write_text(text)
+    source = source_from_onnx(path, card)
+    image = np.random.default_rng(7).random((1, 1, *SIZE), dtype=np.float32)
+    with torch.inference_mode():
+        logits = module(torch.from_numpy(image))[0].numpy()
+    for found in (
+        witness(graph.finished(source.graph(), source.spec))(image),
+        source.answers(image).outputs,
+    ):
+        assert np.abs(found["logits"] - logits).max() < 1e-5
+        assert found["log_density"].shape == (1, 1, *SIZE)
+
+
 SCALES = {
     "range": ("range = [-1024, 1024]", 1, lambda x: x * 2048 - 1024),
     "inverted": ("range = [1, 0]", 1, lambda x: 1 - x),
@@ -442,6 +468,10 @@ def _external(model):
     tensor.ClearField("raw_data")
 
 
+def _no_text(model):
+    model.graph.node[0].name = "odd_name"
+
+
 def _five_channels(model):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
 
@@ -456,6 +486,7 @@ FILES = {
     "custom operator": (_custom, UsageError, "operators of the domain my.ops .*own operators"),
     "NaN": (_nan, IntegrityError, "weights .* have NaN"),
     "external data": (_external, IntegrityError, "data outside of itself"),
+    "no text": (_no_text, IntegrityError, r"no text \(UTF-8\)"),
     "channels": (_five_channels, UsageError, r"expected \(N, 1, H, W\) or \(N, 3, H, W\)"),
     "float16 input": (_half_input, UsageError, "is FLOAT16, expected FLOAT"),
 }
@@ -467,7 +498,7 @@ def test_a_file_that_cannot_be_served_is_refused_with_what_to_do(two, tmp_path, 
     model = onnx.load(two[0])
     edit(model)
     path = tmp_path / "bad.onnx"
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(model.SerializeToString().replace(b"odd_name", b"od\xff\xfename"))
     with pytest.raises(error, match=said):
         source_from_onnx(path, two[1])
 
