@@ -262,7 +262,8 @@ def test_a_bundle_that_is_none(tmp_path):
 class _Slow:
     """A reader that takes its time."""
 
-    bundle = None
+    spec = types.SimpleNamespace(needs_stored=False)
+    bundle = types.SimpleNamespace(manifest=types.SimpleNamespace(spec=spec))
     backend = types.SimpleNamespace(name="stand-in")
 
     def __init__(self, seconds):

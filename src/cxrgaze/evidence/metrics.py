@@ -331,8 +331,7 @@ def information_gain(prediction: Array, baseline: Array, fixations: NDArray[np.i
     Source: Kuemmerer et al., PNAS 112 (2015) 16054; with eps arXiv 1604.03605 section 4, IG.
 
     Example:
-        >>> gain = information_gain(np.array([[1, 3]]), np.array([[1, 1]]), np.array([[0, 0]]))
-        >>> round(gain, 6)
+        >>> round(information_gain(np.array([[1, 3]]), np.array([[1, 1]]), np.array([[0, 0]])), 6)
         -1.0
     """
     p, b = _same_shape(prediction, baseline)
