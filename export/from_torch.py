@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -19,29 +19,49 @@ from cxrgaze.spec import IMAGE, ModelSpec
 def onnx_from_module(module: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """The float32 graph of a module in evaluation mode.
 
-    `image` `(N, 1, H, W)` to the heads of the spec (`ModelSpec.shapes`), N dynamic. Made by torch's
-    TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
+    `image` `(N, 1, H, W)` to the heads of the spec (`ModelSpec.shapes`), N dynamic.
+    """
+    image = torch.zeros(1, 1, spec.height, spec.width)
+    data = exported(module, image, IMAGE, spec.heads, lambda out: heads_in_order(out, spec))
+    return onnx.load_from_string(data)
+
+
+def exported(
+    module: nn.Module,
+    image: torch.Tensor,
+    name: str,
+    outputs: Sequence[str],
+    in_order: Callable[[Any], tuple[torch.Tensor, ...]],
+) -> bytes:
+    """A module in evaluation mode as an ONNX file, N dynamic.
+
+    Made by torch's TorchScript exporter, which honours the opset (docs/graphs.md#exporter).
+
+    Args:
+        image: `(1, C, H, W)`, such as the module takes. name: what the graph's input is called.
+        outputs: names of what `in_order` makes of the module's output.
     """
     buffer: Any = io.BytesIO()  # the exporter writes to files of any kind, its types do not say so
     # On the module itself: a module around it would be in the names of all nodes.
-    hook = module.register_forward_hook(lambda _, given, out: heads_in_order(out, spec))
+    hook = module.register_forward_hook(lambda _, given, out: in_order(out))
     try:
         with warnings.catch_warnings():
             # The exporter's own age.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             torch.onnx.export(
                 module.eval(),
-                (torch.zeros(1, 1, spec.height, spec.width),),
+                (image,),
                 buffer,
                 dynamo=False,
                 opset_version=OPSET,
-                input_names=[IMAGE],
-                output_names=list(spec.heads),
-                dynamic_axes={name: {0: "N"} for name in (IMAGE, *spec.heads)},
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_axes={tensor: {0: "N"} for tensor in (name, *outputs)},
             )
     finally:
         hook.remove()
-    return onnx.load_from_string(buffer.getvalue())
+    data: bytes = buffer.getvalue()
+    return data
 
 
 def heads_in_order(output: Any, spec: ModelSpec) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import nn
 
 from cxrgaze.command import say
 from cxrgaze.errors import UsageError
-from cxrgaze.export.graph import OPSET
+from cxrgaze.export import from_torch
 from cxrgaze.files import read_regular, sha256
 from cxrgaze.train.checkpoint import read_tensors
 
@@ -45,7 +44,7 @@ def made(named: str, weights: Path) -> tuple[nn.Module, str]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = getattr(importlib.import_module(where), factory)()
-    except Exception as error:
+    except Exception as error:  # whatever foreign code raises
         raise UsageError(f"--model {named}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -83,31 +82,19 @@ def exported(module: nn.Module, shape: tuple[int, int, int]) -> tuple[bytes, tup
     try:
         with torch.inference_mode():
             names = tuple(_named(module(image)))
-        buffer: Any = io.BytesIO()
-        hook = module.register_forward_hook(lambda _, given, out: tuple(_named(out).values()))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter's, of its own age and of tracing
-                torch.onnx.export(
-                    module,
-                    (image,),
-                    buffer,
-                    dynamo=False,
-                    opset_version=OPSET,
-                    input_names=["input"],
-                    output_names=list(names),
-                    dynamic_axes={name: {0: "N"} for name in ("input", *names)},
-                )
-        finally:
-            hook.remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what tracing says of foreign code
+            data = from_torch.exported(
+                module, image, "input", names, lambda out: tuple(_named(out).values())
+            )
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever foreign code raises, and the exporter of it
         said = " ".join(str(error).split())[:500]
         raise UsageError(
             f"the module does not take an image of {shape}, or cannot be exported: {said}"
         ) from error
-    return buffer.getvalue(), names
+    return data, names
 
 
 def forward(

@@ -42,8 +42,8 @@ def _int8_tensorrt(
     model: onnx.ModelProto, ranges: int8.Ranges, layout: Layout, keep: Collection[str]
 ) -> Iterator[Typed]:
     quantized = int8.for_tensorrt(model, ranges, keep)
+    nodes = layout.float32_nodes(quantized)
     for name, also in (("float32 scales", _Q_DQ), ("float16 scales", frozenset[str]())):
-        nodes = layout.float32_nodes(quantized)
         typed = fp16.to_fp16(quantized, fp16.KEEP | also, nodes)
         int8.lint(typed)
         yield Typed(f"int8, float16 else, {name}", typed, fp16.check_kept(typed) + len(nodes))
